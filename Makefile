@@ -1,0 +1,34 @@
+# Two commands do everything from nothing: `make train` and `make test`. Both may be repeated.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: train test lint clean
+
+train: .venv/.examples
+	$(BIN)/python -m examples.moonlight.train --preset tiny --output-dir runs/moonlight --resume
+
+test: .venv/.test
+	$(BIN)/python -m pytest -n 2
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# The stamps are touched last, so an interrupted installation is taken up again.
+.venv/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "muon_jax needs Python 3.11 or later; run: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv --clear .venv
+	touch $@
+
+.venv/.examples: .venv/.python pyproject.toml
+	$(BIN)/python -m pip install -q -e ".[examples]"
+	touch $@
+
+.venv/.test: .venv/.python pyproject.toml
+	$(BIN)/python -m pip install -q -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,1 @@
+"""Measurements of muon_jax against its peers."""

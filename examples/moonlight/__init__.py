@@ -1,0 +1,1 @@
+"""A small Moonlight: the Mixture-of-Experts transformer of the Muon paper, trained on real text."""

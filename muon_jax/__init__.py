@@ -1,0 +1,3 @@
+"""Muon, as Moonshot AI scaled it for LLM training, as an Optax optimizer for JAX."""
+
+__version__ = "0.1.0"

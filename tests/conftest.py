@@ -1,0 +1,17 @@
+"""One strict configuration for every test: eight CPU devices, no silent rank promotion."""
+
+import os
+
+# Before jax is imported: the flags are read once.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+import jax
+from jaxtyping import install_import_hook
+
+# Every shape annotation of the library is checked on every call that a test makes.
+install_import_hook("muon_jax", "beartype.beartype")
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
