@@ -1,0 +1,211 @@
+"""Documents, their split, the cache and the pipeline: all deterministic, all repairable."""
+
+import json
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from examples.moonlight import corpus, data
+
+VOCAB = 300
+
+
+def write_folder(root: Path, files: int = 40) -> Path:
+    folder = root / "texts"
+    (folder / "inner").mkdir(parents=True)
+    for i in range(files):
+        place = folder / ("inner" if i % 2 else ".") / f"{i}.txt"
+        place.write_text("".join(f"file {i} says {i * j % 97} times\n" for j in range(20)))
+    return folder
+
+
+def load(path: Path, cache: Path) -> data.TokenizedCorpus:
+    return data.load_corpus(path, vocab_size=VOCAB, cache_dir=cache)
+
+
+@pytest.fixture(name="folder")
+def _folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path)
+
+
+def test_the_same_text_gives_the_same_tokens_wherever_it_lies(tmp_path: Path):
+    first = load(write_folder(tmp_path / "a"), tmp_path / "cache_a")
+    second = load(write_folder(tmp_path / "b"), tmp_path / "cache_b")
+    assert first.corpus_hash == second.corpus_hash
+    assert first.tokenizer.to_str() == second.tokenizer.to_str()
+    np.testing.assert_array_equal(first.train, second.train)
+    np.testing.assert_array_equal(first.validation, second.validation)
+
+
+def test_the_hash_follows_content_names_and_settings(folder: Path, tmp_path: Path):
+    hashes = [load(folder, tmp_path / "cache").corpus_hash]
+    wider = data.load_corpus(folder, vocab_size=VOCAB + 1, cache_dir=tmp_path / "cache")
+    hashes.append(wider.corpus_hash)
+    (folder / "0.txt").rename(folder / "renamed.txt")
+    hashes.append(load(folder, tmp_path / "cache").corpus_hash)
+    (folder / "1.md").write_text("more")
+    hashes.append(load(folder, tmp_path / "cache").corpus_hash)
+    assert len(set(hashes)) == 4
+
+
+def test_tokens_decode_to_the_documents(folder: Path, tmp_path: Path):
+    loaded = load(folder, tmp_path / "cache")
+    train, validation = corpus.split_documents(corpus.load_documents(folder))
+    for tokens, documents in ((loaded.train, train), (loaded.validation, validation)):
+        text = loaded.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+        assert text == "".join(document.text + data.END_OF_TEXT for document in documents)
+        size = sum(len(document.text.encode()) for document in documents)
+        assert data.token_byte_lengths(loaded.tokenizer)[tokens].sum() == size
+
+
+def test_the_split_is_disjoint_complete_and_by_name(folder: Path):
+    documents = corpus.load_documents(folder)
+    train, validation = corpus.split_documents(documents)
+    assert len(validation) == round(corpus.VALIDATION_FRACTION * len(documents))
+    assert not set(train) & set(validation)
+    assert set(train) | set(validation) == set(documents)
+    changed = [corpus.Document(name, text + "!") for name, text in reversed(documents)]
+    names = {document.name for document in corpus.split_documents(changed)[1]}
+    assert names == {document.name for document in validation}
+
+
+def test_a_repeated_jsonl_line_is_never_on_both_sides(tmp_path: Path):
+    path = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": f"line {i % 4}"}) for i in range(40)]
+    path.write_text("\n".join([*lines, "", ""]))
+    train, validation = corpus.split_documents(corpus.load_documents(path))
+    assert len(train) + len(validation) == 40
+    assert not {document.text for document in train} & {document.text for document in validation}
+
+
+def test_a_lone_text_holds_out_its_tail(tmp_path: Path):
+    path = tmp_path / "book.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(100)))
+    (train,), (validation,) = corpus.split_documents(corpus.load_documents(path))
+    assert train.text + validation.text == path.read_text()
+    assert validation.text.splitlines()[0] == "line 95"
+
+
+def test_the_default_corpus_is_this_pythons_library_without_tests():
+    documents = corpus.load_documents(None)
+    names = {document.name for document in documents}
+    assert {"ast.py", "json/decoder.py"} <= names
+    folders = {folder for name in names for folder in name.split("/")[:-1]}
+    assert not folders & {"test", "tests", "site-packages"}
+    assert not any(name.startswith("_sysconfigdata") for name in names)
+    assert sum(len(document.text) for document in documents) > 5_000_000
+
+
+def test_the_cache_is_read_the_second_time(folder: Path, tmp_path: Path, monkeypatch):
+    first = load(folder, tmp_path / "cache")
+    monkeypatch.setattr(data, "_build", lambda *_: pytest.fail("built again"))
+    np.testing.assert_array_equal(load(folder, tmp_path / "cache").train, first.train)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "train.npy", "validation.npy", "manifest.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "altered"])
+def test_a_damaged_cache_is_repaired(folder: Path, tmp_path: Path, name: str, damage: str):
+    first = load(folder, tmp_path / "cache")
+    path = tmp_path / "cache" / first.corpus_hash / name
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    second = load(folder, tmp_path / "cache")
+    assert path.read_bytes() == content
+    assert second.tokenizer.to_str() == first.tokenizer.to_str()
+    np.testing.assert_array_equal(second.train, first.train)
+    np.testing.assert_array_equal(second.validation, first.validation)
+
+
+def windows_of(tokens: np.ndarray, **changes) -> data.grain.DatasetIterator:
+    settings = {"sequence_length": 4, "batch_size": 3, "seed": 0}
+    return data.train_batches(tokens, **(settings | changes))
+
+
+def test_an_epoch_visits_every_window_once_in_an_order_of_its_own():
+    tokens = np.arange(4 * 12 + 1)
+    batches = windows_of(tokens)
+    epochs = [np.concatenate([next(batches) for _ in range(4)]) for _ in range(2)]
+    for epoch in epochs:
+        assert epoch.dtype == np.int32
+        np.testing.assert_array_equal(np.sort(epoch[:, 0]), np.arange(0, 48, 4))
+        np.testing.assert_array_equal(epoch, epoch[:, :1] + np.arange(5)[None])
+    assert (epochs[0] != epochs[1]).any()
+    assert (next(windows_of(tokens, seed=1)) != epochs[0][:3]).any()
+
+
+def test_the_position_survives_json_and_continues_exactly():
+    tokens = np.arange(4 * 10 + 1)
+    batches = windows_of(tokens)
+    for _ in range(7):
+        next(batches)
+    position = json.loads(json.dumps(batches.get_state()))
+    expected = [next(batches) for _ in range(9)]
+    again = windows_of(tokens)
+    again.set_state(position)
+    np.testing.assert_array_equal([next(again) for _ in range(9)], expected)
+
+
+def test_validation_windows_are_fixed_spread_and_within_the_text():
+    tokens = np.arange(1000)
+    windows = data.validation_windows(tokens, sequence_length=9, batch_size=4, count=22)
+    assert windows.shape == (5, 4, 10)
+    assert windows[0, 0, 0] == 0
+    assert windows[-1, -1, -1] == 999
+    few = data.validation_windows(np.arange(21), sequence_length=9, batch_size=4, count=22)
+    assert few.shape == (1, 2, 10)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "half', r"line 3: not valid JSON"),
+        ('["text"]', r"line 3: expected an object"),
+        ('{"txt": "misspelt"}', r"line 3: expected an object .* got '\{\"txt\""),
+        ('{"text": 5}', r"line 3: expected an object"),
+    ],
+)
+def test_a_bad_jsonl_line_is_named(tmp_path: Path, line: str, message: str):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "good"}\n\n' + line + "\n")
+    with pytest.raises(ValueError, match=message):
+        corpus.load_documents(path)
+
+
+def test_wrong_data_paths_are_named(tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        corpus.load_documents(tmp_path / "nothing.txt")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        corpus.load_documents(tmp_path / "nothing.jsonl")
+    (tmp_path / "picture.txt").write_bytes(b"\x89PNG\xff")
+    with pytest.raises(ValueError, match=r"picture\.txt is not UTF-8 text \(byte 0\)"):
+        corpus.load_documents(tmp_path)
+    (tmp_path / "picture.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="no text in it"):
+        corpus.load_documents(tmp_path)
+
+
+def test_a_python_without_sources_is_told_to_bring_data(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="--data PATH"):
+        corpus.load_documents(None)
+
+
+def test_data_that_cannot_be_split_is_refused():
+    with pytest.raises(ValueError, match="single line"):
+        corpus.split_documents([corpus.Document("a", "one line")])
+    with pytest.raises(ValueError, match="all 2 documents are the same"):
+        corpus.split_documents([corpus.Document("a", "same")] * 2)
+
+
+def test_too_little_text_or_vocabulary_is_refused(folder: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match="fewer than one window of 4"):
+        data.train_batches(np.arange(4), sequence_length=4, batch_size=1, seed=0)
+    with pytest.raises(ValueError, match="at least 257"):
+        data.load_corpus(folder, vocab_size=256, cache_dir=tmp_path)
