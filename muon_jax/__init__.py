@@ -1,3 +1,43 @@
 """Muon, as Moonshot AI scaled it for LLM training, as an Optax optimizer for JAX."""
 
+from optax.contrib import MuonDimensionNumbers
+
+from muon_jax._diagnostics import (
+    group_rms,
+    map_matrices,
+    orthogonality_error,
+    svd_entropy,
+    update_rms,
+)
+from muon_jax._matrices import FusedBlocks
+from muon_jax._muon import muon
+from muon_jax._orthogonalize import orthogonalize
+from muon_jax._polynomials import SCHEDULES
+from muon_jax._report import RoutingReport, RoutingRow, routing_report
+from muon_jax._routing import by_path
+from muon_jax._scale_by_muon import MuonState, scale_by_muon
+from muon_jax._scaling import AdjustedLR, FixedScale, UpdateNorm
+
+__all__ = [
+    "SCHEDULES",
+    "AdjustedLR",
+    "FixedScale",
+    "FusedBlocks",
+    "MuonDimensionNumbers",
+    "MuonState",
+    "RoutingReport",
+    "RoutingRow",
+    "UpdateNorm",
+    "by_path",
+    "group_rms",
+    "map_matrices",
+    "muon",
+    "orthogonality_error",
+    "orthogonalize",
+    "routing_report",
+    "scale_by_muon",
+    "svd_entropy",
+    "update_rms",
+]
+
 __version__ = "0.1.0"

@@ -1,0 +1,100 @@
+"""Run all matrices of one shape, up to transposition, as one batch.
+
+Newton-Schulz commutes with transposition, so the stacks of all leaves are brought to wide form,
+concatenated by shape, iterated together, and cut apart again. The program then holds one
+iteration for each shape, not one for each layer.
+
+A batch is cut into chunks of at most `max_group_bytes`, counted in the dtype it is stacked in; a
+chunk's iteration works on about four such buffers (the stack, the Gram matrix and its polynomial,
+the next iterate), which the next chunk reuses.
+"""
+
+import collections
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact
+
+DEFAULT_MAX_GROUP_BYTES = 2**30
+"""1 GiB: past it a larger batch has no use for an accelerator's matrix units."""
+
+
+class _Piece(NamedTuple):
+    """Matrices `start` to `stop` of one stack."""
+
+    stack: int
+    start: int
+    stop: int
+
+
+def map_by_shape(
+    function: Callable[[Inexact[Array, "batch rows cols"]], Inexact[Array, "batch rows cols"]],
+    stacks: Sequence[Inexact[Array, "_ _ _"]],
+    max_group_bytes: int = DEFAULT_MAX_GROUP_BYTES,
+) -> list[Inexact[Array, "_ _ _"]]:
+    """Apply `function` to all matrices, batched by shape up to transposition.
+
+    Args:
+      function: maps a batch of wide matrices (rows <= cols) to one of the same shape and dtype,
+        each matrix by itself, and commutes with transposition.
+      stacks: any number of `[batch, rows, cols]`.
+      max_group_bytes: the largest batch given to `function`, in bytes; a single larger matrix is
+        a batch of its own.
+
+    Returns:
+      The results, in the order and the shapes of `stacks`.
+    """
+    groups = collections.defaultdict(list)
+    for index, stack in enumerate(stacks):
+        rows, cols = sorted(stack.shape[1:])
+        if stack.size:
+            groups[rows, cols, jnp.dtype(stack.dtype)].append(index)
+
+    results = collections.defaultdict[int, list[jax.Array]](list)
+    for (rows, cols, dtype), members in groups.items():
+        wide = {i: _to_wide(stacks[i]) for i in members}
+        capacity = max(1, max_group_bytes // (rows * cols * dtype.itemsize))
+        for chunk in _chunks([(i, stacks[i].shape[0]) for i in members], capacity):
+            parts = [wide[piece.stack][piece.start : piece.stop] for piece in chunk]
+            out = function(_concatenate(parts))
+            ends = list(itertools.accumulate(piece.stop - piece.start for piece in chunk))
+            for piece, start, stop in zip(chunk, [0, *ends], ends, strict=False):
+                results[piece.stack].append(out[start:stop])
+    return [
+        _like(_concatenate(results[index]), stack) if stack.size else stack
+        for index, stack in enumerate(stacks)
+    ]
+
+
+def _chunks(members: list[tuple[int, int]], capacity: int) -> list[list[_Piece]]:
+    """Cut consecutive matrices into chunks of nearly equal size, at most `capacity` each."""
+    total = sum(count for _, count in members)
+    count = -(-total // capacity)
+    bounds = [total * k // count for k in range(count + 1)]
+    chunks = []
+    for low, high in itertools.pairwise(bounds):
+        chunk, offset = [], 0
+        for stack, length in members:
+            start, stop = max(low - offset, 0), min(high - offset, length)
+            if start < stop:
+                chunk.append(_Piece(stack, start, stop))
+            offset += length
+        chunks.append(chunk)
+    return chunks
+
+
+def _concatenate(parts: list[Inexact[Array, "_ _ _"]]) -> Inexact[Array, "_ _ _"]:
+    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _to_wide(stack: Inexact[Array, "batch rows cols"]) -> Inexact[Array, "batch _ _"]:
+    return stack if stack.shape[1] <= stack.shape[2] else stack.mT
+
+
+def _like(
+    wide: Inexact[Array, "batch _ _"], stack: Inexact[Array, "batch rows cols"]
+) -> Inexact[Array, "batch rows cols"]:
+    return wide if stack.shape[1] <= stack.shape[2] else wide.mT

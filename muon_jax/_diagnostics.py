@@ -1,0 +1,159 @@
+"""What to watch while training: RMS of updates and weights, spectra, orthogonality.
+
+All functions are jittable. Those of a matrix take `[*batch, m, n]`; those of a tree give one
+scalar for each leaf, or for each optimizer group.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Inexact, PyTree
+
+from muon_jax._paths import is_absent, show
+from muon_jax._routing import DimensionNumbers, Heads, route_leaves
+
+
+def update_rms(updates: PyTree) -> PyTree:
+    """Root mean square of each leaf, in float32; also the weight RMS, given parameters.
+
+    AdamW's updates have an RMS of 0.2 to 0.4 and Muon's are scaled to 0.2, before the learning
+    rate: divide by it where `updates` are those of a whole optimizer (Liu et al. 2025, 2.2).
+
+    Args:
+      updates: a pytree of arrays of any shapes; None and masked leaves stay as they are.
+
+    Returns:
+      A pytree of float32 scalars with the structure of `updates`; 0 for an empty array.
+    """
+    return jax.tree.map(lambda leaf: jnp.sqrt(_sum_of_squares(leaf) / max(1, leaf.size)), updates)
+
+
+def group_rms(
+    updates: PyTree,
+    params: PyTree,
+    *,
+    muon_weight_dimension_numbers: DimensionNumbers = None,
+    heads: Heads = "joint",
+) -> dict[str, Float[Array, ""]]:
+    """Root mean square over all elements of each optimizer group.
+
+    Args:
+      updates: updates, gradients or the parameters themselves; a pytree like `params`, where None
+        and masked leaves are left out.
+      params: the parameters, or their `jax.ShapeDtypeStruct`s, which are routed.
+      muon_weight_dimension_numbers: as given to `muon`.
+      heads: as given to `muon`.
+
+    Returns:
+      ``{"muon": rms, "adam": rms}``, float32 scalars; 0 for a group without elements.
+
+    Raises:
+      ValueError, TypeError: where `muon` would, for the same parameters.
+    """
+    routes, structure = route_leaves(params, muon_weight_dimension_numbers, heads)
+    groups: dict[str, list[jax.Array]] = {"muon": [], "adam": []}
+    for route, leaf in zip(routes, structure.flatten_up_to(updates), strict=True):
+        if not is_absent(leaf):
+            groups[route.group].append(leaf)
+    return {
+        group: jnp.sqrt(
+            sum((_sum_of_squares(leaf) for leaf in leaves), start=jnp.zeros((), jnp.float32))
+            / max(1, sum(leaf.size for leaf in leaves))
+        )
+        for group, leaves in groups.items()
+    }
+
+
+def map_matrices(
+    function: Callable[[Inexact[Array, "batch fan_in fan_out"]], Any],
+    tree: PyTree,
+    params: PyTree,
+    *,
+    muon_weight_dimension_numbers: DimensionNumbers = None,
+    heads: Heads = "joint",
+) -> dict[str, list[Any]]:
+    """Apply a function to the matrices of each Muon leaf, as `muon` sees them.
+
+    Args:
+      function: takes `[batch, fan_in, fan_out]`, such as `svd_entropy` or `orthogonality_error`.
+      tree: parameters, updates or momenta; a pytree like `params`.
+      params: the parameters, or their `jax.ShapeDtypeStruct`s, which are routed.
+      muon_weight_dimension_numbers: as given to `muon`.
+      heads: as given to `muon`.
+
+    Returns:
+      From each leaf's path to the results for its views: one, or one for each fused block.
+
+    Raises:
+      ValueError, TypeError: where `muon` would, for the same parameters.
+    """
+    routes, structure = route_leaves(params, muon_weight_dimension_numbers, heads)
+    return {
+        show(route.path): [function(matrices) for matrices in route.views.take(leaf)]
+        for route, leaf in zip(routes, structure.flatten_up_to(tree), strict=True)
+        if route.views is not None and not is_absent(leaf)
+    }
+
+
+def svd_entropy(matrix: Inexact[Array, "*batch m n"]) -> Float[Array, "*batch"]:
+    """How evenly the energy spreads over the singular directions: 1 is flat, 0 is rank one.
+
+    ``H = -1/log(r) sum_i p_i log p_i`` with ``p_i = s_i^2 / sum_j s_j^2`` and r = min(m, n)
+    singular values (Liu et al. 2025, Section 3.4). Higher under Muon than under AdamW for over
+    90% of the matrices there.
+
+    Args:
+      matrix: matrices in the last two axes.
+
+    Returns:
+      One value in [0, 1] for each matrix, float32 or wider; 0 for a zero matrix and for one row
+      or column.
+
+    Raises:
+      ValueError: for fewer than two axes.
+    """
+    matrix = _as_matrices("svd_entropy", matrix)
+    rank = min(matrix.shape[-2:])
+    if rank < 2:
+        return jnp.zeros(matrix.shape[:-2], jnp.finfo(matrix.dtype).dtype)
+    peak = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
+    values = jnp.linalg.svd(matrix / jnp.where(peak == 0, 1, peak), compute_uv=False)
+    energy = jnp.square(values)
+    total = jnp.sum(energy, axis=-1, keepdims=True)
+    share = energy / jnp.where(total == 0, 1, total)
+    return -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1) / jnp.log(float(rank))
+
+
+def orthogonality_error(matrix: Inexact[Array, "*batch m n"]) -> Float[Array, "*batch"]:
+    """``||X X^H - I||_F / sqrt(m)``, with m <= n after transposition: 0 for a polar factor.
+
+    The root mean square of ``s_i^2 - 1`` over the singular values, without computing them.
+
+    Args:
+      matrix: matrices in the last two axes.
+
+    Returns:
+      One value for each matrix, float32 or wider.
+
+    Raises:
+      ValueError: for fewer than two axes.
+    """
+    matrix = _as_matrices("orthogonality_error", matrix)
+    wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
+    rows = wide.shape[-2]
+    gram = jnp.matmul(wide, wide.mT.conj(), precision=jax.lax.Precision.HIGHEST)
+    excess = jnp.square(jnp.abs(gram - jnp.eye(rows, dtype=gram.dtype)))
+    return jnp.sqrt(jnp.sum(excess, axis=(-2, -1)) / rows)
+
+
+def _as_matrices(name: str, matrix: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+    if matrix.ndim < 2:
+        raise ValueError(f"{name} takes matrices in the last two axes, got shape {matrix.shape}.")
+    return matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+
+
+def _sum_of_squares(leaf: Inexact[Array, "*shape"]) -> Float[Array, ""]:
+    wide = jnp.abs(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)))
+    return jnp.sum(jnp.square(wide)).astype(jnp.float32)

@@ -1,0 +1,183 @@
+"""See a parameter as batches of matrices, and put the matrices back.
+
+`optax.contrib.MuonDimensionNumbers` says which axes of a leaf are reduced (fan-in) and which are
+outputs (fan-out); all others are a batch. `FusedBlocks` adds the one thing it cannot say: that an
+axis holds several matrices side by side, such as Q, K and V.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact
+from optax.contrib import MuonDimensionNumbers
+
+
+@dataclasses.dataclass(frozen=True)
+class FusedBlocks:
+    """Several matrices side by side along one axis, each to be orthogonalized by itself.
+
+    Attributes:
+      sizes: the length of each block along `axis`; together they fill it.
+      axis: the fused axis, one of the matrix axes.
+      dimension_numbers: the matrix axes of the whole leaf, of which `axis` is one.
+
+    Example: a fused QKV kernel `[d, q + k + v]` and a gate-up stack `[experts, d, 2 * f]`:
+      >>> qkv = FusedBlocks(sizes=(512, 128, 128), axis=1)
+      >>> gate_up = FusedBlocks((1408, 1408), axis=2, dimension_numbers=MuonDimensionNumbers(1, 2))
+    """
+
+    sizes: tuple[int, ...]
+    axis: int = 1
+    dimension_numbers: MuonDimensionNumbers = MuonDimensionNumbers(0, 1)  # noqa: RUF009
+
+
+MatrixSpec = MuonDimensionNumbers | FusedBlocks
+"""What says which axes of a leaf form its matrices."""
+
+
+def is_matrix_spec(node: object) -> bool:
+    """Whether a tree node says which axes form the matrices of a leaf."""
+    return isinstance(node, MatrixSpec)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """One slice of the leaf along one axis."""
+
+    axis: int
+    start: int
+    size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixView:
+    """One batch of equal matrices inside a leaf: `[batch, fan_in, fan_out]`."""
+
+    shape: tuple[int, ...]
+    reduction: tuple[int, ...]
+    output: tuple[int, ...]
+    block: _Block | None = None
+
+    @property
+    def batch_axes(self) -> tuple[int, ...]:
+        """The axes that are neither reduction nor output, in the leaf's order."""
+        matrix = {*self.reduction, *self.output}
+        return tuple(axis for axis in range(len(self.shape)) if axis not in matrix)
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """The shape of the part of the leaf that this view covers."""
+        shape = list(self.shape)
+        if self.block is not None:
+            shape[self.block.axis] = self.block.size
+        return tuple(shape)
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """`(batch, fan_in, fan_out)`."""
+        shape = self.block_shape
+        batch, fan_in, fan_out = (
+            math.prod(shape[axis] for axis in axes)
+            for axes in (self.batch_axes, self.reduction, self.output)
+        )
+        return batch, fan_in, fan_out
+
+    def take(self, leaf: Inexact[Array, "*shape"]) -> Inexact[Array, "batch fan_in fan_out"]:
+        """The matrices of this view."""
+        if self.block is not None:
+            block = self.block
+            leaf = jax.lax.slice_in_dim(
+                leaf, block.start, block.start + block.size, axis=block.axis
+            )
+        order = (*self.batch_axes, *self.reduction, *self.output)
+        return leaf.transpose(order).reshape(self.matrices)
+
+    def put(self, matrices: Inexact[Array, "batch fan_in fan_out"]) -> Inexact[Array, "*shape"]:
+        """The inverse of `take`: the part of the leaf that this view covers."""
+        order = (*self.batch_axes, *self.reduction, *self.output)
+        block_shape = self.block_shape
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return matrices.reshape([block_shape[axis] for axis in order]).transpose(inverse)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafViews:
+    """All the matrices of one leaf: one view, or one for each fused block."""
+
+    views: tuple[MatrixView, ...]
+
+    def take(self, leaf: Inexact[Array, "*shape"]) -> list[Inexact[Array, "_ _ _"]]:
+        """The matrices of each view."""
+        return [view.take(leaf) for view in self.views]
+
+    def put(self, stacks: Sequence[Inexact[Array, "_ _ _"]]) -> Inexact[Array, "*shape"]:
+        """The leaf made of the matrices of each view."""
+        parts = [view.put(stack) for view, stack in zip(self.views, stacks, strict=True)]
+        block = self.views[0].block
+        return parts[0] if block is None else jnp.concatenate(parts, axis=block.axis)
+
+
+def leaf_views(shape: Sequence[int], spec: MatrixSpec, where: str) -> LeafViews:
+    """The matrices of a leaf of `shape`, as `spec` declares them.
+
+    Args:
+      shape: the shape of the leaf.
+      spec: which axes form its matrices.
+      where: the leaf's path, for errors.
+
+    Raises:
+      ValueError: for axes out of range, named twice or missing, and for blocks that do not lie
+        on a matrix axis or do not fill it.
+    """
+    shape = tuple(shape)
+    numbers = spec.dimension_numbers if isinstance(spec, FusedBlocks) else spec
+    reduction = _axes(numbers.reduction_axis, shape, where, "reduction_axis")
+    output = _axes(numbers.output_axis, shape, where, "output_axis")
+    shared = sorted({*reduction} & {*output})
+    if shared:
+        raise ValueError(
+            f"{where}, shape {shape}: axis {shared[0]} is both a reduction and an output axis in "
+            f"{numbers}; each axis belongs to one of them, or to neither (a batch)."
+        )
+    whole = MatrixView(shape, reduction, output)
+    if not isinstance(spec, FusedBlocks):
+        return LeafViews((whole,))
+
+    (axis,) = _axes(spec.axis, shape, where, "FusedBlocks.axis")
+    if axis in whole.batch_axes:
+        raise ValueError(
+            f"{where}, shape {shape}: FusedBlocks.axis={spec.axis} is a batch axis under "
+            f"{numbers}, whose matrices are separate already; name a reduction or output axis."
+        )
+    if not spec.sizes or any(size < 1 for size in spec.sizes) or sum(spec.sizes) != shape[axis]:
+        raise ValueError(
+            f"{where}, shape {shape}: FusedBlocks.sizes={tuple(spec.sizes)} must be positive and "
+            f"add up to the length of axis {axis}, {shape[axis]}; they add up to {sum(spec.sizes)}."
+        )
+    starts = [sum(spec.sizes[:index]) for index in range(len(spec.sizes))]
+    return LeafViews(
+        tuple(
+            dataclasses.replace(whole, block=_Block(axis, start, size))
+            for start, size in zip(starts, spec.sizes, strict=True)
+        )
+    )
+
+
+def _axes(
+    axes: int | Sequence[int], shape: tuple[int, ...], where: str, name: str
+) -> tuple[int, ...]:
+    listed = (axes,) if isinstance(axes, int) else tuple(axes)
+    rank = len(shape)
+    wrong = [axis for axis in listed if not -rank <= axis < rank]
+    if wrong or not listed:
+        raise ValueError(
+            f"{where}, shape {shape}: {name}={axes} does not name axes of a leaf of rank {rank}; "
+            f"use axes from {-rank} to {rank - 1}."
+        )
+    normal = tuple(axis % rank for axis in listed)
+    if len({*normal}) < len(normal):
+        raise ValueError(f"{where}, shape {shape}: {name}={axes} names an axis twice.")
+    return normal

@@ -1,0 +1,259 @@
+"""Orthogonalize matrices by Newton-Schulz: normalise, iterate (Liu et al. 2025, Section 2.1).
+
+    X_0 = M / ||M||_F,    X_k = a X + b (X X^T) X + c (X X^T)^2 X
+
+What the precision rests on: in bfloat16 every product is accumulated in float32, its sum with
+``a X`` or ``b A`` is formed in float32, and the result is rounded once. Written with bfloat16
+sums instead, five steps drift 4-7% away from float32; rounded once, 1.2-1.5%.
+
+Two engines run the same arithmetic. Accelerators multiply bfloat16 operands in one batched
+product. XLA:CPU has no fast product of that kind (some fail at run time), so there the
+bfloat16-rounded values are held in float32, and matrices are taken one by one, in a loop that
+stays in cache: 1.3 to 2 times the speed of its batched product.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Inexact
+
+from muon_jax._checks import check_dtype
+from muon_jax._polynomials import Schedule, resolve_schedule
+
+Preconditioning = Literal["frobenius", "spectral", "aol", "schatten"]
+
+_NS_DTYPES = ("bfloat16", "float32", "float64")
+
+
+def orthogonalize(
+    x: Inexact[Array, "*batch rows cols"],
+    ns_coeffs: Any = "standard",
+    ns_steps: int | None = None,
+    *,
+    preconditioning: Preconditioning = "frobenius",
+    ns_dtype: jax.typing.DTypeLike = "bfloat16",
+) -> Inexact[Array, "*batch rows cols"]:
+    """Replace the singular values of each matrix by values near 1: the polar factor ``U V^T``.
+
+    The result does not depend on the scale of `x`, from 1e-30 to 1e30; a zero matrix gives exact
+    zeros; a finite matrix never gives NaN. Wide and tall matrices cost the same: the iteration
+    runs on the smaller Gram matrix.
+
+    Args:
+      x: matrices in the last two axes, any leading axes; float32, bfloat16, float16, float64 or
+        complex.
+      ns_coeffs: the schedule, by name or as data; see `muon_jax.SCHEDULES`.
+      ns_steps: the number of steps; None means 5, or the schedule's own length.
+      preconditioning: what divides `x` before the first step. ``"frobenius"``: the Frobenius
+        norm (Liu et al. 2025). ``"spectral"``: the largest singular value, from an eigenvalue
+        decomposition of the Gram matrix; costly. ``"aol"``: a scale for each row from the row
+        sums of ``|X X^T|`` (Turbo-Muon, arXiv 2512.04632); ``"schatten"``: the Schatten-4 norm
+        ``||X X^T||_F^(1/2)`` (arXiv 2506.10935). The last two reuse the first step's product.
+      ns_dtype: the dtype that the products multiply: bfloat16 (the paper's), float32 or float64.
+        Complex matrices iterate in complex64, or complex128 for float64.
+
+    Returns:
+      An array of `x`'s shape and dtype.
+
+    Raises:
+      ValueError: for fewer than two axes, an unknown name, contradicting steps, another dtype.
+      TypeError: for an integer or boolean `x`.
+
+    Example:
+      >>> x = jax.random.normal(jax.random.key(0), (3, 64, 16))
+      >>> s = jnp.linalg.svd(orthogonalize(x, "deepseek_v4"), compute_uv=False)
+      >>> bool(abs(s - 1).max() < 0.02)
+      True
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        raise TypeError(
+            f"orthogonalize takes floating-point or complex matrices, got dtype {x.dtype}; "
+            "convert with x.astype(jnp.float32)."
+        )
+    if x.ndim < 2:
+        raise ValueError(
+            f"orthogonalize takes matrices in the last two axes, got shape {x.shape}; a vector "
+            "belongs to AdamW."
+        )
+    iteration = Iteration(
+        resolve_schedule(ns_coeffs, ns_steps),
+        check_preconditioning(preconditioning),
+        check_ns_dtype(ns_dtype),
+    )
+    if not x.size:
+        return x
+    rows, cols = x.shape[-2:]
+    wide = x if rows <= cols else x.mT
+    flat = iteration.cast(wide.reshape(-1, *wide.shape[-2:]))
+    out = iteration(flat).reshape(wide.shape).astype(x.dtype)
+    return out if rows <= cols else out.mT
+
+
+def check_preconditioning(name: str) -> str:
+    """Return `name`, or raise ValueError that lists the known ones."""
+    if name not in get_args(Preconditioning):
+        raise ValueError(
+            f"Unknown preconditioning {name!r}; known are {', '.join(get_args(Preconditioning))}."
+        )
+    return name
+
+
+def check_ns_dtype(ns_dtype: Any) -> str:
+    """Return the dtype's name, or raise ValueError that says which can be iterated in."""
+    name = check_dtype("ns_dtype", ns_dtype).name
+    if name not in _NS_DTYPES:
+        raise ValueError(
+            f"ns_dtype must be one of {', '.join(_NS_DTYPES)}; got {name}. float16 is not offered: "
+            "a gradient is cast before it is normalised, and its range ends at 6e-8."
+        )
+    if name == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError("ns_dtype=float64 needs jax.config.update('jax_enable_x64', True).")
+    return name
+
+
+class Iteration(NamedTuple):
+    """A hashable Newton-Schulz iteration, ready to run on batches of wide matrices."""
+
+    schedule: Schedule
+    preconditioning: str
+    ns_dtype: str
+
+    def cast(self, x: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+        """Cast to the dtype in which matrices are stacked, exchanged and multiplied.
+
+        It comes before the norm, so that every device sees the values that one device would.
+        """
+        if jnp.iscomplexobj(x):
+            return x.astype("complex128" if self.ns_dtype == "float64" else "complex64")
+        if self.ns_dtype != "bfloat16":
+            return x.astype(self.ns_dtype)
+        # float32's largest values round to infinity in bfloat16; real infinities stay.
+        limit = float(jnp.finfo(jnp.bfloat16).max)
+        return jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x).astype(jnp.bfloat16)
+
+    def __call__(self, x: Inexact[Array, "batch rows cols"]) -> Inexact[Array, "batch rows cols"]:
+        """Orthogonalize wide matrices (rows <= cols) held in their storage dtype."""
+        return _newton_schulz(x, self)
+
+
+@functools.partial(jax.jit, static_argnames="iteration")
+def _newton_schulz(
+    x: Inexact[Array, "batch rows cols"], iteration: Iteration
+) -> Inexact[Array, "batch rows cols"]:
+    if x.dtype != jnp.bfloat16:
+        exact = _Arithmetic(x.dtype, lambda y: y, _full_precision_product, unroll=True)
+        one_by_one = functools.partial(_one_by_one, exact._replace(unroll=False), iteration)
+        batched = functools.partial(_iterate, exact, iteration)
+    else:
+        held = _Arithmetic(jnp.float32, _round_to_bfloat16, _full_precision_product, unroll=False)
+        one_by_one = functools.partial(_one_by_one, held, iteration)
+        mixed = _Arithmetic(jnp.float32, _to_bfloat16, _bfloat16_product, unroll=True)
+        batched = functools.partial(_iterate, mixed, iteration)
+    return lax.platform_dependent(x, cpu=one_by_one, default=batched)
+
+
+class _Arithmetic(NamedTuple):
+    """How one engine multiplies and rounds; the iteration itself is written once."""
+
+    wide: Any  # the dtype of accumulation, of sums and of norms
+    store: Callable[[jax.Array], jax.Array]  # rounds a sum to what the next product reads
+    product: Callable[..., jax.Array]  # stored x stored -> wide
+    unroll: bool
+
+
+def _round_to_bfloat16(x: jax.Array) -> jax.Array:
+    # reduce_precision, since XLA may drop a pair of casts as excess precision.
+    return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+def _to_bfloat16(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.bfloat16)
+
+
+def _full_precision_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+
+
+def _bfloat16_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+
+
+def _one_by_one(
+    arithmetic: _Arithmetic, iteration: Iteration, x: Inexact[Array, "batch rows cols"]
+) -> Inexact[Array, "batch rows cols"]:
+    return lax.map(functools.partial(_iterate, arithmetic, iteration), x)
+
+
+def _iterate(
+    arithmetic: _Arithmetic, iteration: Iteration, x: Inexact[Array, "*batch rows cols"]
+) -> Inexact[Array, "*batch rows cols"]:
+    store, product = arithmetic.store, arithmetic.product
+
+    def step(x: jax.Array, abc: Any, gram: jax.Array | None = None) -> tuple[jax.Array, None]:
+        a, b, c = abc
+        gram = store(product(x, _adjoint(x))) if gram is None else gram
+        poly = store(b * gram.astype(arithmetic.wide) + c * product(gram, gram))
+        return store(a * x.astype(arithmetic.wide) + product(poly, x)), None
+
+    dtype = x.dtype
+    x = _divide_by_norm(x.astype(arithmetic.wide))
+    schedule = iteration.schedule
+    if iteration.preconditioning == "spectral":
+        x = _divide_by_largest_singular_value(x)
+    if iteration.preconditioning in ("aol", "schatten"):
+        rescale = _aol if iteration.preconditioning == "aol" else _schatten
+        x = store(x)
+        x, gram = rescale(x.astype(arithmetic.wide), product(x, _adjoint(x)))
+        x, _ = step(store(x), schedule[0], store(gram))
+        schedule = schedule[1:]
+    else:
+        x = store(x)
+    if schedule:
+        coefficients = jnp.asarray(schedule, jnp.finfo(arithmetic.wide).dtype)
+        unroll = len(schedule) if arithmetic.unroll else 1
+        x, _ = lax.scan(step, x, coefficients, unroll=unroll)
+    return x.astype(dtype)
+
+
+def _adjoint(x: jax.Array) -> jax.Array:
+    return x.mT.conj() if jnp.iscomplexobj(x) else x.mT
+
+
+def _safe(divisor: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """1 where the divisor is 0, so that zeros stay zeros."""
+    return jnp.where(divisor == 0, 1, divisor)
+
+
+def _divide_by_norm(x: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batch rows cols"]:
+    """Divide by the Frobenius norm, after the largest magnitude: its square can't overflow."""
+    x = x / _safe(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
+    return x / _safe(jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x)), axis=(-2, -1), keepdims=True)))
+
+
+def _divide_by_largest_singular_value(
+    x: Inexact[Array, "*batch rows cols"],
+) -> Inexact[Array, "*batch rows cols"]:
+    gram = _full_precision_product(x, _adjoint(x))
+    largest = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram)[..., -1], 0))
+    return x / _safe(largest)[..., None, None]
+
+
+def _aol(
+    x: Inexact[Array, "*batch rows cols"], gram: Inexact[Array, "*batch rows rows"]
+) -> tuple[Inexact[Array, "*batch rows cols"], Inexact[Array, "*batch rows rows"]]:
+    """Row scales that bound the spectral norm by 1 (arXiv 2512.04632)."""
+    scale = lax.rsqrt(_safe(jnp.sum(jnp.abs(gram), axis=-1)))
+    return x * scale[..., :, None], gram * scale[..., :, None] * scale[..., None, :]
+
+
+def _schatten(
+    x: Inexact[Array, "*batch rows cols"], gram: Inexact[Array, "*batch rows rows"]
+) -> tuple[Inexact[Array, "*batch rows cols"], Inexact[Array, "*batch rows rows"]]:
+    """Divide by the Schatten-4 norm, which bounds the spectral norm (arXiv 2506.10935)."""
+    squared = _safe(jnp.sqrt(jnp.sum(jnp.square(jnp.abs(gram)), axis=(-2, -1), keepdims=True)))
+    return x / jnp.sqrt(squared), gram / squared

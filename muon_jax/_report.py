@@ -1,0 +1,128 @@
+"""A readable report of what `muon` does with each parameter."""
+
+import dataclasses
+import math
+from typing import Any
+
+from muon_jax._checks import Scalar
+from muon_jax._paths import show
+from muon_jax._routing import DimensionNumbers, Heads, Route, route_leaves
+from muon_jax._scaling import (
+    DEFAULT_RMS,
+    ShapeFunction,
+    UpdateScale,
+    describe_update_scale,
+    resolve_update_scale,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingRow:
+    """What happens to one parameter.
+
+    Attributes:
+      path: its path, such as ``layers/0/attn/q_proj/kernel``.
+      shape: its shape.
+      group: ``"muon"`` or ``"adam"``.
+      matrices: `(batch, fan_in, fan_out)` of its matrices, one triple for each fused block; empty
+        for AdamW.
+      scale: the update scale of each triple, as text; empty for AdamW.
+      reason: why it goes there.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    group: str
+    matrices: tuple[tuple[int, int, int], ...]
+    scale: tuple[str, ...]
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingReport:
+    """The rows of `routing_report`; `str` draws the table."""
+
+    rows: tuple[RoutingRow, ...]
+
+    def __str__(self) -> str:
+        header = ("path", "shape", "group", "matrix", "batch", "scale", "because")
+        cells: list[tuple[str, ...]] = [header]
+        for row in self.rows:
+            cells.append(
+                (
+                    row.path,
+                    "x".join(map(str, row.shape)) or "()",
+                    row.group,
+                    " + ".join(f"{rows}x{cols}" for _, rows, cols in row.matrices) or "-",
+                    " + ".join(str(batch) for batch, _, _ in row.matrices) or "-",
+                    " + ".join(row.scale) or "-",
+                    row.reason,
+                )
+            )
+        widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in cells
+        ]
+        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], self._totals()])
+
+    def _totals(self) -> str:
+        size = {"muon": 0, "adam": 0}
+        for row in self.rows:
+            size[row.group] += math.prod(row.shape)
+        matrices = sum(batch for row in self.rows for batch, _, _ in row.matrices)
+        share = size["muon"] / max(1, sum(size.values()))
+        return (
+            f"muon: {matrices:,} matrices, {size['muon']:,} parameters ({share:.1%}); "
+            f"adam: {size['adam']:,} parameters"
+        )
+
+
+def routing_report(
+    params: Any,
+    *,
+    muon_weight_dimension_numbers: DimensionNumbers = None,
+    heads: Heads = "joint",
+    consistent_rms: Scalar | None = DEFAULT_RMS,
+    update_scale: UpdateScale | ShapeFunction | None = None,
+) -> RoutingReport:
+    """Print and return, for each parameter, its group, matrices, update scale and the reason.
+
+    Args:
+      params: a pytree of arrays or of `jax.ShapeDtypeStruct`s.
+      muon_weight_dimension_numbers: as given to `muon`.
+      heads: as given to `muon`.
+      consistent_rms: as given to `muon`.
+      update_scale: as given to `muon`.
+
+    Returns:
+      A `RoutingReport`, whose `rows` are in the order of ``jax.tree.leaves(params)``.
+
+    Raises:
+      ValueError, TypeError: where `muon` would, for the same leaves.
+
+    Example:
+      >>> report = routing_report({"embed": jnp.ones((9, 4)), "proj": {"kernel": jnp.ones((4, 4))}})
+      path         shape  group  matrix  batch  scale  because
+      ------------------------------------------------------------------
+      embed        9x4    adam   -       -      -      embedding
+      proj/kernel  4x4    muon   4x4     1      0.4    linear kernel
+      muon: 1 matrices, 16 parameters (30.8%); adam: 36 parameters
+    """
+    scale = resolve_update_scale(consistent_rms, update_scale)
+    routes, _ = route_leaves(params, muon_weight_dimension_numbers, heads)
+    report = RoutingReport(tuple(_row(route, scale) for route in routes))
+    print(report)
+    return report
+
+
+def _row(route: Route, scale: UpdateScale) -> RoutingRow:
+    matrices = tuple(view.matrices for view in route.views.views) if route.views else ()
+    return RoutingRow(
+        show(route.path),
+        route.shape,
+        route.group,
+        matrices,
+        tuple(describe_update_scale(scale, fan_in, fan_out) for _, fan_in, fan_out in matrices),
+        route.reason,
+    )

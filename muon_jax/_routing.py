@@ -1,0 +1,251 @@
+"""Decide, leaf by leaf, what is a matrix for Muon and what goes to AdamW.
+
+Precedence: the user's dimension numbers; the table of names (`_roles`); rank. What cannot be known
+raises, with the leaf's path and the line to write: a wrong guess would train a wrong model
+without a word.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+from muon_jax._matrices import LeafViews, MatrixSpec, is_matrix_spec, leaf_views
+from muon_jax._paths import Path, flatten_with_names, is_absent, show
+from muon_jax._roles import Role, role_of
+
+Heads = Literal["joint", "per_head"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PathRules:
+    """Dimension numbers for the leaves whose path a pattern finds; made by `by_path`."""
+
+    rules: tuple[tuple[str, MatrixSpec | None], ...]
+
+
+def by_path(rules: Mapping[str, MatrixSpec | None]) -> PathRules:
+    """Declare some leaves by their path, and leave the others to the table of names.
+
+    Args:
+      rules: from a regular expression, searched in paths such as ``layers/0/attn/qkv/kernel``,
+        to the leaf's `MuonDimensionNumbers` or `FusedBlocks`, or to None for AdamW. The first
+        pattern that is found decides.
+
+    Returns:
+      A value for `muon_weight_dimension_numbers`.
+
+    Raises:
+      ValueError: for an invalid pattern; and from the optimizer, for a pattern found in no path.
+      TypeError: for a value of another type.
+
+    Example:
+      >>> rules = by_path({"qkv/kernel": FusedBlocks((64, 64, 64)), "patch_embed": None})
+      >>> tx = muon(3e-4, muon_weight_dimension_numbers=rules)
+    """
+    for pattern, spec in rules.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"by_path: {pattern!r} is no regular expression: {error}.") from error
+        if spec is not None and not is_matrix_spec(spec):
+            raise TypeError(
+                f"by_path: {pattern!r} maps to {spec!r}; use MuonDimensionNumbers, FusedBlocks, or "
+                "None for AdamW."
+            )
+    return PathRules(tuple(rules.items()))
+
+
+DimensionNumbers = MatrixSpec | PathRules | Callable[[Any], Any] | Any
+"""What `muon_weight_dimension_numbers` takes: one spec, a tree, a function of params, `by_path`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """Where one leaf goes.
+
+    Attributes:
+      path: the leaf's normalised path.
+      shape: the leaf's shape.
+      dtype: the leaf's dtype.
+      reason: why it goes there.
+      spec: which axes form its matrices; None sends it to AdamW.
+      views: its matrices; None where `spec` is.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    reason: str
+    spec: MatrixSpec | None = None
+    views: LeafViews | None = None
+
+    @property
+    def group(self) -> Literal["muon", "adam"]:
+        """The optimizer that updates this leaf."""
+        return "adam" if self.views is None else "muon"
+
+
+def route_leaves(
+    params: Any, dimension_numbers: DimensionNumbers = None, heads: Heads = "joint"
+) -> tuple[list[Route], Any]:
+    """Route every leaf of `params`.
+
+    Args:
+      params: a pytree of arrays or `jax.ShapeDtypeStruct`s; None and `optax.MaskedNode` are
+        absent leaves.
+      dimension_numbers: as `muon_weight_dimension_numbers` of `muon`.
+      heads: whether the heads of an attention kernel form one matrix or one each.
+
+    Returns:
+      One `Route` for each leaf, in the order of `jax.tree.leaves(params)`, and the structure.
+
+    Raises:
+      ValueError: for leaves whose matrices cannot be known, for dimension numbers that do not fit
+        the leaves, for a tree without leaves.
+      TypeError: for a leaf that is neither real nor complex floating-point.
+    """
+    if heads not in get_args(Heads):
+        raise ValueError(f'heads must be "joint" or "per_head"; got {heads!r}.')
+    leaves, structure = flatten_with_names(params)
+    if not leaves and _is_bare(params):
+        raise ValueError(
+            f"muon was given a parameter tree without leaves: {params!r}. With Flax pass "
+            'variables["params"] or nnx.state(model, nnx.Param).'
+        )
+    declared = _declared(params, leaves, dimension_numbers)
+    routes, unknown = [], []
+    for path, leaf in leaves:
+        shape, dtype = _shape_and_dtype(path, leaf)
+        if path in declared:
+            route = _route_declared(path, shape, dtype, declared[path])
+        else:
+            role = role_of(path, shape, per_head=heads == "per_head")
+            if isinstance(role, str):
+                unknown.append(f"  {show(path)}, shape {shape}: {role}.")
+                continue
+            route = _route_by_role(path, shape, dtype, role)
+        routes.append(route)
+    if unknown:
+        raise ValueError(_how_to_declare(unknown))
+    return routes, structure
+
+
+def _how_to_declare(unknown: list[str]) -> str:
+    listed = "\n".join(unknown[:10]) + ("\n  ..." if len(unknown) > 10 else "")
+    pattern = unknown[0].split(",")[0].strip()
+    return (
+        f"The matrix axes of {len(unknown)} parameter(s) of three or more axes cannot be known:\n"
+        f"{listed}\n"
+        "Say which axes are reduced (fan-in) and which are outputs (fan-out); all others are a "
+        "batch. For a stack of [in, out] matrices:\n"
+        "  muon(..., muon_weight_dimension_numbers=muon_jax.by_path({\n"
+        f'      "{pattern}": optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)'
+        "}))\n"
+        "or map the path to None for AdamW."
+    )
+
+
+def _is_bare(tree: Any) -> bool:
+    """Whether a tree is nothing but empty built-in containers."""
+    builtin = (dict, list, tuple, type(None))
+    return not jax.tree.leaves(tree, is_leaf=lambda node: type(node) not in builtin)
+
+
+def _shape_and_dtype(path: Path, leaf: Any) -> tuple[tuple[int, ...], jnp.dtype]:
+    dtype = jnp.dtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf))
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise TypeError(
+            f"{show(path)} has dtype {dtype}, and an optimizer updates floating-point or complex "
+            "leaves only. Keep it out of the parameters: filter it by type (nnx.Param), mask it "
+            "with optax.masked, or give it to optax.set_to_zero in optax.partition."
+        )
+    return tuple(jnp.shape(leaf)), dtype
+
+
+def _route_by_role(path: Path, shape: tuple[int, ...], dtype: jnp.dtype, role: Role) -> Route:
+    if role.spec is None:
+        return Route(path, shape, dtype, role.reason)
+    views = leaf_views(shape, role.spec, show(path))
+    _, fan_in, fan_out = views.views[0].matrices
+    if min(fan_in, fan_out) <= 1:
+        return Route(path, shape, dtype, f"{role.reason}, of one row or column")
+    return Route(path, shape, dtype, role.reason, role.spec, views)
+
+
+def _route_declared(
+    path: Path, shape: tuple[int, ...], dtype: jnp.dtype, spec: MatrixSpec | None
+) -> Route:
+    if spec is None:
+        return Route(path, shape, dtype, "declared")
+    if len(shape) < 2:
+        raise ValueError(
+            f"{show(path)}, shape {shape}: declared as a matrix by {spec}, but it has fewer than "
+            "two axes; declare None, which gives it to AdamW."
+        )
+    return Route(path, shape, dtype, "declared", spec, leaf_views(shape, spec, show(path)))
+
+
+def _declared(
+    params: Any, leaves: list[tuple[Path, Any]], dimension_numbers: DimensionNumbers
+) -> dict[Path, MatrixSpec | None]:
+    """The user's word on each leaf that the user spoke of."""
+    if dimension_numbers is None or not leaves:
+        return {}
+    if isinstance(dimension_numbers, PathRules):
+        return _declared_by_rules(leaves, dimension_numbers)
+    # A parameter tree may be callable itself (an Equinox module); a function is a tree's leaf.
+    if callable(dimension_numbers) and jax.tree_util.all_leaves([dimension_numbers]):
+        dimension_numbers = dimension_numbers(params)
+    return _declared_by_tree(leaves, dimension_numbers)
+
+
+def _declared_by_rules(
+    leaves: list[tuple[Path, Any]], rules: PathRules
+) -> dict[Path, MatrixSpec | None]:
+    declared, found = {}, set()
+    for path, _ in leaves:
+        for pattern, spec in rules.rules:
+            if re.search(pattern, "/".join(path)):
+                found.add(pattern)
+                declared.setdefault(path, spec)
+    unfound = [pattern for pattern, _ in rules.rules if pattern not in found]
+    if unfound:
+        paths = ", ".join(show(path) for path, _ in leaves[:8])
+        raise ValueError(
+            f"by_path: the pattern {unfound[0]!r} is found in no parameter's path; the paths are "
+            f"{paths}{', ...' if len(leaves) > 8 else ''}."
+        )
+    return declared
+
+
+def _declared_by_tree(leaves: list[tuple[Path, Any]], tree: Any) -> dict[Path, MatrixSpec | None]:
+    # By path, not by structure: NNX wraps the same leaves differently in init and in update.
+    entries, _ = flatten_with_names(tree, lambda node: is_absent(node) or is_matrix_spec(node))
+    specs: dict[Path, MatrixSpec | None] = {}
+    for path, entry in entries:
+        if not is_absent(entry) and not is_matrix_spec(entry):
+            raise TypeError(
+                f"muon_weight_dimension_numbers has {entry!r} at {show(path)}; use "
+                "MuonDimensionNumbers, FusedBlocks, or None for AdamW."
+            )
+        specs[path] = None if is_absent(entry) else entry
+    declared, used = {}, set()
+    for path, _ in leaves:
+        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in specs), None)
+        if prefix is None:
+            raise ValueError(
+                f"muon_weight_dimension_numbers says nothing of {show(path)}. A tree speaks of "
+                "every parameter (None for AdamW); to speak of some, use muon_jax.by_path."
+            )
+        used.add(prefix)
+        declared[path] = specs[prefix]
+    unused = [path for path in specs if path not in used and specs[path] is not None]
+    if unused:
+        raise ValueError(
+            f"muon_weight_dimension_numbers speaks of {show(unused[0])}, which is no parameter."
+        )
+    return declared

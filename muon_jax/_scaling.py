@@ -1,0 +1,143 @@
+"""Update scales: from the shape of a matrix to the factor on its orthogonalized update.
+
+A full-rank orthogonal ``[A, B]`` matrix has RMS ``1/sqrt(max(A, B))`` (Liu et al. 2025, Lemma 1),
+so without a scale the update RMS would depend on the shape. ``A`` and ``B`` are those of one
+matrix: never of a stack, a fused block or a shard.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax.core import Tracer
+from jaxtyping import Array, Inexact
+
+from muon_jax._checks import Scalar, check_scalar
+
+ShapeFunction = Callable[[int, int], Scalar]
+
+ADAMW_RMS = 0.2
+"""The low end of AdamW's own update RMS, 0.2 to 0.4 (Liu et al. 2025, Section 2.2)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AdjustedLR:
+    """``rms * sqrt(max(fan_in, fan_out))``: the same update RMS for every shape.
+
+    Liu et al. 2025, Eq. 4 ("Adjusted LR"), Moonlight's choice and the default of `muon`.
+    """
+
+    rms: Scalar = ADAMW_RMS
+
+    def factor(self, fan_in: int, fan_out: int) -> Scalar:
+        """The factor on a `[fan_in, fan_out]` matrix, a scalar."""
+        return self.rms * math.sqrt(max(fan_in, fan_out))
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedScale:
+    """The same factor for every matrix, such as ``0.2 * sqrt(hidden_size)``.
+
+    Liu et al. 2025, Eq. 5 ("Baseline").
+    """
+
+    value: Scalar
+
+    def factor(self, fan_in: int, fan_out: int) -> Scalar:
+        """The factor on any matrix, a scalar."""
+        del fan_in, fan_out
+        return self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class ByShape:
+    """A factor computed by a function of ``(fan_in, fan_out)``."""
+
+    function: ShapeFunction
+
+    def factor(self, fan_in: int, fan_out: int) -> Scalar:
+        """The factor on a `[fan_in, fan_out]` matrix, a scalar."""
+        return self.function(fan_in, fan_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateNorm:
+    """``rms / RMS(O)``: exactly this update RMS, measured on each matrix at each step.
+
+    Liu et al. 2025, Eq. 6 ("Update Norm"). A zero matrix stays zero.
+    """
+
+    rms: Scalar = ADAMW_RMS
+
+
+def width_transfer(fan_in: int, fan_out: int) -> float:
+    """``sqrt(max(1, fan_out / fan_in))``, Jordan's and Optax's scale (`consistent_rms=None`)."""
+    return math.sqrt(max(1.0, fan_out / fan_in))
+
+
+UpdateScale = AdjustedLR | FixedScale | ByShape | UpdateNorm
+
+
+class _DefaultRMS(float):
+    """0.2, told apart from a 0.2 that the user wrote."""
+
+    def __repr__(self) -> str:
+        return float.__repr__(self)
+
+
+DEFAULT_RMS = _DefaultRMS(ADAMW_RMS)
+
+
+def resolve_update_scale(
+    consistent_rms: Scalar | None,
+    update_scale: UpdateScale | ShapeFunction | None,
+) -> UpdateScale:
+    """The one scale that `consistent_rms` and `update_scale` ask for.
+
+    Raises:
+      ValueError: where both are given, or a static `consistent_rms` is negative or not finite.
+      TypeError: where `update_scale` is neither a scale nor a function.
+    """
+    if update_scale is None:
+        if consistent_rms is None:
+            return ByShape(width_transfer)
+        check_scalar("consistent_rms", consistent_rms)
+        return AdjustedLR(consistent_rms)
+    if not isinstance(consistent_rms, _DefaultRMS):
+        raise ValueError(
+            f"consistent_rms={consistent_rms} and update_scale={update_scale} are two scales for "
+            "one update: pass one of them. Under optax.inject_hyperparams, add "
+            '"consistent_rms" to static_args.'
+        )
+    if isinstance(update_scale, UpdateScale):
+        return update_scale
+    if callable(update_scale):
+        return ByShape(update_scale)
+    raise TypeError(
+        "update_scale must be AdjustedLR, UpdateNorm, FixedScale or a function of "
+        f"(fan_in, fan_out); got {update_scale!r}."
+    )
+
+
+def apply_update_scale(
+    orthogonal: Inexact[Array, "*batch fan_in fan_out"], scale: UpdateScale
+) -> Inexact[Array, "*batch fan_in fan_out"]:
+    """Scale each matrix, in float32 or wider: a bfloat16 product would round the factor."""
+    wide = orthogonal.astype(jnp.promote_types(orthogonal.dtype, jnp.float32))
+    real = jnp.finfo(wide.dtype).dtype
+    if not isinstance(scale, UpdateNorm):
+        return wide * jnp.asarray(scale.factor(*wide.shape[-2:]), real)
+    rms = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(wide)), axis=(-2, -1), keepdims=True))
+    return wide * (jnp.asarray(scale.rms, real) / jnp.where(rms == 0, 1, rms))
+
+
+def describe_update_scale(scale: UpdateScale, fan_in: int, fan_out: int) -> str:
+    """The factor on a `[fan_in, fan_out]` matrix, as `routing_report` prints it."""
+    if isinstance(scale, UpdateNorm):
+        return f"{_number(scale.rms)}/RMS(O)"
+    return _number(scale.factor(fan_in, fan_out))
+
+
+def _number(value: Scalar) -> str:
+    return "traced" if isinstance(value, Tracer) else f"{float(value):.4g}"
