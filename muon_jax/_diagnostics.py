@@ -114,7 +114,7 @@ def svd_entropy(matrix: Inexact[Array, "*batch m n"]) -> Float[Array, "*batch"]:
     Raises:
       ValueError: for fewer than two axes.
     """
-    matrix = _as_matrices("svd_entropy", matrix)
+    matrix = _as_matrices("svd_entropy", jnp.asarray(matrix))
     rank = min(matrix.shape[-2:])
     if rank < 2:
         return jnp.zeros(matrix.shape[:-2], jnp.finfo(matrix.dtype).dtype)
@@ -140,11 +140,12 @@ def orthogonality_error(matrix: Inexact[Array, "*batch m n"]) -> Float[Array, "*
     Raises:
       ValueError: for fewer than two axes.
     """
-    matrix = _as_matrices("orthogonality_error", matrix)
+    matrix = _as_matrices("orthogonality_error", jnp.asarray(matrix))
     wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
     rows = wide.shape[-2]
     gram = jnp.matmul(wide, wide.mT.conj(), precision=jax.lax.Precision.HIGHEST)
-    excess = jnp.square(jnp.abs(gram - jnp.eye(rows, dtype=gram.dtype)))
+    identity = jnp.broadcast_to(jnp.eye(rows, dtype=gram.dtype), gram.shape)
+    excess = jnp.square(jnp.abs(gram - identity))
     return jnp.sqrt(jnp.sum(excess, axis=(-2, -1)) / rows)
 
 

@@ -104,7 +104,7 @@ def routing_report(
     Example:
       >>> report = routing_report({"embed": jnp.ones((9, 4)), "proj": {"kernel": jnp.ones((4, 4))}})
       path         shape  group  matrix  batch  scale  because
-      ------------------------------------------------------------------
+      --------------------------------------------------------------
       embed        9x4    adam   -       -      -      embedding
       proj/kernel  4x4    muon   4x4     1      0.4    linear kernel
       muon: 1 matrices, 16 parameters (30.8%); adam: 36 parameters

@@ -9,9 +9,19 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
+import jaxtyping
+import pytest
 from jaxtyping import install_import_hook
 
 # Every shape annotation of the library is checked on every call that a test makes.
 install_import_hook("muon_jax", "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def untyped():
+    """Lets wrong types reach the library's own errors, as they do for a user."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
