@@ -126,8 +126,10 @@ def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     A byte-level BPE writes one printable character per byte, so a token's length is its bytes. They
     turn a loss per token, which depends on the tokenizer, into one per byte, which does not.
     """
-    pieces = [tokenizer.id_to_token(index) for index in range(tokenizer.get_vocab_size())]
-    return np.array([0 if piece == END_OF_TEXT else len(piece) for piece in pieces], np.int32)
+    lengths = np.zeros(tokenizer.get_vocab_size(), np.int32)
+    for piece, index in tokenizer.get_vocab().items():
+        lengths[index] = 0 if piece == END_OF_TEXT else len(piece)
+    return lengths
 
 
 class _Windows:

@@ -1,0 +1,430 @@
+"""Training end to end at toy size: outputs, resumption, settings, accumulation, refusals."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import optax
+import pytest
+import toy
+from flax import nnx
+from tokenizers import Tokenizer
+
+from examples.moonlight import metrics, sample
+from examples.moonlight.checkpoint import Checkpoints, Restored
+from examples.moonlight.files import write_atomically
+from examples.moonlight.model import Moonlight, MoonlightConfig, RouterBias
+from examples.moonlight.steps import StepMetrics, TrainState, make_train_steps
+from examples.moonlight.train import RECIPES, Args, make_optimizer, make_schedule, resolve, train
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Sums of float32 gradients in another order; measured 2e-7.
+ACCUMULATION_TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module", name="finished")
+def _finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished toy run; its run is in `run`."""
+    folder = tmp_path_factory.mktemp("finished")
+    train(toy.arguments(folder), toy.CONFIG)
+    return folder
+
+
+def records(run: Path) -> list[dict]:
+    """Every record of a run but its speed."""
+    lines = (run / metrics.FILE).read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if name != "tokens_per_second"}
+        for line in lines
+    ]
+
+
+def test_a_run_leaves_everything_it_promises(finished: Path):
+    run = finished / "run"
+    steps = metrics.read_metrics(run / metrics.FILE, metrics.TRAIN)
+    assert [record["step"] for record in steps] == list(range(1, 13))
+    assert set(steps[0]) == {"kind", "step", "tokens_per_second", *StepMetrics._fields}
+    assert all(np.isfinite(list(record.values())[1:]).all() for record in steps)
+    validations = metrics.read_metrics(run / metrics.FILE, metrics.VALIDATION)
+    assert [record["step"] for record in validations] == [4, 8, 12]
+
+    results = json.loads((run / "results.json").read_text())
+    assert results["final_val_loss"] == validations[-1]["val_loss"]
+    assert results["best_val_loss"] == min(record["val_loss"] for record in validations)
+    assert results["final_val_loss_per_byte"] < results["final_val_loss"]
+    assert results["tokens"] == 12 * 2 * 16
+    assert results["settings"]["corpus"]
+    assert results["sample"].startswith("line ")
+    assert matplotlib.image.imread(run / "loss.png").std() > 0.05
+    assert list((run / "tensorboard").iterdir())
+
+
+def test_training_learns(finished: Path):
+    losses = [
+        record["loss"] for record in metrics.read_metrics(finished / "run" / metrics.FILE, "train")
+    ]
+    assert losses[0] == pytest.approx(np.log(300), abs=0.1)
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_finished_run_is_only_drawn_again(finished: Path):
+    run = finished / "run"
+    before = (run / "results.json").read_bytes(), (run / metrics.FILE).read_bytes()
+    (run / "loss.png").unlink()
+    results = train(toy.arguments(finished, resume=True), toy.CONFIG)
+    assert results == json.loads(before[0])
+    assert ((run / "results.json").read_bytes(), (run / metrics.FILE).read_bytes()) == before
+    assert (run / "loss.png").stat().st_size > 5000
+
+
+def test_a_run_killed_after_its_last_checkpoint_gets_its_results(finished: Path):
+    run = finished / "run"
+    before = json.loads((run / "results.json").read_text())
+    (run / "results.json").unlink()
+    again = train(toy.arguments(finished, resume=True), toy.CONFIG)
+    for name in ("final_val_loss", "best_val_loss", "sample", "tokens", "settings"):
+        assert again[name] == before[name]
+
+
+def test_both_optimizers_train(tmp_path: Path, finished: Path):
+    train(toy.arguments(tmp_path, optimizer="adamw", compute_dtype="bfloat16"), toy.CONFIG)
+    muon_step, adamw_step = records(finished / "run")[0], records(tmp_path / "run")[0]
+    assert muon_step["loss"] == pytest.approx(adamw_step["loss"], abs=0.01)
+    # Adam's first update is sign(g) wherever the gradient is not tiny; Muon's RMS is 0.2.
+    assert 0.8 < adamw_step["update_rms_muon"] <= 1.1
+    assert muon_step["update_rms_muon"] == pytest.approx(0.2, rel=0.2)
+    assert muon_step["update_rms_adam"] == pytest.approx(adamw_step["update_rms_adam"], rel=0.05)
+
+
+@pytest.fixture(name="start")
+def _start(tmp_path: Path) -> Iterator[Callable[[Path, int], subprocess.Popen]]:
+    """Starts toy runs, and ends those that a failing test leaves behind."""
+    # One compilation for all processes; every one of them would otherwise wait seconds for its own.
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    processes: list[subprocess.Popen] = []
+
+    def start(folder: Path, steps: int) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, toy.__file__, str(folder), str(steps)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def kill_when(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, f"ended before it was killed: {process.communicate()[1]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+def test_a_run_killed_three_times_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, start):
+    steps = 210
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+        toy.write_corpus(folder / "corpus.txt")
+    uninterrupted = start(whole, steps)
+    run = killed / "run"
+    log, checkpoints = run / metrics.FILE, run / "checkpoints"
+
+    def saving_beyond(step: int) -> bool:
+        """Whether a checkpoint is half-written, and a whole one of at least this step is there."""
+        names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
+        whole_steps = [int(name) for name in names if name.isdigit()]
+        return max(whole_steps, default=0) >= step and len(whole_steps) < len(names)
+
+    # Before the first step, in the middle of writing a checkpoint, and between two checkpoints.
+    kill_when(start(killed, steps), (run / "settings.json").exists)
+    kill_when(start(killed, steps), lambda: saving_beyond(14))
+    recorded = len(log.read_text().splitlines())
+    kill_when(
+        start(killed, steps), lambda: len(log.read_text().splitlines()) not in range(recorded + 30)
+    )
+    last = start(killed, steps)
+    for process in (last, uninterrupted):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+
+    assert records(run) == records(whole / "run")
+    train_steps = [record["step"] for record in records(run) if record["kind"] == "train"]
+    assert train_steps == list(range(1, steps + 1))
+    restored = restore(run)
+    # Two micro-batches a step: the position counts batches.
+    assert restored.progress["data"] == {"next_index": 2 * steps}
+    for ours, theirs in zip(
+        jax.tree.leaves((restored.model, restored.optimizer)),
+        jax.tree.leaves((restore(whole / "run").model, restore(whole / "run").optimizer)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def restore(run: Path) -> Restored:
+    """The newest checkpoint of a toy run with the default optimizer."""
+    settings = json.loads((run / "settings.json").read_text())
+    _, state = split(
+        MoonlightConfig(**settings["config"]), make_optimizer("muon", lambda _: 1.0, 0.1)
+    )
+    checkpoints = Checkpoints(run / "checkpoints", max_to_keep=2)
+    model = {"params": state.params, "router_bias": state.bias}
+    restored = checkpoints.restore(model=model, optimizer=state.opt_state)
+    checkpoints.close()
+    return restored
+
+
+def split(
+    config: MoonlightConfig, optimizer: optax.GradientTransformation
+) -> tuple[nnx.GraphDef, TrainState]:
+    model = Moonlight(config, rngs=nnx.Rngs(0))
+    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)
+    return graphdef, TrainState(params, bias, optimizer.init(params))
+
+
+def test_accumulated_micro_batches_equal_one_batch():
+    schedule = optax.constant_schedule(0.5)
+    optimizer = optax.sgd(schedule, momentum=0.9)
+    graphdef, state = split(toy.CONFIG, optimizer)
+    steps = jax.jit(make_train_steps(graphdef, optimizer, schedule, bias_rate=1e-3))
+    tokens = np.random.default_rng(0).integers(0, 300, (3, 1, 8, 17)).astype(np.int32)
+    whole, whole_metrics = steps(state, tokens, 0, 3)
+    parts, parts_metrics = steps(state, tokens.reshape(3, 4, 2, 17), 0, 3)
+    for ours, theirs in zip(
+        jax.tree.leaves((parts.params, parts.opt_state, parts_metrics)),
+        jax.tree.leaves((whole.params, whole.opt_state, whole_metrics)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=ACCUMULATION_TOLERANCE)
+    # Loads are counted over the whole step and the bias moves once: the same bits.
+    for ours, theirs, start in zip(
+        *(jax.tree.leaves(bias) for bias in (parts.bias, whole.bias, state.bias)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+        assert 0 < jnp.abs(ours - start).max() <= 3 * 2e-3
+
+
+def test_calls_of_any_length_compute_the_same_bits():
+    schedule = optax.constant_schedule(1e-2)
+    optimizer = optax.adam(schedule)
+    graphdef, state = split(toy.CONFIG, optimizer)
+    steps = jax.jit(make_train_steps(graphdef, optimizer, schedule, bias_rate=1e-3))
+    tokens = np.random.default_rng(0).integers(0, 300, (5, 1, 2, 17)).astype(np.int32)
+    once, measured = steps(state, tokens, 0, 5)
+    twice, first = steps(state, tokens, 0, 2)
+    twice, second = steps(twice, np.roll(tokens, -2, axis=0), 2, 3)
+    for ours, theirs in zip(jax.tree.leaves(twice), jax.tree.leaves(once), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(jnp.concatenate([first.loss[:2], second.loss[:3]]), measured.loss)
+    assert (first.loss[2:] == 0).all()
+    assert steps._cache_size() == 1
+
+
+def test_the_schedule_warms_up_from_its_first_step_and_decays():
+    recipe = RECIPES["tiny"]._replace(learning_rate=1.0, warmup_steps=4, steps=20)
+    rates = [float(make_schedule(recipe)(step)) for step in range(20)]
+    assert rates[0] == pytest.approx(0.25)
+    assert max(rates) == rates[4] == pytest.approx(1.0)
+    assert rates[19] == pytest.approx(0.1, abs=0.01)
+    immediate = make_schedule(recipe._replace(warmup_steps=0))
+    assert float(immediate(0)) == pytest.approx(1.0)
+
+
+def test_a_shorter_run_keeps_the_recipes_proportions(tmp_path: Path):
+    tiny = RECIPES["tiny"]
+    half = resolve(Args(output_dir=tmp_path, steps=tiny.steps // 2))
+    assert half == tiny._replace(steps=tiny.steps // 2, warmup_steps=tiny.warmup_steps // 2)
+    assert resolve(Args(output_dir=tmp_path, warmup_steps=0)) == tiny._replace(warmup_steps=0)
+
+
+def test_checkpoints_keep_the_latest_and_the_best(tmp_path: Path):
+    def save(step: int, loss: float) -> None:
+        value = {"w": jnp.full(3, step, jnp.float32)}
+        checkpoints.save(step, model=value, optimizer=value, progress={"at": step}, val_loss=loss)
+
+    checkpoints = Checkpoints(tmp_path, max_to_keep=2)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.5)):
+        save(step, loss)
+    checkpoints.close()
+    # What a killed run left; and the losses of earlier checkpoints are remembered.
+    checkpoints = Checkpoints(tmp_path, max_to_keep=2)
+    for step, loss in ((4, 2.0), (5, 2.2)):
+        save(step, loss)
+    assert checkpoints.all_steps() == [2, 4, 5]
+    template = {"w": jnp.zeros(3)}
+    restored = checkpoints.restore(model=template, optimizer=template)
+    assert (restored.step, restored.progress) == (5, {"at": 5})
+    np.testing.assert_array_equal(restored.model["w"], np.full(3, 5))
+    checkpoints.close()
+
+
+def test_checkpoints_refuse_what_they_cannot_do(tmp_path: Path):
+    with pytest.raises(ValueError, match="--max-to-keep must be at least 1, got 0"):
+        Checkpoints(tmp_path, max_to_keep=0)
+    checkpoints = Checkpoints(tmp_path, max_to_keep=1)
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        checkpoints.restore(model={}, optimizer={})
+    checkpoints.close()
+
+
+def test_an_occupied_folder_needs_resume(finished: Path):
+    with pytest.raises(FileExistsError, match="is not empty: continue that run with --resume"):
+        train(toy.arguments(finished), toy.CONFIG)
+
+
+def test_a_folder_that_holds_no_run_is_left_alone(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match=r"holds files but no settings\.json"):
+        train(toy.arguments(tmp_path, resume=True), toy.CONFIG)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "adamw"}, "optimizer was 'muon' and is now 'adamw'"),
+        ({"learning_rate": 0.5}, "learning_rate was 0.002 and is now 0.5"),
+        ({"steps": 13}, "steps was 12 and is now 13"),
+        ({"seed": 1, "data_seed": 2}, "data_seed was 0 and is now 2; seed was 0 and is now 1"),
+        ({"preset": "small", "learning_rate": 2e-3}, "preset was 'tiny' and is now 'small'"),
+    ],
+)
+def test_a_run_resumes_only_with_its_own_settings(finished: Path, changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        train(toy.arguments(finished, resume=True, **changes), toy.CONFIG)
+
+
+def test_a_run_resumes_only_with_its_own_text_and_model(finished: Path, tmp_path: Path):
+    corpus = tmp_path / "other.txt"
+    corpus.write_text((finished / "corpus.txt").read_text() + "one line more\n")
+    with pytest.raises(ValueError, match=r"corpus was '[0-9a-f]{16}' and is now"):
+        train(toy.arguments(finished, resume=True, data=corpus), toy.CONFIG)
+    wider = dataclasses.replace(toy.CONFIG, intermediate_size=48)
+    with pytest.raises(ValueError, match=r"config was .* and is now"):
+        train(toy.arguments(finished, resume=True), wider)
+
+
+def test_the_same_text_elsewhere_and_other_intervals_may_resume(finished: Path, tmp_path: Path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_bytes((finished / "corpus.txt").read_bytes())
+    train(toy.arguments(finished, resume=True, data=corpus, eval_every=5), toy.CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 0.0}, "--learning-rate must be positive, got 0.0"),
+        ({"learning_rate": float("nan")}, "--learning-rate must be positive, got nan"),
+        ({"steps": 0}, "--steps must be positive, got 0"),
+        ({"max_to_keep": 0}, "--max-to-keep must be positive, got 0"),
+        ({"weight_decay": -0.1}, "--weight-decay must not be negative, got -0.1"),
+        ({"warmup_steps": 12}, r"--warmup-steps \(12\) must be fewer than --steps \(12\)"),
+        ({"prompt": ""}, "the prompt has 0 tokens"),
+        ({"sequence_length": 200_000}, "fewer than one window of 200000"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_written(
+    tmp_path: Path, changes: dict, message: str
+):
+    with pytest.raises(ValueError, match=message):
+        train(toy.arguments(tmp_path, **changes), toy.CONFIG)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverging_run_stops(tmp_path: Path):
+    changes = {"learning_rate": 1e38, "optimizer": "adamw", "warmup_steps": 0}
+    with pytest.raises(FloatingPointError, match="not finite at step 3; lower --learning-rate"):
+        train(toy.arguments(tmp_path, **changes), toy.CONFIG)
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path):
+    log = metrics.MetricsLog(tmp_path, after_step=0)
+    for step in (1, 2, 3):
+        log.write(metrics.TRAIN, step, {"loss": 1.0 / step})
+    log.close()
+    path = tmp_path / metrics.FILE
+    path.write_text(path.read_text() + '{"kind": "train", "st')
+    metrics.MetricsLog(tmp_path, after_step=2).close()
+    assert [record["step"] for record in metrics.read_metrics(path, metrics.TRAIN)] == [1, 2]
+    with pytest.raises(ValueError, match="lacks steps that the checkpoint of step 3"):
+        metrics.MetricsLog(tmp_path, after_step=3)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    assert path.read_bytes() == b"old"
+
+
+def test_samples_follow_their_seed_and_refuse_nonsense(finished: Path):
+    run = finished / "run"
+    graphdef, _ = split(toy.CONFIG, optax.identity())
+    restored = restore(run)
+    state = nnx.merge_state(restored.model["params"], restored.model["router_bias"])
+    corpus = json.loads((run / "settings.json").read_text())["corpus"]
+    tokenizer = Tokenizer.from_file(str(finished / "cache" / corpus / "tokenizer.json"))
+
+    def draw(prompt: str = "line ", **changes) -> str:
+        settings = {"window": 16, "seed": 0} | changes
+        return sample.sample_text(graphdef, state, tokenizer, prompt, **settings)
+
+    assert draw() == draw()
+    assert draw() == json.loads((run / "results.json").read_text())["sample"]
+    assert draw() != draw(seed=1)
+    assert draw(temperature=1e-4, seed=0) == draw(temperature=1e-4, seed=1)
+    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        draw(temperature=0)
+    with pytest.raises(ValueError, match="the prompt has 0 tokens"):
+        draw("")
+    with pytest.raises(ValueError, match="fewer than the window's 2"):
+        draw("a long prompt", window=2)
+
+
+def test_the_command_line_speaks(tmp_path: Path):
+    command = [sys.executable, "-m", "examples.moonlight.train"]
+    helped = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert helped.returncode == 0
+    flags = (
+        "--preset --optimizer --learning-rate --weight-decay --warmup-steps --steps --batch-size "
+        "--sequence-length --gradient-accumulation --compute-dtype --seed --eval-every "
+        "--checkpoint-every --max-to-keep --output-dir --data --resume --data-seed --experts"
+    )
+    assert all(flag in helped.stdout for flag in flags.split())

@@ -1,0 +1,57 @@
+"""A run of seconds: a toy architecture and corpus. As a script, the subject of the kill tests."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from examples.moonlight.model import MoonlightConfig
+from examples.moonlight.train import Args, train
+
+CONFIG = dataclasses.replace(
+    MoonlightConfig.preset("tiny"),
+    vocab_size=300,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    kv_lora_rank=8,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    intermediate_size=32,
+    moe_intermediate_size=8,
+    n_routed_experts=4,
+)
+
+
+def write_corpus(path: Path) -> Path:
+    path.write_text("".join(f"line {i} holds {i * i % 101}\n" for i in range(2000)))
+    return path
+
+
+def arguments(folder: Path, **changes) -> Args:
+    """Arguments of a toy run in `folder/run`, with its data and its cache beside it."""
+    corpus = folder / "corpus.txt"
+    settings = {
+        "output_dir": folder / "run",
+        "data": corpus if corpus.exists() else write_corpus(corpus),
+        "cache_dir": folder / "cache",
+        "steps": 12,
+        "batch_size": 2,
+        "sequence_length": 16,
+        "eval_every": 4,
+        "eval_windows": 4,
+        "checkpoint_every": 4,
+        "steps_per_call": 3,
+        "prompt": "line ",
+    }
+    return Args(**settings | changes)
+
+
+if __name__ == "__main__":
+    run_folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+    train(
+        arguments(
+            run_folder, steps=steps, checkpoint_every=7, gradient_accumulation=2, resume=True
+        ),
+        CONFIG,
+    )
