@@ -1,6 +1,7 @@
 """Checks of scalar arguments, where their values are known before the program runs."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,9 @@ from jax.core import Tracer
 
 Scalar = float | int | jax.Array | np.ndarray | np.floating
 """A number, or an array of one; traced where `optax.inject_hyperparams` sets it."""
+
+ScalarOrSchedule = float | int | jax.Array | Callable[[Any], Any]
+"""A number, or a function of the step count such as `optax.cosine_decay_schedule`."""
 
 
 def check_scalar(

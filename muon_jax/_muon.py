@@ -14,7 +14,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from muon_jax._checks import Scalar, check_scalar
+from muon_jax._checks import Scalar, ScalarOrSchedule, check_scalar
 from muon_jax._orthogonalize import Preconditioning
 from muon_jax._routing import DimensionNumbers, Heads, route_leaves
 from muon_jax._scale_by_muon import scale_by_muon
@@ -22,13 +22,13 @@ from muon_jax._scaling import DEFAULT_RMS, ShapeFunction, UpdateScale
 
 
 def muon(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: ScalarOrSchedule,
     *,
     ns_coeffs: Any = "standard",
     ns_steps: int | None = None,
     beta: Scalar = 0.95,
     eps: Scalar = 1e-8,
-    weight_decay: optax.ScalarOrSchedule = 0.1,
+    weight_decay: ScalarOrSchedule = 0.1,
     weight_decay_mask: Any | Callable[[Any], Any] | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     nesterov: bool = True,
@@ -37,8 +37,8 @@ def muon(
     adam_b1: Scalar = 0.9,
     adam_b2: Scalar = 0.95,
     adam_eps_root: Scalar = 0.0,
-    adam_weight_decay: optax.ScalarOrSchedule | None = None,
-    adam_learning_rate: optax.ScalarOrSchedule | None = None,
+    adam_weight_decay: ScalarOrSchedule | None = None,
+    adam_learning_rate: ScalarOrSchedule | None = None,
     muon_weight_dimension_numbers: DimensionNumbers = None,
     consistent_rms: Scalar | None = DEFAULT_RMS,
     update_scale: UpdateScale | ShapeFunction | None = None,
