@@ -18,7 +18,7 @@ decay of 3e-5, decay would vanish in a bfloat16 weight.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -459,9 +459,11 @@ def _ragged_experts(
     top_k = routing.expert_nk.shape[1]
     order = jnp.argsort(routing.expert_nk.reshape(-1), stable=True)
     sorted_act = act_nd[order // top_k]
-    gate = jax.lax.ragged_dot(sorted_act, gate_edf, routing.load_e)
-    up = jax.lax.ragged_dot(sorted_act, up_edf, routing.load_e)
-    sorted_out = jax.lax.ragged_dot(jax.nn.silu(gate) * up, down_efd, routing.load_e)
+    # ragged_dot has no rule for meshes with Explicit axes yet (jax 0.10). Elsewhere a no-op.
+    grouped_dot: Any = jax.sharding.auto_axes(jax.lax.ragged_dot, out_sharding=jax.P(None, None))
+    gate = grouped_dot(sorted_act, gate_edf, routing.load_e)
+    up = grouped_dot(sorted_act, up_edf, routing.load_e)
+    sorted_out = grouped_dot(jax.nn.silu(gate) * up, down_efd, routing.load_e)
     out_nkd = sorted_out[jnp.argsort(order)].reshape(-1, top_k, act_nd.shape[1])
     weight_nk = jnp.take_along_axis(routing.weight_ne, routing.expert_nk, axis=1)
     return jnp.einsum("nkd,nk->nd", out_nkd, weight_nk.astype(act_nd.dtype))
@@ -576,13 +578,20 @@ class Moonlight(nnx.Module):
             Logits, float32 `[batch, time, vocab]`, and the statistics of this forward pass.
 
         Raises:
-            ValueError: The tokens are not an integer matrix, or longer than
-            `max_position_embeddings`.
+            ValueError: The tokens are not an integer matrix, longer than `max_position_embeddings`,
+                or sharded over Explicit mesh axes.
         """
         if tokens_bt.ndim != 2 or not jnp.issubdtype(tokens_bt.dtype, jnp.integer):
             raise ValueError(
                 "tokens must be an integer array [batch, time], "
                 f"got {tokens_bt.dtype}{list(tokens_bt.shape)}."
+            )
+        # Gathers and the split of [n] into [b, t] have no unique sharding on Explicit axes.
+        spec = jax.typeof(tokens_bt).sharding.spec
+        if any(spec):
+            raise ValueError(
+                f"tokens are sharded as {spec} over an Explicit mesh: "
+                "shard the batch over mesh axes of AxisType.Auto."
             )
         batch, time = tokens_bt.shape
         if time > self.config.max_position_embeddings:
