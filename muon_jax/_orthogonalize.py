@@ -230,8 +230,14 @@ def _safe(divisor: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def _divide_by_norm(x: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batch rows cols"]:
-    """Divide by the Frobenius norm, after the largest magnitude: its square can't overflow."""
-    x = x / _safe(jnp.max(jnp.abs(x), axis=(-2, -1), keepdims=True))
+    """Divide by the Frobenius norm, after the largest component: its square can't overflow."""
+    components = (
+        jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
+    )
+    peak = jnp.max(components, axis=(-2, -1), keepdims=True)
+    # XLA divides by multiplying with the reciprocal, which is flushed to 0 from 2^126 up.
+    quarter = jnp.where(peak > 1, jnp.asarray(0.25, peak.dtype), 1)
+    x = (x * quarter) / _safe(peak * quarter)
     return x / _safe(jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x)), axis=(-2, -1), keepdims=True)))
 
 
