@@ -640,6 +640,9 @@ def update_router_bias(model: Moonlight, load_le: jax.Array, rate: float | jax.A
             micro-batches, `[layers with experts, experts]`.
         rate: The bias update rate u: 1e-3 in Moonlight's pretraining, 0 in cooldown and
             fine-tuning.
+
+    Raises:
+        ValueError: `load_le` has not one row per layer with experts, or not one column per expert.
     """
     routers = [layer.mlp.router for layer in model.layers if isinstance(layer.mlp, MoE)]
     expected = (len(routers), model.config.n_routed_experts)
