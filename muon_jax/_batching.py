@@ -55,17 +55,21 @@ def map_by_shape(
 
     results = collections.defaultdict[int, list[jax.Array]](list)
     for (rows, cols, dtype), members in groups.items():
-        wide = {i: _to_wide(stacks[i]) for i in members}
         capacity = max(1, max_group_bytes // (rows * cols * dtype.itemsize))
-        for chunk in _chunks([(i, stacks[i].shape[0]) for i in members], capacity):
-            parts = [wide[piece.stack][piece.start : piece.stop] for piece in chunk]
-            out = function(_concatenate(parts))
-            ends = list(itertools.accumulate(piece.stop - piece.start for piece in chunk))
-            for piece, start, stop in zip(chunk, [0, *ends], ends, strict=False):
-                results[piece.stack].append(out[start:stop])
+        # Wide stacks first, so that a batch has its tall ones together and transposes them once.
+        members.sort(key=lambda index: _is_tall(stacks[index]))
+        for chunk in _chunks([(index, len(stacks[index])) for index in members], capacity):
+            batch = [stacks[piece.stack][piece.start : piece.stop] for piece in chunk]
+            turn = sum(not _is_tall(part) for part in batch)
+            wide, tall = batch[:turn], batch[turn:]
+            turned = [_concatenate(tall).mT] if tall else []
+            out = function(_concatenate([*wide, *turned]))
+            count = sum(len(part) for part in wide)
+            pieces = _cut(out[:count], wide) + _cut(out[count:].mT, tall)
+            for piece, part in zip(chunk, pieces, strict=True):
+                results[piece.stack].append(part)
     return [
-        _like(_concatenate(results[index]), stack) if stack.size else stack
-        for index, stack in enumerate(stacks)
+        _concatenate(results[index]) if stack.size else stack for index, stack in enumerate(stacks)
     ]
 
 
@@ -86,15 +90,17 @@ def _chunks(members: list[tuple[int, int]], capacity: int) -> list[list[_Piece]]
     return chunks
 
 
+def _is_tall(stack: Inexact[Array, "_ _ _"]) -> bool:
+    return stack.shape[1] > stack.shape[2]
+
+
 def _concatenate(parts: list[Inexact[Array, "_ _ _"]]) -> Inexact[Array, "_ _ _"]:
     return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
-def _to_wide(stack: Inexact[Array, "batch rows cols"]) -> Inexact[Array, "batch _ _"]:
-    return stack if stack.shape[1] <= stack.shape[2] else stack.mT
-
-
-def _like(
-    wide: Inexact[Array, "batch _ _"], stack: Inexact[Array, "batch rows cols"]
-) -> Inexact[Array, "batch rows cols"]:
-    return wide if stack.shape[1] <= stack.shape[2] else wide.mT
+def _cut(
+    whole: Inexact[Array, "_ _ _"], parts: list[Inexact[Array, "_ _ _"]]
+) -> list[Inexact[Array, "_ _ _"]]:
+    """Undo `_concatenate`."""
+    ends = list(itertools.accumulate((len(part) for part in parts), initial=0))
+    return [whole[start:stop] for start, stop in itertools.pairwise(ends)]

@@ -76,6 +76,8 @@ def role_of(path: Path, shape: tuple[int, ...], per_head: bool) -> Role | str:
       Its role, or, where names and rank do not tell, the sentence that says why.
     """
     rank = len(shape)
+    # Flat trees hold whole paths in one key: "layers/0/kernel", "layers.0.weight".
+    path = tuple(part for name in path for part in re.split(r"[/.]", name))
     names = [name.lower() for name in path if not name.isdigit()]
     leaf = names[-1] if names else ""
     generic = bool(_GENERIC.fullmatch(leaf))

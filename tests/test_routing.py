@@ -109,6 +109,21 @@ def test_heads_can_be_matrices_of_their_own(path, shape, expected):
     assert matrices(path, shape, heads="per_head") == [expected]
 
 
+def test_flat_trees_hold_whole_paths_in_one_key():
+    flat = {
+        "model.embed_tokens.weight": struct(20, 8),
+        "model.layers.0.mlp.up_proj.weight": struct(8, 32),
+        "layers/0/experts/up_proj": struct(4, 8, 32),
+        "layers/attn/query/kernel": struct(3, 8, 2, 4),
+    }
+    assert groups(flat) == {
+        "model.embed_tokens.weight": "adam",
+        "model.layers.0.mlp.up_proj.weight": "muon",
+        "layers/0/experts/up_proj": "muon",
+        "layers/attn/query/kernel": "muon",
+    }
+
+
 @pytest.mark.parametrize(
     ("path", "shape", "why"),
     [
