@@ -37,7 +37,7 @@ from examples.moonlight.plots import draw_comparison
 from examples.moonlight.train import RECIPES, RESULTS
 
 PRESET = "tiny"
-GRID = (1e-3, 2e-3, 4e-3, 8e-3)
+GRID = (2e-3, 4e-3, 8e-3, 16e-3)
 SEEDS = (0, 1, 2)
 OPTIMIZERS = ("muon", "adamw")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,6 +98,16 @@ def test_a_run_killed_after_its_last_checkpoint_gets_its_results(finished: Path)
         assert again[name] == before[name]
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_afresh(tmp_path: Path, finished: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(finished / "run" / "settings.json", run)
+    recorded = (finished / "run" / metrics.FILE).read_text().splitlines(keepends=True)
+    (run / metrics.FILE).write_text("".join(recorded[:2]) + recorded[2][:9])
+    train(toy.arguments(tmp_path, resume=True), toy.CONFIG)
+    assert records(run) == records(finished / "run")
+
+
 def test_both_optimizers_train(tmp_path: Path, finished: Path):
     train(toy.arguments(tmp_path, optimizer="adamw", compute_dtype="bfloat16"), toy.CONFIG)
     muon_step, adamw_step = records(finished / "run")[0], records(tmp_path / "run")[0]
@@ -148,7 +159,7 @@ def kill_when(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
-def test_a_run_killed_three_times_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, start):
+def test_a_run_killed_twice_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, start):
     steps = 210
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
@@ -164,8 +175,7 @@ def test_a_run_killed_three_times_has_the_losses_of_an_uninterrupted_one(tmp_pat
         whole_steps = [int(name) for name in names if name.isdigit()]
         return max(whole_steps, default=0) >= step and len(whole_steps) < len(names)
 
-    # Before the first step, in the middle of writing a checkpoint, and between two checkpoints.
-    kill_when(start(killed, steps), (run / "settings.json").exists)
+    # In the middle of writing a checkpoint, and between two checkpoints.
     kill_when(start(killed, steps), lambda: saving_beyond(14))
     recorded = len(log.read_text().splitlines())
     kill_when(
@@ -313,10 +323,10 @@ def test_a_folder_that_holds_no_run_is_left_alone(tmp_path: Path):
     ("changes", "message"),
     [
         ({"optimizer": "adamw"}, "optimizer was 'muon' and is now 'adamw'"),
-        ({"learning_rate": 0.5}, "learning_rate was 0.002 and is now 0.5"),
+        ({"learning_rate": 0.5}, "learning_rate was 0.004 and is now 0.5"),
         ({"steps": 13}, "steps was 12 and is now 13"),
         ({"seed": 1, "data_seed": 2}, "data_seed was 0 and is now 2; seed was 0 and is now 1"),
-        ({"preset": "small", "learning_rate": 2e-3}, "preset was 'tiny' and is now 'small'"),
+        ({"preset": "small", "learning_rate": 4e-3}, "preset was 'tiny' and is now 'small'"),
     ],
 )
 def test_a_run_resumes_only_with_its_own_settings(finished: Path, changes: dict, message: str):
