@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from muon_jax._checks import Scalar, ScalarOrSchedule, check_scalar
 from muon_jax._orthogonalize import Preconditioning
+from muon_jax._paths import is_absent
 from muon_jax._routing import DimensionNumbers, Heads, route_leaves
 from muon_jax._scale_by_muon import scale_by_muon
 from muon_jax._scaling import DEFAULT_RMS, ShapeFunction, UpdateScale
@@ -170,7 +171,14 @@ def muon(
             raise ValueError(
                 "muon decays weights and needs them: call tx.update(grads, state, params)."
             )
-        return for_params(params).update(updates, state, params, **extra_args)
+        # Optax's weight decay wants the parameter of a masked gradient masked too.
+        params_to_decay = jax.tree.map(
+            lambda g, p: g if isinstance(g, optax.MaskedNode) else p,
+            updates,
+            params,
+            is_leaf=is_absent,
+        )
+        return for_params(params).update(updates, state, params_to_decay, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -182,7 +190,7 @@ def _scale_by_adam(
     eps_root: Scalar,
     mu_dtype: jax.typing.DTypeLike | None,
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_adam`, keeping the moments of a leaf whose gradient is None.
+    """`optax.scale_by_adam`, keeping the moments of a leaf whose gradient is None or masked.
 
     Optax's own update needs gradients and moments of one structure, and would drop them.
     """
@@ -190,16 +198,11 @@ def _scale_by_adam(
 
     def like_gradients(gradients: PyTree, moments: PyTree) -> PyTree:
         return jax.tree.map(
-            lambda g, m: None if g is None else m,
-            gradients,
-            moments,
-            is_leaf=lambda node: node is None,
+            lambda g, m: g if is_absent(g) else m, gradients, moments, is_leaf=is_absent
         )
 
     def keep(new: PyTree, old: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda n, o: o if n is None else n, new, old, is_leaf=lambda node: node is None
-        )
+        return jax.tree.map(lambda n, o: o if is_absent(n) else n, new, old, is_leaf=is_absent)
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         present = state._replace(
