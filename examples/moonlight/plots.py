@@ -52,7 +52,7 @@ def draw_losses(path: Path, *, train: Curve, validation: Curve, title: str) -> N
     axes.annotate(
         f"{validation[1][-1]:.3f}",
         (validation[0][-1], validation[1][-1]),
-        xytext=(-4, 10),
+        xytext=(-4, -16),
         textcoords="offset points",
         ha="right",
     )
