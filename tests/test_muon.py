@@ -136,7 +136,7 @@ def exact_update(params, **options):
     return jax.jit(tx.update)(params, tx.init(params))[0]
 
 
-@pytest.mark.parametrize("max_group_bytes", [1, 300, 64 * 2 * 3, 10**6])
+@pytest.mark.parametrize("max_group_bytes", [1, 64 * 2 * 3])
 def test_chunks_change_no_bit(max_group_bytes):
     expected = exact_update(exact_tree())
     assert_trees_equal(exact_update(exact_tree(), max_group_bytes=max_group_bytes), expected)
@@ -154,11 +154,13 @@ def test_one_batch_for_all_leaves_changes_no_bit():
     np.testing.assert_array_equal(np.asarray(turned.T), np.asarray(together["wide"]))
 
 
-@pytest.mark.parametrize("exponent", [-90, -3, 7, 90])
-def test_the_gradients_scale_changes_no_bit(exponent):
-    expected = exact_update(exact_tree())
-    scaled = jax.tree.map(lambda g: g * 2.0**exponent, exact_tree())
-    assert_trees_equal(exact_update(scaled), expected)
+def test_the_gradients_scale_changes_no_bit():
+    tx = scale_by_muon()
+    update = jax.jit(tx.update)
+    expected, _ = update(exact_tree(), tx.init(exact_tree()))
+    for exponent in (-90, -3, 7, 90):
+        scaled = jax.tree.map(lambda g, e=exponent: g * 2.0**e, exact_tree())
+        assert_trees_equal(update(scaled, tx.init(scaled))[0], expected)
 
 
 # --- Update scales -------------------------------------------------------------------------------

@@ -171,8 +171,8 @@ def test_difference_1_momentum_is_a_heavy_ball():
     assert relative_error(mine["wide"], his["wide"]) > VISIBLE
     params = tree()
     ours, theirs = muon(LR), optax.contrib.muon(LR)
-    _, my_state = ours.update(params, ours.init(params), params)
-    _, his_state = theirs.update(params, theirs.init(params), params)
+    _, my_state = jax.jit(ours.update)(params, ours.init(params), params)
+    _, his_state = jax.jit(theirs.update)(params, theirs.init(params), params)
     my_mu = my_state.inner_states["muon"].inner_state[0].mu["wide"]
     his_mu = his_state.inner_states["muon"].inner_state[0].mu["wide"]
     assert_trees_equal(my_mu, params["wide"])
@@ -211,7 +211,7 @@ def test_difference_3_nesterov_is_muons_only():
         state = tx.init(params)
         for k in range(3):
             gradients = jax.tree.map(lambda p, k=k: jnp.sin((k + 1) * p) * 2.0**k, params)
-            updates, state = tx.update(gradients, state, params)
+            updates, state = jax.jit(tx.update)(gradients, state, params)
         return updates["bias"]
 
     assert_close(mine["bias"], adam(nesterov=False), 1e-6)
@@ -221,7 +221,7 @@ def test_difference_3_nesterov_is_muons_only():
 
 def zero_gradient_updates(tx, params):
     zeros = jax.tree.map(jnp.zeros_like, params)
-    return tx.update(zeros, tx.init(params), params)[0]
+    return jax.jit(tx.update)(zeros, tx.init(params), params)[0]
 
 
 def test_difference_4_the_mask_covers_both_groups():
