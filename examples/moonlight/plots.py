@@ -80,7 +80,7 @@ def draw_comparison(path: Path, curves: Mapping[str, Sequence[Curve]], *, title:
     figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
     means = {}
     all_steps = np.asarray(next(iter(curves.values()))[0][0])
-    window = min(len(all_steps), SMOOTHING)
+    window = max(1, min(len(all_steps) // 4, SMOOTHING))
     steps = all_steps[window - 1 :]
     for (name, runs), (color, line) in zip(curves.items(), _STYLES, strict=False):
         smoothed = np.stack([_smooth(np.asarray(losses), window) for _, losses in runs])
@@ -99,7 +99,7 @@ def draw_comparison(path: Path, curves: Mapping[str, Sequence[Curve]], *, title:
             xytext=(6, -9 if place == 0 else 1),
             textcoords="offset points",
         )
-    axes.set_xlim(steps[0], steps[0] + 1.18 * (steps[-1] - steps[0]))
+    axes.set_xlim(steps[0], steps[-1] + max(1, 0.18 * (steps[-1] - steps[0])))
     lowest, highest = ends[0][0], max(mean.max() for mean in means.values())
     axes.set_ylim(lowest - 0.3, min(highest, lowest + 3))
     axes.set_xlabel("optimizer step")
