@@ -38,6 +38,9 @@ _ADAMW = (
     ),
     ("embedding", r"\w*embed\w*|wte|wpe"),
     ("norm", r"\w*norm(_?\d+|_[a-z]{1,3})?|(ln|bn)(_\w+|\d+)?"),
+)
+# Of the leaf alone: a module may be called "b" or "scale" and hold a matrix.
+_ADAMW_LEAF = (
     ("bias", r"\w*_?bias|b|b[qkvo]"),
     ("gain", r"scale|gain|gamma|beta|\w+_(scale|gain)"),
 )
@@ -85,6 +88,9 @@ def role_of(path: Path, shape: tuple[int, ...], per_head: bool) -> Role | str:
 
     for reason, pattern in _ADAMW:
         if re.fullmatch(pattern, name):
+            return Role(reason, None)
+    for reason, pattern in _ADAMW_LEAF:
+        if re.fullmatch(pattern, leaf):
             return Role(reason, None)
     if rank < 2:
         return Role("vector" if rank else "scalar", None)

@@ -88,7 +88,8 @@ def scale_by_muon(
       weight_dimension_numbers: which axes form the matrices; see `muon`.
       heads: whether the heads of a Flax attention kernel form one matrix or one each.
       max_group_bytes: the largest batch of matrices orthogonalized at once, in bytes of
-        `ns_dtype`; None means 1 GiB. It bounds the temporary memory of a step.
+        `ns_dtype`; None means 1 GiB. It bounds the buffers of the iteration; a stacked leaf larger
+        than it is cut too, but also held whole before and after.
 
     Returns:
       An `optax.GradientTransformation` with state `MuonState`. Updates have the shapes and dtypes
@@ -130,24 +131,26 @@ def scale_by_muon(
         gradients = _leaves_like(structure, updates, routes)
 
         mu, out = list(old), list(gradients)
-        averaged, stacks = {}, []
+        nudged, stacks = {}, []
         for i, (route, gradient) in enumerate(zip(routes, gradients, strict=True)):
             if is_absent(gradient):
                 continue
-            momentum, nudged = heavy_ball(old[i], gradient, beta, nesterov)
+            momentum, nudged[i] = heavy_ball(old[i], gradient, beta, nesterov)
             mu[i] = momentum.astype(old[i].dtype)
-            averaged[i] = _views(route).take(nudged)
-            stacks += [iteration.cast(matrices) for matrices in averaged[i]]
+            # Cast before slicing: a leaf cut into chunks is then kept in the narrow dtype.
+            stacks += _views(route).take(iteration.cast(nudged[i]))
 
         orthogonal = iter(map_by_shape(iteration, stacks, group_bytes))
-        for i, sources in averaged.items():
-            scaled = []
-            for source in sources:
-                matrices = next(orthogonal)
-                if adaptive:
-                    matrices = scale_by_dual_norm(matrices, source, beta)
-                scaled.append(apply_update_scale(matrices, scale))
-            out[i] = _views(routes[i]).put(scaled).astype(gradients[i].dtype)
+        for i, source in nudged.items():
+            views = _views(routes[i])
+            matrices = [next(orthogonal) for _ in views.views]
+            if adaptive:
+                sources = views.take(source)
+                matrices = [
+                    scale_by_dual_norm(o, u, beta) for o, u in zip(matrices, sources, strict=True)
+                ]
+            scaled = [apply_update_scale(o, scale) for o in matrices]
+            out[i] = views.put(scaled).astype(gradients[i].dtype)
         return structure.unflatten(out), MuonState(
             jnp.asarray(optax.safe_increment(state.count)), structure.unflatten(mu)
         )

@@ -76,6 +76,8 @@ def test_goes_to_adamw(path, shape):
         ("multi_head_attention/o_proj/kernel", (8, 8), (1, 8, 8)),
         ("shared_experts/up_proj/kernel", (8, 32), (1, 8, 32)),
         ("router/kernel", (8, 4), (1, 8, 4)),
+        ("b/kernel", (8, 4), (1, 8, 4)),
+        ("scale/w", (8, 4), (1, 8, 4)),
         ("attn/query/kernel", (8, 4, 6), (1, 8, 24)),
         ("attn/out/kernel", (4, 6, 8), (1, 24, 8)),
         ("layers/attn/query/kernel", (3, 8, 4, 6), (3, 8, 24)),
