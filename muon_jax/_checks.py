@@ -46,20 +46,21 @@ def check_scalar(
         raise ValueError(f"{name} must be {bounds}; got {value}.")
 
 
+def is_positive_integer(value: Any) -> bool:
+    """Whether `value` is a whole number of at least 1, of any integer type."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) > 0
+
+
 def check_group_bytes(max_group_bytes: Any, default: int) -> int:
     """Return the bound in bytes, `default` for None; raise where it is no positive integer."""
     if max_group_bytes is None:
         return default
-    if isinstance(max_group_bytes, Tracer):
+    if isinstance(max_group_bytes, jax.Array):
         raise TypeError(
             "max_group_bytes shapes the compiled program and must be static. Under "
             'optax.inject_hyperparams pass static_args=("max_group_bytes",).'
         )
-    if (
-        isinstance(max_group_bytes, bool)
-        or int(max_group_bytes) != max_group_bytes
-        or (max_group_bytes < 1)
-    ):
+    if not is_positive_integer(max_group_bytes):
         raise ValueError(
             f"max_group_bytes must be a positive whole number of bytes; got {max_group_bytes!r}."
         )

@@ -7,6 +7,7 @@ axis holds several matrices side by side, such as Q, K and V.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -32,6 +33,13 @@ class FusedBlocks:
     sizes: tuple[int, ...]
     axis: int = 1
     dimension_numbers: MuonDimensionNumbers = MuonDimensionNumbers(0, 1)  # noqa: RUF009
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sizes, Sequence):
+            raise TypeError(
+                f"FusedBlocks.sizes lists the length of each block; got {self.sizes!r}."
+            )
+        object.__setattr__(self, "sizes", tuple(self.sizes))
 
 
 MatrixSpec = MuonDimensionNumbers | FusedBlocks
@@ -169,7 +177,7 @@ def leaf_views(shape: Sequence[int], spec: MatrixSpec, where: str) -> LeafViews:
 def _axes(
     axes: int | Sequence[int], shape: tuple[int, ...], where: str, name: str
 ) -> tuple[int, ...]:
-    listed = (axes,) if isinstance(axes, int) else tuple(axes)
+    listed = tuple(axes) if isinstance(axes, Sequence) else (operator.index(axes),)
     rank = len(shape)
     wrong = [axis for axis in listed if not -rank <= axis < rank]
     if wrong or not listed:

@@ -11,15 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
 from muon_jax._checks import Scalar, ScalarOrSchedule, check_scalar
+from muon_jax._gradients import gradient_leaves
 from muon_jax._orthogonalize import Preconditioning
 from muon_jax._paths import is_absent
-from muon_jax._routing import DimensionNumbers, Heads, route_leaves
-from muon_jax._scale_by_muon import scale_by_muon
-from muon_jax._scaling import DEFAULT_RMS, ShapeFunction, UpdateScale
+from muon_jax._routing import DimensionNumbers, Heads, Route, route_leaves
+from muon_jax._scale_by_muon import check_mu_dtype, momentum_dtype, scale_by_muon
+from muon_jax._scaling import DEFAULT_RMS, DefaultRMS, ShapeFunction, UpdateScale
 
 
 def muon(
@@ -41,7 +43,7 @@ def muon(
     adam_weight_decay: ScalarOrSchedule | None = None,
     adam_learning_rate: ScalarOrSchedule | None = None,
     muon_weight_dimension_numbers: DimensionNumbers = None,
-    consistent_rms: Scalar | None = DEFAULT_RMS,
+    consistent_rms: Scalar | DefaultRMS | None = DEFAULT_RMS,
     update_scale: UpdateScale | ShapeFunction | None = None,
     ns_dtype: jax.typing.DTypeLike = "bfloat16",
     heads: Heads = "joint",
@@ -54,16 +56,23 @@ def muon(
     Keep the parameters in float32: ``learning_rate * weight_decay`` of 3e-5 vanishes in a bfloat16
     weight. Clip before, not after: ``optax.chain(optax.clip_by_global_norm(1.0), muon(3e-4))``.
 
-    Every keyword of `optax.contrib.muon` is accepted. The defaults are Moonlight's, and five
+    Every keyword of `optax.contrib.muon` is accepted. The defaults are Moonlight's, and six
     meanings differ:
 
     1. Momentum is the paper's heavy ball without bias correction; Optax's is a bias-corrected
-       average, up to 10% away in the first steps. `adaptive` rescales for it, matrix by matrix.
+       average, up to 10% away in the first steps. `adaptive` rescales for it, and takes the dual
+       norm of each matrix, where Optax takes that of the leaf.
     2. `eps` is AdamW's only: Newton-Schulz is scale-invariant and needs none.
     3. `nesterov` is Muon's only: AdamW stays AdamW.
     4. `weight_decay_mask` covers both groups, and `adam_weight_decay=None` follows
        `weight_decay`.
     5. Leaves are routed by their roles, not by ``ndim == 2``: print `routing_report(params)`.
+    6. A list of coefficients runs whole, and another `ns_steps` raises; Optax runs its last rows.
+
+    Under `optax.inject_hyperparams`, which traces numbers and calls functions, name the arguments
+    that are neither rates nor schedules in `static_args`: `ns_steps`, `max_group_bytes`, and
+    functions given as `weight_decay_mask`, `update_scale` or `muon_weight_dimension_numbers`; and
+    write dtypes as strings.
 
     Args:
       learning_rate: a number or a schedule; it multiplies the update and the weight decay of both
@@ -134,12 +143,17 @@ def muon(
         ns_dtype=ns_dtype,
         consistent_rms=consistent_rms,
         update_scale=update_scale,
+        heads=heads,
         max_group_bytes=max_group_bytes,
     )
     make_muon()  # so that bad arguments raise here, not at the first init
+    route = functools.partial(
+        route_leaves, dimension_numbers=muon_weight_dimension_numbers, heads=heads
+    )
 
-    def for_params(params: PyTree) -> optax.GradientTransformationExtraArgs:
-        routes, structure = route_leaves(params, muon_weight_dimension_numbers, heads)
+    def for_params(
+        params: PyTree, routes: list[Route], structure: Any
+    ) -> optax.GradientTransformationExtraArgs:
         labels = structure.unflatten([route.group for route in routes])
         specs = structure.unflatten([route.spec for route in routes])
         mask = weight_decay_mask
@@ -162,7 +176,7 @@ def muon(
         )
 
     def init_fn(params: PyTree) -> optax.OptState:
-        return for_params(params).init(params)
+        return for_params(params, *route(params)).init(params)
 
     def update_fn(
         updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra_args: Any
@@ -171,14 +185,16 @@ def muon(
             raise ValueError(
                 "muon decays weights and needs them: call tx.update(grads, state, params)."
             )
+        routes, structure = route(params)
+        leaves = jax.tree.leaves(params)
+        gradients = gradient_leaves(structure, updates, leaves, routes)
         # Optax's weight decay wants the parameter of a masked gradient masked too.
-        params_to_decay = jax.tree.map(
-            lambda g, p: g if isinstance(g, optax.MaskedNode) else p,
-            updates,
-            params,
-            is_leaf=is_absent,
+        params_to_decay = structure.unflatten(
+            g if isinstance(g, optax.MaskedNode) else p
+            for g, p in zip(gradients, leaves, strict=True)
         )
-        return for_params(params).update(updates, state, params_to_decay, **extra_args)
+        tx = for_params(params, routes, structure)
+        return tx.update(updates, state, params_to_decay, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -190,11 +206,20 @@ def _scale_by_adam(
     eps_root: Scalar,
     mu_dtype: jax.typing.DTypeLike | None,
 ) -> optax.GradientTransformation:
-    """`optax.scale_by_adam`, keeping the moments of a leaf whose gradient is None or masked.
+    """`optax.scale_by_adam` with a state that is a fixed point.
 
-    Optax's own update needs gradients and moments of one structure, and would drop them.
+    Optax drops the moments of a leaf whose gradient is None or masked, lets the first moment take
+    the gradient's dtype after the first step, and casts a complex one to a real `mu_dtype`.
     """
-    inner = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root, mu_dtype=mu_dtype)
+    inner = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    dtype = check_mu_dtype(mu_dtype)
+
+    def init_fn(params: PyTree) -> Any:
+        state: Any = inner.init(params)
+        if dtype is None:
+            return state
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=momentum_dtype(dtype, p)), params)
+        return state._replace(mu=zeros)
 
     def like_gradients(gradients: PyTree, moments: PyTree) -> PyTree:
         return jax.tree.map(
@@ -202,7 +227,9 @@ def _scale_by_adam(
         )
 
     def keep(new: PyTree, old: PyTree) -> PyTree:
-        return jax.tree.map(lambda n, o: o if is_absent(n) else n, new, old, is_leaf=is_absent)
+        return jax.tree.map(
+            lambda n, o: o if is_absent(n) else n.astype(o.dtype), new, old, is_leaf=is_absent
+        )
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         present = state._replace(
@@ -212,4 +239,4 @@ def _scale_by_adam(
         updates, new = inner.update(updates, present, params)
         return updates, new._replace(mu=keep(new.mu, state.mu), nu=keep(new.nu, state.nu))
 
-    return optax.GradientTransformation(inner.init, update_fn)
+    return optax.GradientTransformation(init_fn, update_fn)

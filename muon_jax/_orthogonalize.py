@@ -129,16 +129,21 @@ class Iteration(NamedTuple):
         It comes before the norm, so that every device sees the values that one device would.
         """
         if jnp.iscomplexobj(x):
-            return x.astype("complex128" if self.ns_dtype == "float64" else "complex64")
-        if self.ns_dtype != "bfloat16":
-            return x.astype(self.ns_dtype)
-        # float32's largest values round to infinity in bfloat16; real infinities stay.
-        limit = float(jnp.finfo(jnp.bfloat16).max)
-        return jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x).astype(jnp.bfloat16)
+            real = "float64" if self.ns_dtype == "float64" else "float32"
+            return lax.complex(_narrow(x.real, real), _narrow(x.imag, real))
+        return _narrow(x, self.ns_dtype)
 
     def __call__(self, x: Inexact[Array, "batch rows cols"]) -> Inexact[Array, "batch rows cols"]:
         """Orthogonalize wide matrices (rows <= cols) held in their storage dtype."""
         return _newton_schulz(x, self)
+
+
+def _narrow(x: Float[Array, "*shape"], dtype: str) -> Float[Array, "*shape"]:
+    """Cast, keeping finite values finite: the largest of a wider dtype would become infinite."""
+    limit = float(jnp.finfo(dtype).max)
+    if float(jnp.finfo(x.dtype).max) > limit:
+        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)
+    return x.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnames="iteration")

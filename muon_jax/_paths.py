@@ -5,6 +5,7 @@ in two ways: ``.../kernel.value`` while `tx.init` sees its Variables, ``.../kern
 `tx.update`. A leaf's route must not depend on that.
 """
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,8 @@ def flatten_with_names(
 ) -> tuple[list[tuple[Path, Any]], Any]:
     """Flatten a tree to its leaves with their normalised paths, and its structure."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf)
-    return [(_names(keys), leaf) for keys, leaf in leaves], structure
+    siblings = collections.Counter(keys[:-1] for keys, _ in leaves)
+    return [(_names(keys, siblings[keys[:-1]] == 1), leaf) for keys, leaf in leaves], structure
 
 
 def show(path: Path) -> str:
@@ -32,9 +34,9 @@ def show(path: Path) -> str:
     return "/".join(path) or "(the whole tree)"
 
 
-def _names(keys: tuple[Any, ...]) -> Path:
-    # Only an attribute can be an NNX Variable's value: a dict may well hold a key "value",
-    # and Flax's attention does.
-    if keys and isinstance(keys[-1], jax.tree_util.GetAttrKey) and keys[-1].name == "value":
+def _names(keys: tuple[Any, ...], alone: bool) -> Path:
+    # Only a single attribute can be an NNX Variable's value: a dict may well hold a key "value",
+    # as Flax's attention does, and a dataclass a field of that name beside others.
+    if alone and keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
         keys = keys[:-1]
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)

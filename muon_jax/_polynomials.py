@@ -24,6 +24,8 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from muon_jax._checks import is_positive_integer
+
 Coefficients = tuple[float, float, float]
 Schedule = tuple[Coefficients, ...]
 
@@ -100,7 +102,7 @@ def resolve_schedule(ns_coeffs: Any = "standard", ns_steps: int | None = None) -
         `ns_steps` below 1, and where `ns_steps` contradicts the length of the schedule.
       TypeError: where either is traced: they shape the program.
     """
-    if isinstance(ns_steps, Tracer) or any(
+    if isinstance(ns_steps, jax.Array) or any(
         isinstance(leaf, Tracer) for leaf in jax.tree.leaves(ns_coeffs)
     ):
         raise TypeError(
@@ -108,9 +110,7 @@ def resolve_schedule(ns_coeffs: Any = "standard", ns_steps: int | None = None) -
             "traced, but one of them is traced. Under optax.inject_hyperparams pass "
             'static_args=("ns_coeffs", "ns_steps").'
         )
-    if ns_steps is not None and (
-        isinstance(ns_steps, bool) or int(ns_steps) != ns_steps or ns_steps < 1
-    ):
+    if ns_steps is not None and not is_positive_integer(ns_steps):
         raise ValueError(
             f"ns_steps must be a whole number of at least 1, or None; got {ns_steps!r}."
         )

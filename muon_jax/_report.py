@@ -9,6 +9,7 @@ from muon_jax._paths import show
 from muon_jax._routing import DimensionNumbers, Heads, Route, route_leaves
 from muon_jax._scaling import (
     DEFAULT_RMS,
+    DefaultRMS,
     ShapeFunction,
     UpdateScale,
     describe_update_scale,
@@ -83,7 +84,7 @@ def routing_report(
     *,
     muon_weight_dimension_numbers: DimensionNumbers = None,
     heads: Heads = "joint",
-    consistent_rms: Scalar | None = DEFAULT_RMS,
+    consistent_rms: Scalar | DefaultRMS | None = DEFAULT_RMS,
     update_scale: UpdateScale | ShapeFunction | None = None,
 ) -> RoutingReport:
     """Print and return, for each parameter, its group, matrices, update scale and the reason.

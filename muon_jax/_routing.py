@@ -12,10 +12,12 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from muon_jax._matrices import LeafViews, MatrixSpec, is_matrix_spec, leaf_views
 from muon_jax._paths import Path, flatten_with_names, is_absent, show
 from muon_jax._roles import Role, role_of
+from muon_jax._stacks import find_stacks
 
 Heads = Literal["joint", "per_head"]
 
@@ -46,10 +48,12 @@ def by_path(rules: Mapping[str, MatrixSpec | None]) -> PathRules:
       >>> rules = by_path({"qkv/kernel": FusedBlocks((64, 64, 64)), "patch_embed": None})
       >>> tx = muon(3e-4, muon_weight_dimension_numbers=rules)
     """
+    if not isinstance(rules, Mapping):
+        raise TypeError(f"by_path takes a mapping from patterns to axes; got {rules!r}.")
     for pattern, spec in rules.items():
         try:
             re.compile(pattern)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ValueError(f"by_path: {pattern!r} is no regular expression: {error}.") from error
         if spec is not None and not is_matrix_spec(spec):
             raise TypeError(
@@ -70,7 +74,6 @@ class Route:
     Attributes:
       path: the leaf's normalised path.
       shape: the leaf's shape.
-      dtype: the leaf's dtype.
       reason: why it goes there.
       spec: which axes form its matrices; None sends it to AdamW.
       views: its matrices; None where `spec` is.
@@ -78,7 +81,6 @@ class Route:
 
     path: Path
     shape: tuple[int, ...]
-    dtype: jnp.dtype
     reason: str
     spec: MatrixSpec | None = None
     views: LeafViews | None = None
@@ -108,8 +110,7 @@ def route_leaves(
         the leaves, for a tree without leaves.
       TypeError: for a leaf that is neither real nor complex floating-point.
     """
-    if heads not in get_args(Heads):
-        raise ValueError(f'heads must be "joint" or "per_head"; got {heads!r}.')
+    check_heads(heads)
     leaves, structure = flatten_with_names(params)
     if not leaves and _is_bare(params):
         raise ValueError(
@@ -117,45 +118,62 @@ def route_leaves(
             'variables["params"] or nnx.state(model, nnx.Param).'
         )
     declared = _declared(params, leaves, dimension_numbers)
+    shapes = [(path, _shape(path, leaf)) for path, leaf in leaves]
+    # Flat trees hold whole paths in one key: "layers/0/kernel", "layers.0.weight".
+    named = [
+        (tuple(part.lower() for name in path for part in re.split(r"[/.]", name)), shape)
+        for path, shape in shapes
+    ]
     routes, unknown = [], []
-    for path, leaf in leaves:
-        shape, dtype = _shape_and_dtype(path, leaf)
+    for (path, shape), (names, _), stacks in zip(shapes, named, find_stacks(named), strict=True):
         if path in declared:
-            route = _route_declared(path, shape, dtype, declared[path])
+            routes.append(_route_declared(path, shape, declared[path]))
+            continue
+        role = role_of(names, shape, stacks, per_head=heads == "per_head")
+        if isinstance(role, str):
+            unknown.append((path, shape, role))
         else:
-            role = role_of(path, shape, per_head=heads == "per_head")
-            if isinstance(role, str):
-                unknown.append(f"  {show(path)}, shape {shape}: {role}.")
-                continue
-            route = _route_by_role(path, shape, dtype, role)
-        routes.append(route)
+            routes.append(_route_by_role(path, shape, role))
     if unknown:
         raise ValueError(_how_to_declare(unknown))
     return routes, structure
 
 
-def _how_to_declare(unknown: list[str]) -> str:
-    listed = "\n".join(unknown[:10]) + ("\n  ..." if len(unknown) > 10 else "")
-    pattern = unknown[0].split(",")[0].strip()
-    return (
-        f"The matrix axes of {len(unknown)} parameter(s) of three or more axes cannot be known:\n"
-        f"{listed}\n"
-        "Say which axes are reduced (fan-in) and which are outputs (fan-out); all others are a "
-        "batch. For a stack of [in, out] matrices:\n"
-        "  muon(..., muon_weight_dimension_numbers=muon_jax.by_path({\n"
-        f'      "{pattern}": optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)'
-        "}))\n"
-        "or map the path to None for AdamW."
+def check_heads(heads: str) -> None:
+    """Raise ValueError unless `heads` is a known choice."""
+    if heads not in get_args(Heads):
+        raise ValueError(f'heads must be "joint" or "per_head"; got {heads!r}.')
+
+
+def _how_to_declare(unknown: list[tuple[Path, tuple[int, ...], str]]) -> str:
+    listed = [f"  {show(path)}, shape {shape}: {why}." for path, shape, why in unknown[:10]]
+    if len(unknown) > 10:
+        listed.append("  ...")
+    path = unknown[0][0]
+    spec = "optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)"
+    rules = f'muon_jax.by_path({{r"^{re.escape("/".join(path))}$": {spec}}})' if path else spec
+    return "\n".join(
+        [
+            f"The matrices in {len(unknown)} parameter(s) of three or more axes cannot be known:",
+            *listed,
+            "Say which axes are reduced (fan-in) and which are outputs (fan-out); all others are "
+            "a batch. For a stack of [in, out] matrices:",
+            f"  muon(..., muon_weight_dimension_numbers={rules})",
+            "or declare None for AdamW.",
+        ]
     )
 
 
 def _is_bare(tree: Any) -> bool:
-    """Whether a tree is nothing but empty built-in containers."""
-    builtin = (dict, list, tuple, type(None))
-    return not jax.tree.leaves(tree, is_leaf=lambda node: type(node) not in builtin)
+    """Whether a tree without leaves is nothing but empty containers and None."""
+    plain = (Mapping, list, tuple, type(None))
+    masked = optax.MaskedNode
+    return not jax.tree.leaves(
+        tree, is_leaf=lambda node: isinstance(node, masked) or not isinstance(node, plain)
+    )
 
 
-def _shape_and_dtype(path: Path, leaf: Any) -> tuple[tuple[int, ...], jnp.dtype]:
+def _shape(path: Path, leaf: Any) -> tuple[int, ...]:
     dtype = jnp.dtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf))
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(
@@ -163,30 +181,28 @@ def _shape_and_dtype(path: Path, leaf: Any) -> tuple[tuple[int, ...], jnp.dtype]
             "leaves only. Keep it out of the parameters: filter it by type (nnx.Param), mask it "
             "with optax.masked, or give it to optax.set_to_zero in optax.partition."
         )
-    return tuple(jnp.shape(leaf)), dtype
+    return tuple(jnp.shape(leaf))
 
 
-def _route_by_role(path: Path, shape: tuple[int, ...], dtype: jnp.dtype, role: Role) -> Route:
+def _route_by_role(path: Path, shape: tuple[int, ...], role: Role) -> Route:
     if role.spec is None:
-        return Route(path, shape, dtype, role.reason)
+        return Route(path, shape, role.reason)
     views = leaf_views(shape, role.spec, show(path))
     _, fan_in, fan_out = views.views[0].matrices
     if min(fan_in, fan_out) <= 1:
-        return Route(path, shape, dtype, f"{role.reason}, of one row or column")
-    return Route(path, shape, dtype, role.reason, role.spec, views)
+        return Route(path, shape, f"{role.reason}, of one row or column")
+    return Route(path, shape, role.reason, role.spec, views)
 
 
-def _route_declared(
-    path: Path, shape: tuple[int, ...], dtype: jnp.dtype, spec: MatrixSpec | None
-) -> Route:
+def _route_declared(path: Path, shape: tuple[int, ...], spec: MatrixSpec | None) -> Route:
     if spec is None:
-        return Route(path, shape, dtype, "declared")
+        return Route(path, shape, "declared")
     if len(shape) < 2:
         raise ValueError(
             f"{show(path)}, shape {shape}: declared as a matrix by {spec}, but it has fewer than "
             "two axes; declare None, which gives it to AdamW."
         )
-    return Route(path, shape, dtype, "declared", spec, leaf_views(shape, spec, show(path)))
+    return Route(path, shape, "declared", spec, leaf_views(shape, spec, show(path)))
 
 
 def _declared(
@@ -211,13 +227,14 @@ def _declared_by_rules(
         for pattern, spec in rules.rules:
             if re.search(pattern, "/".join(path)):
                 found.add(pattern)
-                declared.setdefault(path, spec)
+                declared[path] = spec
+                break
     unfound = [pattern for pattern, _ in rules.rules if pattern not in found]
     if unfound:
         paths = ", ".join(show(path) for path, _ in leaves[:8])
         raise ValueError(
-            f"by_path: the pattern {unfound[0]!r} is found in no parameter's path; the paths are "
-            f"{paths}{', ...' if len(leaves) > 8 else ''}."
+            f"by_path: the pattern {unfound[0]!r} finds no path that earlier patterns left; "
+            f"the paths are {paths}{', ...' if len(leaves) > 8 else ''}."
         )
     return declared
 

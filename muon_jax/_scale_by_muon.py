@@ -16,6 +16,7 @@ from jaxtyping import Array, Inexact, Int, PyTree
 
 from muon_jax._batching import DEFAULT_MAX_GROUP_BYTES, map_by_shape
 from muon_jax._checks import Scalar, check_dtype, check_group_bytes, check_scalar
+from muon_jax._gradients import gradient_leaves
 from muon_jax._orthogonalize import (
     Iteration,
     Preconditioning,
@@ -24,9 +25,10 @@ from muon_jax._orthogonalize import (
 )
 from muon_jax._paths import is_absent, show
 from muon_jax._polynomials import resolve_schedule
-from muon_jax._routing import DimensionNumbers, Heads, Route, route_leaves
+from muon_jax._routing import DimensionNumbers, Heads, Route, check_heads, route_leaves
 from muon_jax._scaling import (
     DEFAULT_RMS,
+    DefaultRMS,
     ShapeFunction,
     UpdateScale,
     apply_update_scale,
@@ -56,7 +58,7 @@ def scale_by_muon(
     adaptive: bool = False,
     preconditioning: Preconditioning = "frobenius",
     ns_dtype: jax.typing.DTypeLike = "bfloat16",
-    consistent_rms: Scalar | None = DEFAULT_RMS,
+    consistent_rms: Scalar | DefaultRMS | None = DEFAULT_RMS,
     update_scale: UpdateScale | ShapeFunction | None = None,
     weight_dimension_numbers: DimensionNumbers = None,
     heads: Heads = "joint",
@@ -73,8 +75,8 @@ def scale_by_muon(
       ns_steps: the number of steps; None means 5, or the schedule's own length, and any other
         number must agree with that length.
       beta: the momentum coefficient ``mu``; 0.95 as in Liu et al. 2025.
-      mu_dtype: the dtype of the momentum, from `init` on; None means each parameter's own. Complex
-        parameters keep a complex momentum.
+      mu_dtype: the dtype of the momentum, from `init` on; None means each parameter's own, and
+        float32 for float16. Complex parameters keep a complex momentum.
       nesterov: whether to orthogonalize ``mu M_t + G_t`` instead of ``M_t``.
       adaptive: whether to multiply each update by the dual norm of its averaged momentum,
         ``(1 - beta) <U_t, O_t>`` (arXiv 2409.20325); Optax averages, this momentum sums, hence
@@ -114,12 +116,13 @@ def scale_by_muon(
         check_ns_dtype(ns_dtype),
     )
     scale = resolve_update_scale(consistent_rms, update_scale)
+    check_heads(heads)
     group_bytes = check_group_bytes(max_group_bytes, DEFAULT_MAX_GROUP_BYTES)
     mu_dtype = check_mu_dtype(mu_dtype)
 
     def init_fn(params: PyTree) -> MuonState:
         _matrix_routes(params, weight_dimension_numbers, heads)
-        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=_momentum_dtype(mu_dtype, p)), params)
+        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=momentum_dtype(mu_dtype, p)), params)
         return MuonState(jnp.zeros([], jnp.int32), mu)
 
     def update_fn(
@@ -128,7 +131,7 @@ def scale_by_muon(
         del params
         routes, structure = _matrix_routes(state.mu, weight_dimension_numbers, heads)
         old = jax.tree.leaves(state.mu)
-        gradients = _leaves_like(structure, updates, routes)
+        gradients = gradient_leaves(structure, updates, old, routes)
 
         mu, out = list(old), list(gradients)
         nudged, stacks = {}, []
@@ -193,10 +196,16 @@ def check_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:
     return dtype
 
 
-def _momentum_dtype(mu_dtype: jnp.dtype | None, param: jax.Array) -> jnp.dtype | None:
-    if mu_dtype is None or not jnp.issubdtype(param.dtype, jnp.complexfloating):
-        return mu_dtype
-    return jnp.promote_types(mu_dtype, jnp.complex64)
+def momentum_dtype(mu_dtype: jnp.dtype | None, param: jax.Array) -> jnp.dtype:
+    """The dtype of a parameter's momentum.
+
+    Complex parameters keep a complex one. float16 ends at 65504, and a heavy ball sums to twenty
+    gradients: its default is float32.
+    """
+    if mu_dtype is None:
+        return jnp.dtype(jnp.float32 if param.dtype == jnp.float16 else param.dtype)
+    complex_ = jnp.issubdtype(param.dtype, jnp.complexfloating)
+    return jnp.promote_types(mu_dtype, jnp.complex64) if complex_ else mu_dtype
 
 
 def _matrix_routes(
@@ -217,20 +226,3 @@ def _matrix_routes(
 def _views(route: Route) -> Any:
     assert route.views is not None
     return route.views
-
-
-def _leaves_like(structure: Any, updates: PyTree, routes: list[Route]) -> list[Any]:
-    """The gradients in the order of the momentum's leaves, None and masked ones included."""
-    try:
-        gradients = structure.flatten_up_to(updates)
-    except ValueError as error:
-        raise ValueError(
-            f"The gradients' tree differs from that of the parameters given to init: {error}"
-        ) from error
-    for route, gradient in zip(routes, gradients, strict=True):
-        if not is_absent(gradient) and jnp.shape(gradient) != route.shape:
-            raise ValueError(
-                f"{show(route.path)}: its gradient has shape {jnp.shape(gradient)}, its momentum "
-                f"{route.shape}; both must be the parameter's."
-            )
-    return gradients

@@ -79,18 +79,34 @@ def width_transfer(fan_in: int, fan_out: int) -> float:
 UpdateScale = AdjustedLR | FixedScale | ByShape | UpdateNorm
 
 
-class _DefaultRMS(float):
-    """0.2, told apart from a 0.2 that the user wrote."""
+@dataclasses.dataclass(frozen=True, repr=False)
+class DefaultRMS:
+    """A number as a default, told apart from the same number written by the user.
+
+    No subclass of float: `optax.inject_hyperparams` would take it for a hyperparameter and give
+    back an array of another dtype.
+    """
+
+    value: float
 
     def __repr__(self) -> str:
-        return float.__repr__(self)
+        return repr(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return self.value == (other.value if isinstance(other, DefaultRMS) else other)
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __float__(self) -> float:
+        return self.value
 
 
-DEFAULT_RMS = _DefaultRMS(ADAMW_RMS)
+DEFAULT_RMS = DefaultRMS(ADAMW_RMS)
 
 
 def resolve_update_scale(
-    consistent_rms: Scalar | None,
+    consistent_rms: Scalar | DefaultRMS | None,
     update_scale: UpdateScale | ShapeFunction | None,
 ) -> UpdateScale:
     """The one scale that `consistent_rms` and `update_scale` ask for.
@@ -102,17 +118,22 @@ def resolve_update_scale(
     if update_scale is None:
         if consistent_rms is None:
             return ByShape(width_transfer)
+        if isinstance(consistent_rms, DefaultRMS):
+            return AdjustedLR(consistent_rms.value)
         check_scalar("consistent_rms", consistent_rms)
         return AdjustedLR(consistent_rms)
-    if not isinstance(consistent_rms, _DefaultRMS):
+    if not isinstance(consistent_rms, DefaultRMS):
         raise ValueError(
             f"consistent_rms={consistent_rms} and update_scale={update_scale} are two scales for "
-            "one update: pass one of them. Under optax.inject_hyperparams, add "
-            '"consistent_rms" to static_args.'
+            "one update: pass one of them."
         )
-    if isinstance(update_scale, UpdateScale):
+    if isinstance(update_scale, AdjustedLR | UpdateNorm):
+        check_scalar(f"rms of {type(update_scale).__name__}", update_scale.rms)
         return update_scale
-    if callable(update_scale):
+    if isinstance(update_scale, FixedScale):
+        check_scalar("value of FixedScale", update_scale.value)
+        return update_scale
+    if callable(update_scale) and not isinstance(update_scale, type):
         return ByShape(update_scale)
     raise TypeError(
         "update_scale must be AdjustedLR, UpdateNorm, FixedScale or a function of "

@@ -13,7 +13,15 @@ import optax
 import pytest
 
 import muon_jax
-from muon_jax import muon, orthogonalize, scale_by_muon
+from muon_jax import (
+    AdjustedLR,
+    FixedScale,
+    FusedBlocks,
+    UpdateNorm,
+    muon,
+    orthogonalize,
+    scale_by_muon,
+)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +70,13 @@ from muon_jax import muon, orthogonalize, scale_by_muon
         ({"ns_dtype": "half-ish"}, TypeError, "ns_dtype must be a dtype"),
         ({"mu_dtype": jnp.int32}, ValueError, "mu_dtype must be a floating-point dtype"),
         ({"max_group_bytes": 0}, ValueError, "positive whole number of bytes"),
+        ({"ns_steps": float("nan")}, ValueError, "whole number of at least 1"),
+        ({"max_group_bytes": "1GB"}, ValueError, "positive whole number of bytes"),
+        ({"update_scale": AdjustedLR(-0.2)}, ValueError, "rms of AdjustedLR must be"),
+        ({"update_scale": UpdateNorm(-1.0)}, ValueError, "rms of UpdateNorm must be"),
+        ({"update_scale": FixedScale(np.nan)}, ValueError, "value of FixedScale must be"),
+        ({"update_scale": AdjustedLR}, TypeError, "update_scale must be AdjustedLR"),
+        ({"heads": "both"}, ValueError, "got 'both'"),
         ({"max_group_bytes": 1.5}, ValueError, "positive whole number of bytes"),
     ],
 )
@@ -115,6 +130,30 @@ def test_gradients_of_another_shape_or_structure_raise():
         tx.update({"kernel": jnp.ones((4, 3))}, state)
     with pytest.raises(ValueError, match="tree differs from that of the parameters"):
         tx.update({"other": jnp.ones((3, 4))}, state)
+
+
+@pytest.mark.parametrize(
+    ("path", "gradient", "error", "why"),
+    [
+        ("kernel", jnp.ones((4, 3)), ValueError, r"kernel: its gradient has shape \(4, 3\)"),
+        ("bias", jnp.ones((1,)), ValueError, r"bias: its gradient has shape \(1,\)"),
+        ("kernel", jnp.ones((3, 4), jnp.int32), TypeError, "kernel: its gradient has dtype int32"),
+        ("bias", jnp.ones(4, jnp.complex64), TypeError, "bias: its gradient has dtype complex64"),
+    ],
+)
+def test_gradients_that_do_not_fit_raise_in_both_groups(path, gradient, error, why):
+    params = {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}
+    tx = muon(1e-3)
+    with pytest.raises(error, match=why):
+        tx.update({**params, path: gradient}, tx.init(params), params)
+    with pytest.raises(ValueError, match="tree differs from that of the parameters"):
+        tx.update({path: gradient}, tx.init(params), params)
+
+
+def test_fused_sizes_are_a_list(untyped):
+    assert FusedBlocks([1, 2]) == FusedBlocks((1, 2))
+    with pytest.raises(TypeError, match="lists the length of each block; got 4"):
+        FusedBlocks(4)
 
 
 def test_orthogonalize_refuses_vectors_and_integers(untyped):

@@ -1,13 +1,18 @@
 """Which leaf is a matrix, along which axes; what cannot be known raises and says what to write."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.core import FrozenDict
 from optax.contrib import MuonDimensionNumbers as Dims
 
+import muon_jax
 from muon_jax import FusedBlocks, by_path, muon, routing_report
 from muon_jax._paths import flatten_with_names, show
 from muon_jax._routing import route_leaves
@@ -50,7 +55,13 @@ def matrices(path, shape, **options):
         ("attn/query/bias", (4, 16)),
         ("layers/attn/query/bias", (2, 4, 16)),
         ("attn/bq", (4, 16)),
-        ("b", (4, 16)),
+        ("classification_head/kernel", (8, 100)),
+        ("lm_head/linear/kernel", (8, 100)),
+        ("heads/0/weight", (8, 100)),
+        ("tok_emb", (100, 8)),
+        ("positional_encoding", (64, 8)),
+        ("cls_token", (1, 1, 8)),
+        ("attn/sinks", (2, 8)),
         ("router/e_score_correction_bias", (8, 8)),
         ("temperature", ()),
         ("anything", (8,)),
@@ -85,6 +96,11 @@ def test_goes_to_adamw(path, shape):
         ("layers/0/attn/wq", (8, 4, 6), (1, 8, 24)),
         ("layers/attn/q_proj/kernel", (3, 8, 24), (3, 8, 24)),
         ("Conv_0/kernel", (3, 3, 4, 8), (1, 36, 8)),
+        ("convert/kernel", (64, 64), (1, 64, 64)),
+        ("conv_proj/kernel", (64, 64), (1, 64, 64)),
+        ("layers/conv/kernel", (2, 3, 4, 8), (2, 12, 8)),
+        ("moe_block/attn/wq", (8, 4, 6), (1, 8, 24)),
+        ("lora/b", (8, 64), (1, 8, 64)),
         ("stem/conv_in/kernel", (5, 4, 8), (1, 20, 8)),
         ("experts/gate_proj", (6, 8, 32), (6, 8, 32)),
         ("layers/2/mlp/experts/down_proj", (6, 32, 8), (6, 32, 8)),
@@ -116,13 +132,13 @@ def test_flat_trees_hold_whole_paths_in_one_key():
         "model.embed_tokens.weight": struct(20, 8),
         "model.layers.0.mlp.up_proj.weight": struct(8, 32),
         "layers/0/experts/up_proj": struct(4, 8, 32),
-        "layers/attn/query/kernel": struct(3, 8, 2, 4),
+        "stack/attn/query/kernel": struct(3, 8, 2, 4),
     }
     assert groups(flat) == {
         "model.embed_tokens.weight": "adam",
         "model.layers.0.mlp.up_proj.weight": "muon",
         "layers/0/experts/up_proj": "muon",
-        "layers/attn/query/kernel": "muon",
+        "stack/attn/query/kernel": "muon",
     }
 
 
@@ -133,7 +149,8 @@ def test_flat_trees_hold_whole_paths_in_one_key():
         ("layers/0/mixer/kernel", (2, 3, 4), "its names are not in the table"),
         ("layers/attn/qkv/kernel", (2, 8, 3, 4, 6), "its names are not in the table"),
         ("layers/attn/query/kernel", (2, 8, 24), "or a stack of plain matrices under 'layers'"),
-        ("layers/conv/kernel", (2, 3, 4, 8), "axis of the stack 'layers' cannot be told"),
+        ("h/attn/c_attn/kernel", (8, 3, 8), "its names are not in the table"),
+        ("moe_block/attn/mixer/kernel", (8, 2, 4), "its names are not in the table"),
         ("conv/weight", (8, 4, 3), "only Flax's convolution layout"),
     ],
 )
@@ -145,10 +162,65 @@ def test_what_cannot_be_known_raises(path, shape, why):
     assert "by_path" in str(error.value)
 
 
+def stack_groups(**leaves):
+    params = {}
+    for path, shape in leaves.items():
+        params[path.replace("__", "/")] = struct(*shape)
+    routes, _ = route_leaves(params)
+    return {
+        show(r.path).split("/", 1)[1]: r.views.views[0].matrices if r.views else () for r in routes
+    }
+
+
+def test_a_stack_is_believed_with_evidence():
+    assert stack_groups(
+        layers__mlp__w1=(3, 8, 32), layers__mlp__b1=(3, 32), layers__rms__w=(3, 8)
+    ) == {"mlp/w1": (3, 8, 32), "mlp/b1": (), "rms/w": ()}
+    assert stack_groups(
+        layers__norm__scale=(2, 8), layers__experts__up=(2, 4, 8, 16), layers__q_proj=(2, 8, 8)
+    ) == {"norm/scale": (), "experts/up": (8, 8, 16), "q_proj": (2, 8, 8)}
+    # A plain module called "blocks", holding one block.
+    assert stack_groups(
+        blocks__attn__wq=(8, 2, 4), blocks__attn__wo=(2, 4, 8), blocks__mlp__up=(8, 32)
+    ) == {"attn/wq": (1, 8, 8), "attn/wo": (1, 8, 8), "mlp/up": (1, 8, 32)}
+
+
+def test_a_stack_along_another_axis_raises():
+    # MaxText's default: the layers lie along axis 1.
+    with pytest.raises(ValueError, match="2 parameter"):
+        stack_groups(layers__mlp__wi=(8, 3, 32), layers__mlp__wo_mlp=(32, 3, 8))
+
+
+def test_square_experts_without_a_stack_are_matrices():
+    shared = {f"shared_experts__{name}": (8, 8) for name in ("up", "gate", "down")}
+    assert set(stack_groups(**shared).values()) == {(1, 8, 8)}
+
+
+def test_the_router_of_an_moe_module_is_no_stack():
+    assert stack_groups(
+        MoeBlock_0__gate__kernel=(8, 4), MoeBlock_0__wi=(4, 8, 32), MoeBlock_0__wo=(4, 32, 8)
+    ) == {"gate/kernel": (1, 8, 4), "wi": (4, 8, 32), "wo": (4, 32, 8)}
+
+
+def test_fused_names_are_marked_in_the_report():
+    report = routing_report({"attn": {"c_attn": {"kernel": struct(8, 24)}}})
+    assert report.rows[0].reason == "linear kernel, maybe fused blocks"
+
+
 def test_all_unknown_leaves_are_named_at_once():
     params = {f"mixer_{i}": struct(2, 3, 4) for i in range(12)}
     with pytest.raises(ValueError, match=r"(?s)12 parameter\(s\).*mixer_0.*mixer_1.*\.\.\."):
         route_leaves(params)
+
+
+@pytest.mark.parametrize("params", [jnp.ones((2, 3, 4)), {"a,b(c)": jnp.ones((2, 3, 4))}])
+def test_the_remedy_in_the_error_is_the_code_to_write(params):
+    with pytest.raises(ValueError, match="cannot be known") as error:
+        muon(1e-3).init(params)
+    code = re.search(r"muon_weight_dimension_numbers=(.*)\)\n", str(error.value)).group(1)
+    muon(
+        1e-3, muon_weight_dimension_numbers=eval(code, {"optax": optax, "muon_jax": muon_jax})
+    ).init(params)
 
 
 def test_the_line_that_the_error_says_to_write_works():
@@ -187,7 +259,7 @@ def test_by_path_speaks_of_some_leaves_and_leaves_the_rest_to_the_table():
 
 def test_the_first_pattern_found_decides():
     rules = by_path({"proj/kernel": None, "proj|mixer": Dims(-2, -1), "bias": None})
-    with pytest.raises(ValueError, match="fewer than two axes"):
+    with pytest.raises(ValueError, match="'bias' finds no path that earlier patterns left"):
         groups(PARAMS, rules)
     rules = by_path({"kernel": None, "bias": None, "proj|mixer": Dims(-2, -1)})
     assert groups(PARAMS, rules)["proj/kernel"] == "adam"
@@ -219,7 +291,7 @@ def test_a_declared_vector_shaped_matrix_stays_with_muon():
 @pytest.mark.parametrize(
     ("numbers", "error", "why"),
     [
-        (by_path({"nowhere": None}), ValueError, "'nowhere' is found in no parameter's path"),
+        (by_path({"nowhere": None}), ValueError, "'nowhere' finds no path"),
         ({"embed": None, "proj": None}, ValueError, "says nothing of mixer"),
         ({"embed": None, "proj": None, "mixer": None, "x": Dims()}, ValueError, "speaks of x"),
         ({"embed": None, "proj": None, "mixer": "muon"}, TypeError, "has 'muon' at mixer"),
@@ -240,6 +312,8 @@ def test_dimension_numbers_that_do_not_fit_raise(numbers, error, why):
     [
         ({"(": None}, ValueError, "no regular expression"),
         ({"a": (0, 1)}, TypeError, "use MuonDimensionNumbers, FusedBlocks, or None"),
+        ({1: None}, ValueError, "1 is no regular expression"),
+        (["a"], TypeError, "takes a mapping from patterns to axes"),
     ],
 )
 def test_by_path_rejects(untyped, rules, error, why):
@@ -247,7 +321,9 @@ def test_by_path_rejects(untyped, rules, error, why):
         by_path(rules)
 
 
-@pytest.mark.parametrize("empty", [{}, [], (), None, {"a": {}, "b": [None]}])
+@pytest.mark.parametrize(
+    "empty", [{}, [], (), None, {"a": {}, "b": [None]}, FrozenDict({}), nnx.State({})]
+)
 def test_an_empty_tree_raises(empty):
     with pytest.raises(ValueError, match=r"without leaves.*nnx\.state"):
         muon(1e-3).init(empty)
@@ -328,6 +404,18 @@ def test_nnx_paths_are_the_same_with_and_without_value():
         "layers/0/kernel",
         "layers/1/kernel",
     }
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Attention:
+    query: jax.Array
+    value: jax.Array
+
+
+def test_a_field_called_value_beside_others_keeps_its_name():
+    leaves, _ = flatten_with_names({"attn": Attention(jnp.ones((8, 2, 4)), jnp.ones((8, 2, 4)))})
+    assert [path for path, _ in leaves] == [("attn", "query"), ("attn", "value")]
 
 
 def test_only_an_attribute_value_is_dropped_from_paths():
