@@ -118,7 +118,8 @@ def role_of(
                 "it may be one Flax attention kernel of three axes, or a stack of plain matrices "
                 f"under {stacks[0]!r}"
             )
-        kind = "linear kernel" if leaf == "kernel" or stacks else "assumed matrix"
+        known = "linear kernel" if leaf == "kernel" else "matrix" if stacks else None
+        kind = known or "assumed matrix"
         fused = ", maybe fused blocks" if looks_fused(name) else ""
         return Role(kind + fused + under, MuonDimensionNumbers(-2, -1))
     for pattern, layout, joint, separate in (

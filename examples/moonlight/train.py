@@ -66,7 +66,7 @@ class Recipe(NamedTuple):
 
 
 RECIPES = {
-    # About three minutes on two CPU cores; the rate is near the best of `compare.py`'s for AdamW.
+    # About three minutes on two CPU cores; the rate is AdamW's best of `compare.py`'s grid.
     "tiny": Recipe(4e-3, 60, 1200, 8, 128, 1),
     # A starting point for one accelerator.
     "small": Recipe(1e-3, 200, 10_000, 16, 1024, 1),
