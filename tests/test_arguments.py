@@ -87,7 +87,8 @@ def test_bad_options_raise_when_given(untyped, options, error, why):
 
 def test_good_edges_are_accepted():
     muon(0.0, weight_decay=0, beta=0.0, eps=0.0, ns_steps=3, consistent_rms=jnp.float32(1))
-    muon(optax.constant_schedule(1e-3), weight_decay=optax.constant_schedule(0.1))
+    scheduled = muon(optax.constant_schedule(1e-3), weight_decay=optax.constant_schedule(0.1))
+    assert scheduled.init(jnp.ones((2, 2))) is not None
     muon(np.float64(1e-3), ns_coeffs=np.ones((2, 3)), ns_steps=2)
     muon(jnp.asarray(1e-3), ns_coeffs=jnp.ones(3), ns_steps=7)
 
