@@ -4,9 +4,8 @@ Newton-Schulz commutes with transposition, so the stacks of all leaves are broug
 concatenated by shape, iterated together, and cut apart again. The program then holds one
 iteration for each shape, not one for each layer.
 
-A batch is cut into chunks of at most `max_group_bytes`, counted in the dtype it is stacked in; a
-chunk's iteration works on about four such buffers (the stack, the Gram matrix and its polynomial,
-the next iterate), which the next chunk reuses.
+A batch is cut into chunks of at most `max_group_bytes`, counted in the dtype it is stacked in, so
+that the iteration's buffers (iterate, Gram matrix, polynomial) are those of one chunk.
 """
 
 import collections
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 DEFAULT_MAX_GROUP_BYTES = 2**30
-"""1 GiB: past it a larger batch has no use for an accelerator's matrix units."""
+"""1 GiB: 512 matrices of 1024x1024 in bfloat16."""
 
 
 class _Piece(NamedTuple):

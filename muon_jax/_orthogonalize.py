@@ -9,7 +9,7 @@ sums instead, five steps drift 4-7% away from float32; rounded once, 1.2-1.5%.
 Two engines run the same arithmetic. Accelerators multiply bfloat16 operands in one batched
 product. XLA:CPU has no fast product of that kind (some fail at run time), so there the
 bfloat16-rounded values are held in float32, and matrices are taken one by one, in a loop that
-stays in cache: 1.3 to 2 times the speed of its batched product.
+stays in cache, which is faster there than its batched product.
 """
 
 import functools
@@ -191,7 +191,7 @@ def _bfloat16_product(x: jax.Array, y: jax.Array) -> jax.Array:
 def _one_by_one(
     arithmetic: _Arithmetic, iteration: Iteration, x: Inexact[Array, "batch rows cols"]
 ) -> Inexact[Array, "batch rows cols"]:
-    # Widened before the loop: inside it the conversion runs on one thread, a sixth of the time.
+    # Widened before the loop: inside it the conversion costs more (EXPERIMENTS.md).
     wide = x.astype(arithmetic.wide)
     return lax.map(functools.partial(_iterate, arithmetic, iteration), wide).astype(x.dtype)
 

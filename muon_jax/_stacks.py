@@ -62,7 +62,8 @@ def _is_stack(name: str, members: list[tuple[Path, tuple[int, ...]]], axis: int)
         return False
     if len({shape[axis] for shape in shapes}) > 1:
         return False
-    # One leaf is no evidence, unless its name is: [512, 3, 512] under "h/c_attn" is no stack.
+    # A single leaf agrees with itself: it is believed, unless its name says that another axis may
+    # be of blocks, as in [512, 3, 512] under "h/c_attn".
     return (
         len(members) > 1
         or bool(_EXPERTS.fullmatch(name))

@@ -347,7 +347,8 @@ def test_a_run_resumes_only_with_its_own_text_and_model(finished: Path, tmp_path
 def test_the_same_text_elsewhere_and_other_intervals_may_resume(finished: Path, tmp_path: Path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_bytes((finished / "corpus.txt").read_bytes())
-    train(toy.arguments(finished, resume=True, data=corpus, eval_every=5), toy.CONFIG)
+    again = train(toy.arguments(finished, resume=True, data=corpus, eval_every=5), toy.CONFIG)
+    assert again == json.loads((finished / "run" / "results.json").read_text())
 
 
 @pytest.mark.parametrize(
