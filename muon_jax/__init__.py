@@ -17,25 +17,32 @@ from muon_jax._report import RoutingReport, RoutingRow, routing_report
 from muon_jax._routing import by_path
 from muon_jax._scale_by_muon import MuonState, scale_by_muon
 from muon_jax._scaling import AdjustedLR, FixedScale, UpdateNorm
+from muon_jax._sharding_report import LeafRow, ShardingReport, ShardingRow, sharding_report
+from muon_jax._state_shardings import opt_state_shardings
 
 __all__ = [
     "SCHEDULES",
     "AdjustedLR",
     "FixedScale",
     "FusedBlocks",
+    "LeafRow",
     "MuonDimensionNumbers",
     "MuonState",
     "RoutingReport",
     "RoutingRow",
+    "ShardingReport",
+    "ShardingRow",
     "UpdateNorm",
     "by_path",
     "group_rms",
     "map_matrices",
     "muon",
+    "opt_state_shardings",
     "orthogonality_error",
     "orthogonalize",
     "routing_report",
     "scale_by_muon",
+    "sharding_report",
     "svd_entropy",
     "update_rms",
 ]

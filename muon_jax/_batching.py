@@ -17,6 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
+from muon_jax._matrices import LeafViews
+from muon_jax._matrix_update import MatrixUpdate
+from muon_jax._momentum import heavy_ball
+
 DEFAULT_MAX_GROUP_BYTES = 2**30
 """1 GiB: 512 matrices of 1024x1024 in bfloat16."""
 
@@ -70,6 +74,44 @@ def map_by_shape(
     return [
         _concatenate(results[index]) if stack.size else stack for index, stack in enumerate(stacks)
     ]
+
+
+def batched_update(
+    views: Sequence[LeafViews],
+    update: MatrixUpdate,
+    gradients: Sequence[Inexact[Array, "..."]],
+    momenta: Sequence[Inexact[Array, "..."]],
+    max_group_bytes: int,
+) -> tuple[list[Inexact[Array, "..."]], list[Inexact[Array, "..."]]]:
+    """One step of momentum, orthogonalization and scale, of all leaves, on one device.
+
+    Args:
+      views: the matrices of each leaf.
+      update: what is done to each matrix.
+      gradients: one for each leaf.
+      momenta: one for each leaf.
+      max_group_bytes: see `map_by_shape`.
+
+    Returns:
+      The updates, in the gradients' dtypes, and the momenta.
+    """
+    new_momenta, stacks = [], []
+    for leaf, gradient, momentum in zip(views, gradients, momenta, strict=True):
+        new, nudged = heavy_ball(momentum, gradient, update.beta, update.nesterov)
+        new_momenta.append(new.astype(momentum.dtype))
+        # Cast before slicing: a leaf cut into chunks is then kept in the narrow dtype.
+        stacks += leaf.take(update.iteration.cast(nudged))
+    pairs = zip(stacks, map_by_shape(update.iteration, stacks, max_group_bytes), strict=True)
+    updates = []
+    for leaf, gradient in zip(views, gradients, strict=True):
+        matrices = []
+        for view in leaf.views:
+            source, result = next(pairs)
+            _, *matrix = view.matrices
+            measured = update.measure(source, result) if update.is_measured else None
+            matrices.append(update.finish(result, measured, (matrix[0], matrix[1])))
+        updates.append(leaf.put(matrices).astype(gradient.dtype))
+    return updates, new_momenta
 
 
 def _chunks(members: list[tuple[int, int]], capacity: int) -> list[list[_Piece]]:

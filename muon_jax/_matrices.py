@@ -69,6 +69,10 @@ class MatrixView:
     output: tuple[int, ...]
     block: _Block | None = None
 
+    def of_shape(self, shape: tuple[int, ...]) -> "MatrixView":
+        """The same axes of another leaf, such as a shard of this one."""
+        return dataclasses.replace(self, shape=shape)
+
     @property
     def batch_axes(self) -> tuple[int, ...]:
         """The axes that are neither reduction nor output, in the leaf's order."""

@@ -7,23 +7,26 @@ in `_scale_by_muon`; here it is only wired.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
 from muon_jax._checks import Scalar, ScalarOrSchedule, check_scalar
 from muon_jax._gradients import gradient_leaves
+from muon_jax._injectable import HeldMesh, injectable
 from muon_jax._orthogonalize import Preconditioning
-from muon_jax._paths import is_absent
 from muon_jax._routing import DimensionNumbers, Heads, Route, route_leaves
-from muon_jax._scale_by_muon import check_mu_dtype, momentum_dtype, scale_by_muon
+from muon_jax._scale_by_adam import scale_by_adam
+from muon_jax._scale_by_muon import scale_by_muon
 from muon_jax._scaling import DEFAULT_RMS, DefaultRMS, ShapeFunction, UpdateScale
+from muon_jax._specs import AnyMesh, partition_spec
+from muon_jax._zero1 import resolve_zero1
 
 
+@injectable
 def muon(
     learning_rate: ScalarOrSchedule,
     *,
@@ -48,6 +51,9 @@ def muon(
     ns_dtype: jax.typing.DTypeLike = "bfloat16",
     heads: Heads = "joint",
     max_group_bytes: int | None = None,
+    mesh: AnyMesh | HeldMesh | None = None,
+    zero1_axes: Sequence[str] | str | None = None,
+    param_specs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices, AdamW for the rest, with AdamW's learning rate and weight decay.
 
@@ -105,6 +111,14 @@ def muon(
       ns_dtype: see `scale_by_muon`.
       heads: see `scale_by_muon`.
       max_group_bytes: see `scale_by_muon`.
+      mesh: the devices to share the optimizer's work and state on, ZeRO-1; None keeps both where
+        the parameters are. The state that `init` returns lies in its layout already. Print
+        `sharding_report(params, mesh=mesh)`.
+      zero1_axes: the mesh axes to shard the state over, besides those that shard the parameter
+        itself; None means all over which a parameter is replicated. Axes left out repeat the work
+        and carry none of the optimizer's traffic.
+      param_specs: where the parameters lie: a tree of `jax.sharding.PartitionSpec`s, or a prefix of
+        one. None: their types on Explicit axes, else replicated.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Its `update` needs `params`; a parameter whose
@@ -145,7 +159,10 @@ def muon(
         update_scale=update_scale,
         heads=heads,
         max_group_bytes=max_group_bytes,
+        mesh=mesh,
+        zero1_axes=zero1_axes,
     )
+    zero1 = resolve_zero1(mesh, zero1_axes, param_specs)
     make_muon()  # so that bad arguments raise here, not at the first init
     route = functools.partial(
         route_leaves, dimension_numbers=muon_weight_dimension_numbers, heads=heads
@@ -155,19 +172,24 @@ def muon(
         params: PyTree, routes: list[Route], structure: Any
     ) -> optax.GradientTransformationExtraArgs:
         labels = structure.unflatten([route.group for route in routes])
-        specs = structure.unflatten([route.spec for route in routes])
+        numbers = structure.unflatten([route.spec for route in routes])
+        where, layouts = None, None
+        if zero1 is not None:
+            layouts = zero1.layouts(params, routes)
+            where = structure.unflatten([partition_spec(layout.param) for layout in layouts])
+            layouts = [x for x, r in zip(layouts, routes, strict=True) if r.group == "adam"]
         mask = weight_decay_mask
         if routes and callable(mask) and jax.tree_util.all_leaves([mask]):
             mask = mask(params)
         return optax.partition(
             {
                 "muon": optax.chain(
-                    make_muon(weight_dimension_numbers=specs),
+                    make_muon(weight_dimension_numbers=numbers, param_specs=where),
                     optax.add_decayed_weights(weight_decay, mask),
                     optax.scale_by_learning_rate(learning_rate),
                 ),
                 "adam": optax.chain(
-                    _scale_by_adam(adam_b1, adam_b2, eps, adam_eps_root, mu_dtype),
+                    scale_by_adam(adam_b1, adam_b2, eps, adam_eps_root, mu_dtype, zero1, layouts),
                     optax.add_decayed_weights(adam_weight_decay, mask),
                     optax.scale_by_learning_rate(adam_learning_rate),
                 ),
@@ -176,7 +198,12 @@ def muon(
         )
 
     def init_fn(params: PyTree) -> optax.OptState:
-        return for_params(params, *route(params)).init(params)
+        state = for_params(params, *route(params)).init(params)
+        if zero1 is None:
+            return state
+        # Counts of schedules, which would otherwise move onto the mesh with the first update.
+        replicate = zero1.replicate
+        return jax.tree.map(lambda x: x if x.ndim else replicate(x), state)
 
     def update_fn(
         updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra_args: Any
@@ -197,46 +224,3 @@ def muon(
         return tx.update(updates, state, params_to_decay, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _scale_by_adam(
-    b1: Scalar,
-    b2: Scalar,
-    eps: Scalar,
-    eps_root: Scalar,
-    mu_dtype: jax.typing.DTypeLike | None,
-) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` with a state that is a fixed point.
-
-    Optax drops the moments of a leaf whose gradient is None or masked, lets the first moment take
-    the gradient's dtype after the first step, and casts a complex one to a real `mu_dtype`.
-    """
-    inner = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
-    dtype = check_mu_dtype(mu_dtype)
-
-    def init_fn(params: PyTree) -> Any:
-        state: Any = inner.init(params)
-        if dtype is None:
-            return state
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=momentum_dtype(dtype, p)), params)
-        return state._replace(mu=zeros)
-
-    def like_gradients(gradients: PyTree, moments: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda g, m: g if is_absent(g) else m, gradients, moments, is_leaf=is_absent
-        )
-
-    def keep(new: PyTree, old: PyTree) -> PyTree:
-        return jax.tree.map(
-            lambda n, o: o if is_absent(n) else n.astype(o.dtype), new, old, is_leaf=is_absent
-        )
-
-    def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        present = state._replace(
-            mu=like_gradients(updates, state.mu), nu=like_gradients(updates, state.nu)
-        )
-        new: Any
-        updates, new = inner.update(updates, present, params)
-        return updates, new._replace(mu=keep(new.mu, state.mu), nu=keep(new.nu, state.nu))
-
-    return optax.GradientTransformation(init_fn, update_fn)

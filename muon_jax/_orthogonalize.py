@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 from muon_jax._checks import check_dtype
+from muon_jax._collectives import RowShare
 from muon_jax._polynomials import Schedule, resolve_schedule
 
 Preconditioning = Literal["frobenius", "spectral", "aol", "schatten"]
@@ -133,9 +134,21 @@ class Iteration(NamedTuple):
             return lax.complex(_narrow(x.real, real), _narrow(x.imag, real))
         return _narrow(x, self.ns_dtype)
 
-    def __call__(self, x: Inexact[Array, "batch rows cols"]) -> Inexact[Array, "batch rows cols"]:
-        """Orthogonalize wide matrices (rows <= cols) held in their storage dtype."""
-        return _newton_schulz(x, self)
+    def storage_dtype(self, *parts: jax.Array) -> jnp.dtype:
+        """The dtype of `cast`, given what is summed to what it casts."""
+        if not any(jnp.iscomplexobj(part) for part in parts):
+            return jnp.dtype(self.ns_dtype)
+        return jnp.dtype("complex128" if self.ns_dtype == "float64" else "complex64")
+
+    def __call__(
+        self, x: Inexact[Array, "batch rows cols"], share: RowShare | None = None
+    ) -> Inexact[Array, "batch _ cols"]:
+        """Orthogonalize wide matrices (rows <= cols) held in their storage dtype.
+
+        With `share`, inside a `shard_map`, several devices hold the same matrices and divide the
+        products by rows; each gets the rows that it computed.
+        """
+        return _newton_schulz(x, self, share)
 
 
 def _narrow(x: Float[Array, "*shape"], dtype: str) -> Float[Array, "*shape"]:
@@ -146,20 +159,22 @@ def _narrow(x: Float[Array, "*shape"], dtype: str) -> Float[Array, "*shape"]:
     return x.astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnames="iteration")
+@functools.partial(jax.jit, static_argnames=("iteration", "share"))
 def _newton_schulz(
-    x: Inexact[Array, "batch rows cols"], iteration: Iteration
-) -> Inexact[Array, "batch rows cols"]:
+    x: Inexact[Array, "batch rows cols"], iteration: Iteration, share: RowShare | None
+) -> Inexact[Array, "batch _ cols"]:
     if x.dtype != jnp.bfloat16:
         exact = _Arithmetic(x.dtype, lambda y: y, _full_precision_product, unroll=True)
-        one_by_one = functools.partial(_one_by_one, exact._replace(unroll=False), iteration)
-        batched = functools.partial(_iterate, exact, iteration)
+        on_cpu, elsewhere = exact._replace(unroll=False), exact
     else:
-        held = _Arithmetic(jnp.float32, _round_to_bfloat16, _full_precision_product, unroll=False)
-        one_by_one = functools.partial(_one_by_one, held, iteration)
-        mixed = _Arithmetic(jnp.float32, _to_bfloat16, _bfloat16_product, unroll=True)
-        batched = functools.partial(_iterate, mixed, iteration)
-    return lax.platform_dependent(x, cpu=one_by_one, default=batched)
+        on_cpu = _Arithmetic(jnp.float32, _round_to_bfloat16, _full_precision_product, unroll=False)
+        elsewhere = _Arithmetic(jnp.float32, _to_bfloat16, _bfloat16_product, unroll=True)
+    # Sharers meet in every step, so their few matrices go through together on CPU too.
+    return lax.platform_dependent(
+        x,
+        cpu=functools.partial(_iterate if share else _one_by_one, on_cpu, iteration, share),
+        default=functools.partial(_iterate, elsewhere, iteration, share),
+    )
 
 
 class _Arithmetic(NamedTuple):
@@ -189,37 +204,56 @@ def _bfloat16_product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _one_by_one(
-    arithmetic: _Arithmetic, iteration: Iteration, x: Inexact[Array, "batch rows cols"]
+    arithmetic: _Arithmetic,
+    iteration: Iteration,
+    share: None,
+    x: Inexact[Array, "batch rows cols"],
 ) -> Inexact[Array, "batch rows cols"]:
     # Widened before the loop: inside it the conversion costs more (EXPERIMENTS.md).
     wide = x.astype(arithmetic.wide)
-    return lax.map(functools.partial(_iterate, arithmetic, iteration), wide).astype(x.dtype)
+    return lax.map(functools.partial(_iterate, arithmetic, iteration, share), wide).astype(x.dtype)
 
 
 def _iterate(
-    arithmetic: _Arithmetic, iteration: Iteration, x: Inexact[Array, "*batch rows cols"]
-) -> Inexact[Array, "*batch rows cols"]:
+    arithmetic: _Arithmetic,
+    iteration: Iteration,
+    share: RowShare | None,
+    x: Inexact[Array, "*batch rows cols"],
+) -> Inexact[Array, "*batch _ cols"]:
     store, product = arithmetic.store, arithmetic.product
+    dtype = x.dtype
+
+    # What a device computes: all rows, or its own, which the others then get.
+    def own(x: jax.Array) -> jax.Array:
+        return share.own(x) if share else x
+
+    def whole(x: jax.Array) -> jax.Array:
+        return share.gather(x.astype(dtype)).astype(x.dtype) if share else x
 
     def step(x: jax.Array, abc: Any, gram: jax.Array | None = None) -> tuple[jax.Array, None]:
         a, b, c = abc
-        gram = store(product(x, _adjoint(x))) if gram is None else gram
-        poly = store(b * gram.astype(arithmetic.wide) + c * product(gram, gram))
-        return store(a * x.astype(arithmetic.wide) + product(poly, x)), None
+        gram = whole(store(product(own(x), _adjoint(x)))) if gram is None else gram
+        poly = store(b * own(gram).astype(arithmetic.wide) + c * product(own(gram), gram))
+        return store(a * own(x).astype(arithmetic.wide) + product(poly, x)), None
 
-    dtype = x.dtype
     x = _divide_by_norm(x.astype(arithmetic.wide))
     schedule = iteration.schedule
     if iteration.preconditioning == "spectral":
         x = _divide_by_largest_singular_value(x)
+    gram = None
     if iteration.preconditioning in ("aol", "schatten"):
         rescale = _aol if iteration.preconditioning == "aol" else _schatten
         x = store(x)
         x, gram = rescale(x.astype(arithmetic.wide), product(x, _adjoint(x)))
-        x, _ = step(store(x), schedule[0], store(gram))
+        gram = store(gram)
+    x = store(x)
+    if share:
+        for number, abc in enumerate(schedule):
+            x, _ = step(x if number == 0 else whole(x), abc, gram if number == 0 else None)
+        return x.astype(dtype)
+    if gram is not None:
+        x, _ = step(x, schedule[0], gram)
         schedule = schedule[1:]
-    else:
-        x = store(x)
     if schedule:
         coefficients = jnp.asarray(schedule, jnp.finfo(arithmetic.wide).dtype)
         unroll = len(schedule) if arithmetic.unroll else 1

@@ -15,6 +15,7 @@ from muon_jax._scaling import (
     describe_update_scale,
     resolve_update_scale,
 )
+from muon_jax._tables import table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +48,19 @@ class RoutingReport:
 
     def __str__(self) -> str:
         header = ("path", "shape", "group", "matrix", "batch", "scale", "because")
-        cells: list[tuple[str, ...]] = [header]
-        for row in self.rows:
-            cells.append(
-                (
-                    row.path,
-                    "x".join(map(str, row.shape)) or "()",
-                    row.group,
-                    " + ".join(f"{rows}x{cols}" for _, rows, cols in row.matrices) or "-",
-                    " + ".join(str(batch) for batch, _, _ in row.matrices) or "-",
-                    " + ".join(row.scale) or "-",
-                    row.reason,
-                )
+        cells = [
+            (
+                row.path,
+                "x".join(map(str, row.shape)) or "()",
+                row.group,
+                " + ".join(f"{rows}x{cols}" for _, rows, cols in row.matrices) or "-",
+                " + ".join(str(batch) for batch, _, _ in row.matrices) or "-",
+                " + ".join(row.scale) or "-",
+                row.reason,
             )
-        widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in cells
+            for row in self.rows
         ]
-        return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], self._totals()])
+        return "\n".join([*table(header, cells), self._totals()])
 
     def _totals(self) -> str:
         size = {"muon": 0, "adam": 0}

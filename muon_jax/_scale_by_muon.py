@@ -7,16 +7,21 @@
 Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982), Section 2.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Inexact, Int, PyTree
+from jaxtyping import Array, Int, PyTree
 
-from muon_jax._batching import DEFAULT_MAX_GROUP_BYTES, map_by_shape
-from muon_jax._checks import Scalar, check_dtype, check_group_bytes, check_scalar
+from muon_jax._batching import DEFAULT_MAX_GROUP_BYTES, batched_update
+from muon_jax._checks import Scalar, check_group_bytes, check_scalar
+from muon_jax._distributed import distributed_update
 from muon_jax._gradients import gradient_leaves
+from muon_jax._injectable import HeldMesh, injectable
+from muon_jax._matrix_update import MatrixUpdate
+from muon_jax._momentum import check_mu_dtype, momentum_dtype
 from muon_jax._orthogonalize import (
     Iteration,
     Preconditioning,
@@ -24,16 +29,19 @@ from muon_jax._orthogonalize import (
     check_preconditioning,
 )
 from muon_jax._paths import is_absent, show
+from muon_jax._plan import PlannedLeaf, make_plan
 from muon_jax._polynomials import resolve_schedule
+from muon_jax._record import note_plan, note_state
 from muon_jax._routing import DimensionNumbers, Heads, Route, check_heads, route_leaves
 from muon_jax._scaling import (
     DEFAULT_RMS,
     DefaultRMS,
     ShapeFunction,
     UpdateScale,
-    apply_update_scale,
     resolve_update_scale,
 )
+from muon_jax._specs import AnyMesh
+from muon_jax._zero1 import resolve_zero1
 
 
 class MuonState(NamedTuple):
@@ -48,6 +56,7 @@ class MuonState(NamedTuple):
     mu: PyTree
 
 
+@injectable
 def scale_by_muon(
     ns_coeffs: Any = "standard",
     ns_steps: int | None = None,
@@ -63,6 +72,9 @@ def scale_by_muon(
     weight_dimension_numbers: DimensionNumbers = None,
     heads: Heads = "joint",
     max_group_bytes: int | None = None,
+    mesh: AnyMesh | HeldMesh | None = None,
+    zero1_axes: Sequence[str] | str | None = None,
+    param_specs: Any = None,
 ) -> optax.GradientTransformation:
     """Momentum, orthogonalized and scaled: Muon without learning rate and weight decay.
 
@@ -91,7 +103,11 @@ def scale_by_muon(
       heads: whether the heads of a Flax attention kernel form one matrix or one each.
       max_group_bytes: the largest batch of matrices orthogonalized at once, in bytes of
         `ns_dtype`; None means 1 GiB. It bounds the buffers of the iteration; a stacked leaf larger
-        than it is cut too, but also held whole before and after.
+        than it is cut too, but also held whole before and after. On a mesh it also bounds the
+        gathered results of one part of the plan.
+      mesh: the devices to share the work and the state on, ZeRO-1; see `muon`.
+      zero1_axes: the mesh axes to shard the state over; see `muon`.
+      param_specs: where the parameters lie on the mesh; see `muon`.
 
     Returns:
       An `optax.GradientTransformation` with state `MuonState`. Updates have the shapes and dtypes
@@ -116,96 +132,64 @@ def scale_by_muon(
         check_ns_dtype(ns_dtype),
     )
     scale = resolve_update_scale(consistent_rms, update_scale)
+    matrix_update = MatrixUpdate(iteration, scale, adaptive, beta, nesterov)
     check_heads(heads)
     group_bytes = check_group_bytes(max_group_bytes, DEFAULT_MAX_GROUP_BYTES)
     mu_dtype = check_mu_dtype(mu_dtype)
+    zero1 = resolve_zero1(mesh, zero1_axes, param_specs)
 
     def init_fn(params: PyTree) -> MuonState:
-        _matrix_routes(params, weight_dimension_numbers, heads)
-        mu = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=momentum_dtype(mu_dtype, p)), params)
-        return MuonState(jnp.zeros([], jnp.int32), mu)
+        routes, structure = _matrix_routes(params, weight_dimension_numbers, heads)
+        leaves = jax.tree.leaves(params)
+        dtypes = [momentum_dtype(mu_dtype, leaf) for leaf in leaves]
+        count = jnp.zeros([], jnp.int32)
+        if zero1 is None:
+            zeros = [jnp.zeros_like(p, dtype=d) for p, d in zip(leaves, dtypes, strict=True)]
+        else:
+            layouts = zero1.layouts(params, routes)
+            paths = [route.path for route in routes]
+            note_state("muon", paths, layouts, [[dtype] for dtype in dtypes])
+            zeros = zero1.zeros([*zip(layouts, dtypes, strict=True)])
+            count = zero1.replicate(count)
+        return MuonState(count, structure.unflatten(zeros))
 
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, MuonState]:
-        del params
         routes, structure = _matrix_routes(state.mu, weight_dimension_numbers, heads)
-        old = jax.tree.leaves(state.mu)
-        gradients = gradient_leaves(structure, updates, old, routes)
-
-        mu, out = list(old), list(gradients)
-        nudged, stacks = {}, []
-        for i, (route, gradient) in enumerate(zip(routes, gradients, strict=True)):
-            if is_absent(gradient):
-                continue
-            momentum, nudged[i] = heavy_ball(old[i], gradient, beta, nesterov)
-            mu[i] = momentum.astype(old[i].dtype)
-            # Cast before slicing: a leaf cut into chunks is then kept in the narrow dtype.
-            stacks += _views(route).take(iteration.cast(nudged[i]))
-
-        orthogonal = iter(map_by_shape(iteration, stacks, group_bytes))
-        for i, source in nudged.items():
-            views = _views(routes[i])
-            matrices = [next(orthogonal) for _ in views.views]
-            if adaptive:
-                sources = views.take(source)
-                matrices = [
-                    scale_by_dual_norm(o, u, beta) for o, u in zip(matrices, sources, strict=True)
-                ]
-            scaled = [apply_update_scale(o, scale) for o in matrices]
-            out[i] = views.put(scaled).astype(gradients[i].dtype)
-        return structure.unflatten(out), MuonState(
+        mu = jax.tree.leaves(state.mu)
+        gradients = gradient_leaves(structure, updates, mu, routes)
+        present = [i for i, g in enumerate(gradients) if not is_absent(g)]
+        views = [_views(routes[i]) for i in present]
+        arrays = ([gradients[i] for i in present], [mu[i] for i in present])
+        if zero1 is None:
+            new = batched_update(views, matrix_update, *arrays, group_bytes)
+        else:
+            layouts = zero1.layouts_in_update(structure, params, gradients, mu, routes)
+            leaves = [
+                PlannedLeaf(
+                    view, layouts[i], iteration.storage_dtype(gradients[i], mu[i]), mu[i].dtype
+                )
+                for i, view in zip(present, views, strict=True)
+            ]
+            plan = make_plan(
+                leaves,
+                zero1.sizes,
+                zero1.axes,
+                steps=len(iteration.schedule),
+                max_group_bytes=group_bytes,
+                whole_result=matrix_update.is_measured,
+            )
+            note_plan(plan, leaves)
+            new = distributed_update(zero1, plan, leaves, matrix_update, *arrays)
+        for old, values in zip((gradients, mu), new, strict=True):
+            for i, value in zip(present, values, strict=True):
+                old[i] = value
+        return structure.unflatten(gradients), MuonState(
             jnp.asarray(optax.safe_increment(state.count)), structure.unflatten(mu)
         )
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def heavy_ball(
-    momentum: Inexact[Array, "*shape"],
-    gradient: Inexact[Array, "*shape"],
-    beta: Scalar,
-    nesterov: bool,
-) -> tuple[Inexact[Array, "*shape"], Inexact[Array, "*shape"]]:
-    """``M_t = beta M_{t-1} + G_t`` and what is orthogonalized, in float32 or wider (Eq. 1)."""
-    wide = jnp.promote_types(jnp.promote_types(momentum.dtype, gradient.dtype), jnp.float32)
-    gradient = gradient.astype(wide)
-    beta = jnp.asarray(beta, jnp.finfo(wide).dtype)
-    momentum = beta * momentum.astype(wide) + gradient
-    return momentum, beta * momentum + gradient if nesterov else momentum
-
-
-def scale_by_dual_norm(
-    orthogonal: Inexact[Array, "batch fan_in fan_out"],
-    source: Inexact[Array, "batch fan_in fan_out"],
-    beta: Scalar,
-) -> Inexact[Array, "batch fan_in fan_out"]:
-    """Multiply each matrix by ``(1 - beta) <U, O>``, the dual norm of the averaged momentum."""
-    wide = orthogonal.astype(source.dtype)
-    dual = jnp.sum(source.conj() * wide, axis=(-2, -1), keepdims=True).real
-    return wide * ((1 - beta) * dual).astype(dual.dtype)
-
-
-def check_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:
-    """Return the dtype, or raise where a momentum cannot have it."""
-    if mu_dtype is None:
-        return None
-    dtype = jax.dtypes.canonicalize_dtype(check_dtype("mu_dtype", mu_dtype))
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"mu_dtype must be a floating-point dtype or None; got {mu_dtype}.")
-    return dtype
-
-
-def momentum_dtype(mu_dtype: jnp.dtype | None, param: jax.Array) -> jnp.dtype:
-    """The dtype of a parameter's momentum.
-
-    Complex parameters keep a complex one. float16 ends at 65504, and a heavy ball sums to twenty
-    gradients: its default is float32.
-    """
-    if mu_dtype is None:
-        return jnp.dtype(jnp.float32 if param.dtype == jnp.float16 else param.dtype)
-    complex_ = jnp.issubdtype(param.dtype, jnp.complexfloating)
-    return jnp.promote_types(mu_dtype, jnp.complex64) if complex_ else mu_dtype
 
 
 def _matrix_routes(

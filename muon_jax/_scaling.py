@@ -9,9 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Inexact
 
 from muon_jax._checks import Scalar, check_scalar
 
@@ -139,18 +137,6 @@ def resolve_update_scale(
         "update_scale must be AdjustedLR, UpdateNorm, FixedScale or a function of "
         f"(fan_in, fan_out); got {update_scale!r}."
     )
-
-
-def apply_update_scale(
-    orthogonal: Inexact[Array, "*batch fan_in fan_out"], scale: UpdateScale
-) -> Inexact[Array, "*batch fan_in fan_out"]:
-    """Scale each matrix, in float32 or wider: a bfloat16 product would round the factor."""
-    wide = orthogonal.astype(jnp.promote_types(orthogonal.dtype, jnp.float32))
-    real = jnp.finfo(wide.dtype).dtype
-    if not isinstance(scale, UpdateNorm):
-        return wide * jnp.asarray(scale.factor(*wide.shape[-2:]), real)
-    rms = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(wide)), axis=(-2, -1), keepdims=True))
-    return wide * (jnp.asarray(scale.rms, real) / jnp.where(rms == 0, 1, rms))
 
 
 def describe_update_scale(scale: UpdateScale, fan_in: int, fan_out: int) -> str:

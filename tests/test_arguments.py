@@ -176,7 +176,7 @@ FUNCTIONS = [
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
 def test_documented_arguments_are_those_of_the_signature(function):
     section = re.search(r"Args:\n(.*?)\n\n", inspect.getdoc(function), re.DOTALL)
-    documented = re.findall(r"^  (\w+):", section.group(1), re.MULTILINE)
+    documented = re.findall(r"^  \**(\w+):", section.group(1), re.MULTILINE)
     assert documented == list(inspect.signature(function).parameters)
 
 

@@ -17,7 +17,7 @@ ORDER_OF_SUMS = 1e-2
 
 def batched(iteration, x, wide=jnp.float32, product=engines._bfloat16_product):
     mixed = engines._Arithmetic(wide, engines._to_bfloat16, product, unroll=True)
-    return jax.jit(functools.partial(engines._iterate, mixed, iteration))(x)
+    return jax.jit(functools.partial(engines._iterate, mixed, iteration, None))(x)
 
 
 def distance(a, b):

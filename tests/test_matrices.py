@@ -11,9 +11,10 @@ from optax.contrib import MuonDimensionNumbers as Dims
 from muon_jax import AdjustedLR, FixedScale, FusedBlocks, UpdateNorm, muon
 from muon_jax._batching import map_by_shape
 from muon_jax._matrices import leaf_views
+from muon_jax._matrix_update import MatrixUpdate
+from muon_jax._orthogonalize import Iteration
 from muon_jax._scaling import (
     DEFAULT_RMS,
-    apply_update_scale,
     describe_update_scale,
     resolve_update_scale,
     width_transfer,
@@ -101,6 +102,13 @@ def test_chunks_are_nearly_equal():
 
 
 # --- scales ---------------------------------------------------------------------------------
+
+
+def apply_update_scale(stack, scale):
+    """What `muon` does to the results of Newton-Schulz."""
+    update = MatrixUpdate(Iteration((), "frobenius", "float32"), scale, False, 0.95, True)
+    measured = update.measure(stack, stack) if update.is_measured else None
+    return update.finish(stack, measured, stack.shape[1:])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,160 @@
+"""How a leaf, and the matrices in it, are cut over the devices of a mesh.
+
+JAX has no uneven layout across a jit boundary, so ZeRO-1 shards each leaf of the state on
+dimensions that divide: on its stack axes first, where every device then holds whole matrices, else
+on the matrix axes, else over those mesh axes that divide, else not at all.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from jaxtyping import Array, Inexact
+
+from muon_jax._matrices import LeafViews, MatrixView
+from muon_jax._specs import Spec, local_shape, spec_axes
+
+Sizes = Mapping[str, int]
+"""The mesh: the length of each axis, in its order."""
+
+
+class Layout(NamedTuple):
+    """Where one leaf lies: the parameter, and the optimizer's state of it."""
+
+    shape: tuple[int, ...]
+    param: Spec
+    state: Spec
+
+
+def zero1_layout(
+    shape: tuple[int, ...],
+    param: Spec,
+    zero1_axes: Sequence[str],
+    sizes: Sizes,
+    views: LeafViews | None = None,
+) -> Layout:
+    """Choose the state's layout: the parameter's, further sharded over the axes it leaves free.
+
+    Args:
+      shape: the leaf's shape.
+      param: the parameter's own spec.
+      zero1_axes: the mesh axes that may be used; those that `param` uses already are left alone.
+      sizes: the mesh.
+      views: the leaf's matrices; None for AdamW.
+    """
+    free = [a for a in zero1_axes if a not in spec_axes(param) and sizes[a] > 1]
+    free.sort(key=lambda axis: -sizes[axis])  # the longest is the first stage of a reduction
+    state = list(param)
+    local = list(local_shape(shape, param, sizes))
+    order = _dimension_order(shape, views)
+
+    def shard(axes: Sequence[str]) -> bool:
+        count = math.prod(sizes[axis] for axis in axes)
+        for dim in order:
+            if local[dim] % count == 0 and local[dim] > 0:
+                state[dim] += tuple(axes)
+                local[dim] //= count
+                return True
+        return False
+
+    if free and not shard(free):
+        for axis in free:
+            shard([axis])
+    return Layout(shape, param, tuple(state))
+
+
+def _dimension_order(shape: tuple[int, ...], views: LeafViews | None) -> list[int]:
+    """Dimensions in the order in which they are tried."""
+    if views is None:
+        return list(range(len(shape)))
+    view = views.views[0]
+    fan_in, fan_out = (math.prod(shape[d] for d in dims) for dims in (view.reduction, view.output))
+    # Along the longer side all matrices of one shape are cut alike once they are turned wide.
+    sides = (view.output, view.reduction) if fan_in <= fan_out else (view.reduction, view.output)
+    # Blocks that lie side by side cannot be cut out of shards of their common axis.
+    fused = {view.block.axis for view in views.views if view.block is not None}
+    return [d for d in (*view.batch_axes, *sides[0], *sides[1]) if d not in fused]
+
+
+class Cut(NamedTuple):
+    """How the pieces of a wide matrix lie over mesh axes: each side as `(axes, local length)` runs.
+
+    A side is one run, such as ``[(("data",), 96)]``, unless it is made of several dimensions of the
+    leaf of which an inner one is sharded, as heads x head_dim may be.
+    """
+
+    rows: tuple[tuple[tuple[str, ...], int], ...]
+    cols: tuple[tuple[tuple[str, ...], int], ...]
+
+    @property
+    def local(self) -> tuple[int, int]:
+        """The rows and columns of one piece."""
+        return tuple(math.prod(length for _, length in side) for side in self)  # type: ignore
+
+    def only(self, axes: Sequence[str]) -> "Cut":
+        """The same pieces, as parts of what all other axes leave of the matrix."""
+        rows, cols = (
+            tuple((tuple(a for a in named if a in axes), length) for named, length in side)
+            for side in self
+        )
+        return Cut(rows, cols)
+
+    def join(
+        self, pieces: Inexact[Array, "_ batch _"], axes: Sequence[str], sizes: Sizes
+    ) -> Inexact[Array, "batch _ _"]:
+        """Put the pieces of all coordinates along `axes` (row-major) together."""
+        count = pieces.shape[1]
+        lengths = [length for side in self for _, length in side]
+        x = pieces.reshape(*(sizes[axis] for axis in axes), count, *lengths)
+        x = x.transpose(self._order(axes))
+        rows, cols = self._whole(sizes)
+        return x.reshape(count, rows, cols)
+
+    def split(
+        self, matrices: Inexact[Array, "batch _ _"], axes: Sequence[str], sizes: Sizes
+    ) -> Inexact[Array, "_ batch _"]:
+        """The inverse of `join`: the pieces of all coordinates along `axes`, flattened."""
+        count = len(matrices)
+        runs = [run for side in self for run in side]
+        split = [n for named, length in runs for n in (*(sizes[a] for a in named), length)]
+        order = self._order(axes)
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        x = matrices.reshape(count, *split).transpose(inverse)
+        return x.reshape(math.prod(sizes[axis] for axis in axes), count, -1)
+
+    def _whole(self, sizes: Sizes) -> tuple[int, int]:
+        rows, cols = (
+            math.prod(length * math.prod(sizes[a] for a in named) for named, length in side)
+            for side in self
+        )
+        return rows, cols
+
+    def _order(self, axes: Sequence[str]) -> list[int]:
+        order, run = [len(axes)], len(axes) + 1
+        for side in self:
+            for named, _ in side:
+                order += [*(axes.index(axis) for axis in named), run]
+                run += 1
+        return order
+
+
+def cut_of(view: MatrixView, spec: Spec, sizes: Sizes) -> Cut:
+    """How a view's matrices, turned wide, are cut where their leaf lies as `spec` says."""
+    local = local_shape(view.block_shape, spec, sizes)
+    sides = []
+    for dims in (view.reduction, view.output):
+        runs: list[tuple[tuple[str, ...], int]] = []
+        for dim in dims:
+            axes = tuple(axis for axis in spec[dim] if sizes[axis] > 1)
+            if runs and not axes:
+                runs[-1] = (runs[-1][0], runs[-1][1] * local[dim])
+            else:
+                runs.append((axes, local[dim]))
+        sides.append(tuple(runs))
+    _, fan_in, fan_out = view.matrices
+    return Cut(*(sides if fan_in <= fan_out else sides[::-1]))
+
+
+def local_view(view: MatrixView, spec: Spec, sizes: Sizes) -> MatrixView:
+    """The same matrices, as far as one device's shard holds them."""
+    return view.of_shape(local_shape(view.shape, spec, sizes))

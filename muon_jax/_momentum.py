@@ -1,0 +1,45 @@
+"""The momentum: its equation, and the dtype that it is kept in."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact
+
+from muon_jax._checks import Scalar, check_dtype
+
+
+def heavy_ball(
+    momentum: Inexact[Array, "*shape"],
+    gradient: Inexact[Array, "*shape"],
+    beta: Scalar,
+    nesterov: bool,
+) -> tuple[Inexact[Array, "*shape"], Inexact[Array, "*shape"]]:
+    """``M_t = beta M_{t-1} + G_t`` and what is orthogonalized, in float32 or wider (Eq. 1)."""
+    wide = jnp.promote_types(jnp.promote_types(momentum.dtype, gradient.dtype), jnp.float32)
+    gradient = gradient.astype(wide)
+    beta = jnp.asarray(beta, jnp.finfo(wide).dtype)
+    momentum = beta * momentum.astype(wide) + gradient
+    return momentum, beta * momentum + gradient if nesterov else momentum
+
+
+def check_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:
+    """Return the dtype, or raise where a momentum cannot have it."""
+    if mu_dtype is None:
+        return None
+    dtype = jax.dtypes.canonicalize_dtype(check_dtype("mu_dtype", mu_dtype))
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"mu_dtype must be a floating-point dtype or None; got {mu_dtype}.")
+    return dtype
+
+
+def momentum_dtype(mu_dtype: jnp.dtype | None, param: jax.Array) -> jnp.dtype:
+    """The dtype of a parameter's momentum.
+
+    Complex parameters keep a complex one. float16 ends at 65504, and a heavy ball sums to twenty
+    gradients: its default is float32.
+    """
+    if mu_dtype is None:
+        return jnp.dtype(jnp.float32 if param.dtype == jnp.float16 else param.dtype)
+    complex_ = jnp.issubdtype(param.dtype, jnp.complexfloating)
+    return jnp.promote_types(mu_dtype, jnp.complex64) if complex_ else mu_dtype

@@ -1,0 +1,96 @@
+"""Listen to what the optimizer decides while it is traced, so that reports agree with it."""
+
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import jax.numpy as jnp
+
+from muon_jax._layout import Layout
+from muon_jax._paths import Path
+from muon_jax._plan import Plan, PlannedLeaf
+from muon_jax._specs import local_shape
+
+if TYPE_CHECKING:
+    from muon_jax._zero1 import Zero1
+
+
+class StateEntry(NamedTuple):
+    """What one device keeps for one parameter."""
+
+    group: Literal["muon", "adam"]
+    bytes: int
+
+
+class Record:
+    """What was decided.
+
+    Attributes:
+      zero1: the mesh of the optimizer, None until one is met.
+      layouts: the layout of each parameter that an optimizer on this mesh updates.
+      state: what is kept for it on one device.
+      plan: that of the last update, with the leaves it was made for.
+    """
+
+    def __init__(self) -> None:
+        self.zero1: Zero1 | None = None
+        self.layouts: dict[Path, Layout] = {}
+        self.state: dict[Path, StateEntry] = {}
+        self.plan: tuple[Plan, Sequence[PlannedLeaf]] | None = None
+
+    def layout_of(self, path: Path, shape: tuple[int, ...]) -> Layout | None:
+        """The layout of the parameter that a leaf of the state belongs to, by its path's end."""
+        for start in range(len(path) + 1):
+            layout = self.layouts.get(path[start:])
+            if layout is not None and layout.shape == shape:
+                return layout
+        return None
+
+
+_LISTENING: contextvars.ContextVar[Record | None] = contextvars.ContextVar(
+    "muon_jax_record", default=None
+)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Record]:
+    """Within this context, what optimizers on a mesh decide is written down."""
+    record = Record()
+    token = _LISTENING.set(record)
+    try:
+        yield record
+    finally:
+        _LISTENING.reset(token)
+
+
+def note_layouts(zero1: "Zero1", paths: Sequence[Path], layouts: Sequence[Layout]) -> None:
+    """Write down where parameters and their states lie."""
+    record = _LISTENING.get()
+    if record is not None:
+        record.zero1 = zero1
+        record.layouts.update(zip(paths, layouts, strict=True))
+
+
+def note_state(
+    group: Literal["muon", "adam"],
+    paths: Sequence[Path],
+    layouts: Sequence[Layout],
+    dtypes: Sequence[Sequence[jnp.dtype]],
+) -> None:
+    """Write down the arrays, one for each dtype, that a group keeps for its parameters."""
+    record = _LISTENING.get()
+    if record is None or record.zero1 is None:
+        return
+    sizes = record.zero1.sizes
+    for path, layout, kept in zip(paths, layouts, dtypes, strict=True):
+        elements = math.prod(local_shape(layout.shape, layout.state, sizes))
+        record.state[path] = StateEntry(group, elements * sum(d.itemsize for d in kept))
+
+
+def note_plan(plan: Plan, leaves: Sequence[PlannedLeaf]) -> None:
+    """Write down who orthogonalizes what."""
+    record = _LISTENING.get()
+    if record is not None:
+        record.plan = plan, leaves

@@ -1,0 +1,118 @@
+"""AdamW's moments, with a state that is a fixed point, and ZeRO-1 on a mesh.
+
+The mathematics is `optax.scale_by_adam`'s. Element by element it needs no neighbours, so on a mesh
+each device runs it on its shards, and the float32 updates are gathered.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import PartitionSpec
+from jaxtyping import PyTree
+
+from muon_jax._checks import Scalar
+from muon_jax._layout import Layout
+from muon_jax._momentum import check_mu_dtype, momentum_dtype
+from muon_jax._paths import flatten_with_names, is_absent
+from muon_jax._record import note_state
+from muon_jax._specs import partition_spec
+from muon_jax._zero1 import Zero1, gather_to_params, on_shards
+
+
+def scale_by_adam(
+    b1: Scalar,
+    b2: Scalar,
+    eps: Scalar,
+    eps_root: Scalar,
+    mu_dtype: jax.typing.DTypeLike | None,
+    zero1: Zero1 | None = None,
+    layouts: list[Layout] | None = None,
+) -> optax.GradientTransformation:
+    """`optax.scale_by_adam` with a state that is a fixed point.
+
+    Optax drops the moments of a leaf whose gradient is None or masked, lets the first moment take
+    the gradient's dtype after the first step, and casts a complex one to a real `mu_dtype`.
+
+    Args:
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: added to the root.
+      eps_root: added under the root.
+      mu_dtype: of the first moment; None means each parameter's own.
+      zero1: the mesh, if any.
+      layouts: there, the layout of each leaf, in the order of the parameters' leaves.
+    """
+    inner = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
+    dtype = check_mu_dtype(mu_dtype)
+
+    def init_fn(params: PyTree) -> Any:
+        state: Any = jax.eval_shape(inner.init, params)
+        leaves, structure = jax.tree.flatten(params)
+        first, second = ([m.dtype for m in jax.tree.leaves(mu)] for mu in (state.mu, state.nu))
+        if dtype is not None:
+            first = [momentum_dtype(dtype, leaf) for leaf in leaves]
+        if zero1 is None:
+            zeros = [
+                jnp.zeros(leaf.shape, d) for leaf, d in zip(2 * leaves, first + second, strict=True)
+            ]
+            count = jnp.zeros([], jnp.int32)
+        else:
+            assert layouts is not None
+            paths = [path for path, _ in flatten_with_names(params)[0]]
+            note_state("adam", paths, layouts, [*zip(first, second, strict=True)])
+            zeros = zero1.zeros([*zip(2 * layouts, first + second, strict=True)])
+            count = zero1.replicate(jnp.zeros([], jnp.int32))
+        return state._replace(
+            count=count,
+            mu=structure.unflatten(zeros[: len(leaves)]),
+            nu=structure.unflatten(zeros[len(leaves) :]),
+        )
+
+    def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
+        del params
+        mu, structure = jax.tree.flatten(state.mu)
+        nu = jax.tree.leaves(state.nu)
+        gradients = structure.flatten_up_to(updates)
+        present = [i for i, g in enumerate(gradients) if not is_absent(g)]
+
+        def step(gradients: list[Any], mu: list[Any], nu: list[Any], count: Any) -> Any:
+            new: Any
+            updates, new = inner.update(gradients, state._replace(count=count, mu=mu, nu=nu))
+            like = lambda new, old: [n.astype(o.dtype) for n, o in zip(new, old, strict=True)]  # noqa: E731
+            return updates, like(new.mu, mu), like(new.nu, nu), new.count
+
+        g, m, v = ([tree[i] for i in present] for tree in (gradients, mu, nu))
+        args = (g, m, v, state.count)
+        if zero1 is None:
+            out = step(*args)
+        else:
+            assert layouts is not None
+            out = _step_on_shards(step, zero1, [layouts[i] for i in present], args)
+        for old, new in zip((gradients, mu, nu), out, strict=False):
+            for i, value in zip(present, new, strict=True):
+                old[i] = value
+        new_state = state._replace(
+            count=out[3], mu=structure.unflatten(mu), nu=structure.unflatten(nu)
+        )
+        return structure.unflatten(gradients), new_state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _step_on_shards(step: Any, zero1: Zero1, layouts: list[Layout], args: Any) -> Any:
+    def body(gradients: list[Any], mu: list[Any], nu: list[Any], count: Any) -> Any:
+        updates, mu, nu, count = step(gradients, mu, nu, count)
+        return gather_to_params(updates, layouts, zero1.sizes), mu, nu, count
+
+    gradients, *rest = args
+    state = [partition_spec(layout.state) for layout in layouts]
+    param = [partition_spec(layout.param) for layout in layouts]
+    return on_shards(
+        body,
+        zero1.mesh,
+        (zero1.arrive(gradients, layouts), *rest),
+        (state, state, state, PartitionSpec()),
+        (param, state, state, PartitionSpec()),
+    )

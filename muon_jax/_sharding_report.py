@@ -1,0 +1,240 @@
+"""A readable report of the ZeRO-1 plan: who orthogonalizes what, and what it costs."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import PyTree
+
+from muon_jax._cost import Traffic, others
+from muon_jax._muon import muon
+from muon_jax._paths import flatten_with_names, show
+from muon_jax._plan import Group, Part, PlannedLeaf
+from muon_jax._record import Record, recording
+from muon_jax._specs import local_shape, param_layouts, partition_spec, spec_axes
+from muon_jax._tables import in_units, table
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRow:
+    """One shape group: matrices of one shape that are cut over the same mesh axes.
+
+    Attributes:
+      shape: `(rows, cols)`, turned wide.
+      matrices: how many, in the whole model.
+      route: what is done with them; several parts are joined by "+".
+      owners: devices that orthogonalize some of them.
+      padding: empty slots, which travel as zeros and are not computed.
+      bytes_in: bytes that one device sends so that the owners have their matrices, and between
+        sharers.
+      bytes_out: bytes that one device sends so that all have the update.
+      flops: of Newton-Schulz on the busiest device.
+      balance: the busiest device's FLOPs to an even share of the group's.
+      state_bytes: momentum on one device.
+    """
+
+    shape: tuple[int, int]
+    matrices: int
+    route: str
+    owners: int
+    padding: int
+    bytes_in: int
+    bytes_out: int
+    flops: int
+    balance: float
+    state_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafRow:
+    """Where one parameter's state lies.
+
+    Attributes:
+      path: the parameter's path.
+      group: ``"muon"`` or ``"adam"``.
+      param: the parameter's own PartitionSpec.
+      state: its state's.
+      state_bytes: bytes of its state on one device.
+      replicas: devices that hold the same piece of it; 1 when it is divided as far as it can be.
+    """
+
+    path: str
+    group: str
+    param: PartitionSpec
+    state: PartitionSpec
+    state_bytes: int
+    replicas: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingReport:
+    """The rows of `sharding_report`; `str` draws the table.
+
+    Attributes:
+      rows: one for each shape group.
+      leaves: one for each parameter, in the order of ``jax.tree.leaves(params)``.
+      devices: in the mesh.
+      flops: of Newton-Schulz on the busiest device, all groups together.
+      balance: that to an even share.
+      adam_gather_bytes: bytes that one device sends to gather AdamW's updates.
+    """
+
+    rows: tuple[ShardingRow, ...]
+    leaves: tuple[LeafRow, ...]
+    devices: int
+    flops: int
+    balance: float
+    adam_gather_bytes: int
+
+    def state_bytes(self, group: str) -> int:
+        """Bytes of the state of ``"muon"`` or ``"adam"`` on one device."""
+        return sum(leaf.state_bytes for leaf in self.leaves if leaf.group == group)
+
+    def __str__(self) -> str:
+        header = ("matrix", "matrices", "route", "owners", "padding")
+        header += ("in", "out", "FLOPs", "balance", "state")
+        cells = [
+            (
+                "x".join(map(str, row.shape)),
+                f"{row.matrices:,}",
+                row.route,
+                str(row.owners),
+                str(row.padding),
+                _bytes(row.bytes_in),
+                _bytes(row.bytes_out),
+                in_units(row.flops, "FLOP"),
+                f"{row.balance:.2f}x",
+                _bytes(row.state_bytes),
+            )
+            for row in self.rows
+        ]
+        muon_state, adam_state = (_bytes(self.state_bytes(group)) for group in ("muon", "adam"))
+        lines = [
+            f"per device and step, on {self.devices} devices:",
+            *table(header, cells),
+            f"muon: {in_units(self.flops, 'FLOP')} on the busiest device, {self.balance:.2f}x an "
+            f"even share; state {muon_state}",
+            f"adam: gathers {_bytes(self.adam_gather_bytes)}; state {adam_state}",
+        ]
+        lines += [
+            f"  {leaf.path}: its state, {_bytes(leaf.state_bytes)}, cannot be divided further than "
+            f"{leaf.state}; {leaf.replicas} devices hold the same"
+            for leaf in self.leaves
+            if leaf.replicas > 1
+        ]
+        return "\n".join(lines)
+
+
+def _bytes(count: int) -> str:
+    return in_units(count, "B")
+
+
+def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingReport:
+    """Print and return how `muon` divides its work and its state over a mesh.
+
+    The optimizer is traced, not run, and reports what it decided: what is printed is what the
+    program does.
+
+    Args:
+      params: arrays or `jax.ShapeDtypeStruct`s.
+      mesh: as given to `muon`.
+      **keywords: any other keywords as given to `muon`: `param_specs`, `zero1_axes`, `ns_steps`,
+        `max_group_bytes` and so on.
+
+    Returns:
+      A `ShardingReport`.
+
+    Raises:
+      ValueError, TypeError: where `muon` would, for the same arguments.
+
+    Example:
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> report = sharding_report({"kernel": jnp.ones((64, 64))}, mesh=mesh)
+      per device and step, on 1 devices:
+      matrix  matrices  route  owners  padding  in   out  FLOPs       balance  state
+      --------------------------------------------------------------------------------
+      64x64   1         owned  1       0        0 B  0 B  7.86 MFLOP  1.00x    16.4 kB
+      muon: 7.86 MFLOP on the busiest device, 1.00x an even share; state 16.4 kB
+      adam: gathers 0 B; state 0 B
+    """
+    tx = muon(**{"learning_rate": 1e-3, **keywords}, mesh=mesh)
+    param_layouts(params, keywords.get("param_specs"), mesh)  # tracers would hide a sharding
+    with recording() as record:
+        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
+    report = _report(record, params)
+    print(report)
+    return report
+
+
+def _report(record: Record, params: PyTree) -> ShardingReport:
+    zero1 = record.zero1
+    assert zero1 is not None
+    sizes = zero1.sizes
+    devices = math.prod(sizes.values())
+    rows, flops, share = [], 0, 0.0
+    if record.plan is not None:
+        plan, planned = record.plan
+        rows = [_row(group, planned, devices) for group in plan.groups]
+        flops = int(plan.flops.max())
+        share = sum(_matrices(group, planned) * group.flops_of_one for group in plan.groups)
+    leaves, gather = [], 0.0
+    for path, param in flatten_with_names(params)[0]:
+        layout, entry = record.layouts[path], record.state[path]
+        unused = [a for a in zero1.axes if a not in spec_axes(layout.state)]
+        leaves.append(
+            LeafRow(
+                show(path),
+                entry.group,
+                partition_spec(layout.param),
+                partition_spec(layout.state),
+                entry.bytes,
+                math.prod(sizes[axis] for axis in unused),
+            )
+        )
+        if entry.group == "adam":
+            free = spec_axes(layout.state) - spec_axes(layout.param)
+            local = math.prod(local_shape(layout.shape, layout.param, sizes))
+            itemsize = jnp.result_type(param).itemsize
+            gather += local * itemsize * others(math.prod(sizes[axis] for axis in free))
+    balance = flops * devices / share if share else 1.0
+    return ShardingReport(tuple(rows), tuple(leaves), devices, flops, balance, int(gather))
+
+
+def _row(group: Group, leaves: Sequence[PlannedLeaf], devices: int) -> ShardingRow:
+    shape, matrices = group.shape, _matrices(group, leaves)
+    traffic = sum(group.traffic, Traffic())
+    state = sum(
+        member.matrices * math.prod(member.source.local) * leaves[member.leaf].momentum.itemsize
+        for member in group.members
+    )
+    busiest = int(group.flops.max())
+    return ShardingRow(
+        (shape.rows, shape.cols),
+        matrices,
+        " + ".join(_describe(group.parts)),
+        int((group.flops > 0).sum()),
+        sum(part.padding for part in group.parts),
+        int(traffic.exchange + traffic.split),
+        int(traffic.returned + traffic.gather),
+        busiest,
+        busiest * devices / (matrices * group.flops_of_one),
+        state,
+    )
+
+
+def _describe(parts: Sequence[Part]) -> list[str]:
+    counts: dict[str, int] = {}
+    for part in parts:
+        name = part.route
+        if part.ways > 1:
+            name += f" by {part.ways} on {part.axis}"
+        counts[name] = counts.get(name, 0) + part.matrices
+    return [f"{count} {name}" if len(counts) > 1 else name for name, count in counts.items()]
+
+
+def _matrices(group: Group, leaves: Sequence[PlannedLeaf]) -> int:
+    return sum(leaves[m.leaf].views.views[m.view].matrices[0] for m in group.members)

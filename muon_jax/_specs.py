@@ -1,0 +1,217 @@
+"""Where the parameters lie on a mesh: read it, check it, write it down in one form.
+
+The parameters' sharding comes from `param_specs`; else, on Explicit axes, from the arrays' types;
+else they count as replicated. Tracers on Auto axes show no sharding, so there concrete arrays are
+only checked: sharded ones without a spec, or against their spec, raise.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+from muon_jax._paths import Path, flatten_with_names, is_absent, show
+
+AnyMesh = Mesh | AbstractMesh
+
+Spec = tuple[tuple[str, ...], ...]
+"""The mesh axes that shard each dimension, major first."""
+
+
+def check_mesh(mesh: Any) -> AnyMesh:
+    """Return `mesh`, or raise where it is none, or has axes that a program cannot be written for.
+
+    Raises:
+      TypeError: where it is no mesh.
+      ValueError: where Auto and Explicit axes are mixed, or an axis is Manual.
+    """
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(
+            f"mesh must be a jax.sharding.Mesh, such as jax.make_mesh((8,), ('data',)); got "
+            f"{mesh!r}."
+        )
+    kinds = {*mesh.axis_types}
+    if AxisType.Manual in kinds or len(kinds) > 1:
+        raise ValueError(
+            f"mesh must have Auto axes or Explicit ones throughout; got {mesh.axis_types} for "
+            f"{mesh.axis_names}. Pass axis_types= to jax.make_mesh, and call the optimizer outside "
+            "of shard_map."
+        )
+    return mesh
+
+
+def check_zero1_axes(mesh: AnyMesh, axes: Sequence[str] | str | None) -> tuple[str, ...]:
+    """The axes to shard the state over, in the mesh's order; all of them for None.
+
+    Raises:
+      ValueError: for an axis that the mesh lacks.
+    """
+    if axes is None:
+        return mesh.axis_names
+    named = (axes,) if isinstance(axes, str) else tuple(axes)
+    for axis in named:
+        if axis not in mesh.axis_names:
+            raise ValueError(
+                f"zero1_axes={axes!r} names {axis!r}, which the mesh lacks; its axes are "
+                f"{mesh.axis_names}."
+            )
+    return tuple(axis for axis in mesh.axis_names if axis in named)
+
+
+def is_explicit(mesh: AnyMesh) -> bool:
+    """Whether the mesh's axes are part of the arrays' types."""
+    return AxisType.Explicit in mesh.axis_types
+
+
+def partition_spec(spec: Spec) -> PartitionSpec:
+    """`spec` as JAX writes it."""
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in spec))
+
+
+def local_shape(shape: Sequence[int], spec: Spec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of one device's shard."""
+    return tuple(
+        length // math.prod(sizes[axis] for axis in axes)
+        for length, axes in zip(shape, spec, strict=True)
+    )
+
+
+def spec_axes(spec: Spec) -> frozenset[str]:
+    """All axes that shard some dimension."""
+    return frozenset(axis for axes in spec for axis in axes)
+
+
+def place(x: jax.Array, mesh: AnyMesh, spec: PartitionSpec) -> jax.Array:
+    """Lay an array out on the mesh, eagerly or traced, on Auto and on Explicit axes."""
+    sharding = NamedSharding(mesh, spec)  # pyright: ignore[reportArgumentType]
+    if is_explicit(mesh):
+        return jax.device_put(x, sharding)
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def param_layouts(params: PyTree, param_specs: Any, mesh: AnyMesh) -> list[Spec]:
+    """How each parameter lies on the mesh, in the order of ``jax.tree.leaves(params)``.
+
+    Args:
+      params: arrays, tracers or `jax.ShapeDtypeStruct`s.
+      param_specs: a tree of `PartitionSpec` or `NamedSharding`, or a prefix of one, or None.
+      mesh: the mesh.
+
+    Raises:
+      ValueError: for specs that the mesh, the shapes or the arrays contradict, for a tree that
+        does not speak of a parameter, and for concrete sharded parameters without a spec.
+      TypeError: for an entry that is no spec.
+    """
+    leaves, _ = flatten_with_names(params)
+    declared = None if param_specs is None else _declared(leaves, param_specs)
+    specs = []
+    for index, (path, leaf) in enumerate(leaves):
+        shape = tuple(leaf.shape)
+        seen = _seen_sharding(leaf, mesh)
+        if declared is not None:
+            spec = _normalize(declared[index], shape, mesh, show(path), "param_specs")
+            if seen is not None:
+                _check_agreement(spec, seen, leaf, mesh, show(path))
+        elif seen is None:
+            spec = ((),) * len(shape)
+        elif is_explicit(mesh):
+            spec = _normalize(seen, shape, mesh, show(path), "its type")
+        else:
+            spec = _normalize(seen, shape, mesh, show(path), "its sharding")
+            if any(mesh.shape[axis] > 1 for axis in spec_axes(spec)):
+                raise ValueError(
+                    f"{show(path)}, shape {shape}, is sharded as {partition_spec(spec)}, but the "
+                    "optimizer was not told: under jit, arrays on Auto axes show no sharding. "
+                    "Pass param_specs=, a tree of the parameters' PartitionSpecs."
+                )
+        specs.append(spec)
+    return specs
+
+
+def _declared(leaves: list[tuple[Path, Any]], tree: Any) -> list[Any]:
+    # By path, not by structure: NNX wraps the same leaves differently in init and in update.
+    is_spec = lambda node: is_absent(node) or isinstance(node, PartitionSpec | NamedSharding)  # noqa: E731
+    entries, _ = flatten_with_names(tree, is_spec)
+    specs = {}
+    for path, entry in entries:
+        if not is_spec(entry):
+            raise TypeError(
+                f"param_specs has {entry!r} at {show(path)}; use jax.sharding.PartitionSpec, "
+                "NamedSharding, or None for a replicated parameter."
+            )
+        specs[path] = None if is_absent(entry) else entry
+    declared = []
+    for path, _ in leaves:
+        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in specs), None)
+        if prefix is None:
+            raise ValueError(
+                f"param_specs says nothing of {show(path)}. It speaks of every parameter "
+                "(PartitionSpec() for a replicated one), as a tree like the parameters' or a "
+                "prefix of it."
+            )
+        declared.append(specs[prefix])
+    return declared
+
+
+def _normalize(
+    spec: PartitionSpec | NamedSharding | None,
+    shape: tuple[int, ...],
+    mesh: AnyMesh,
+    where: str,
+    source: str,
+) -> Spec:
+    if isinstance(spec, NamedSharding):
+        spec = spec.spec
+    entries = () if spec is None else tuple(spec)
+    if len(entries) > len(shape):
+        raise ValueError(
+            f"{where}, shape {shape}: {source} is {spec}, which has {len(entries)} entries for "
+            f"{len(shape)} dimensions."
+        )
+    normal = tuple(
+        () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        for entry in (*entries, *[None] * (len(shape) - len(entries)))
+    )
+    named = [axis for axes in normal for axis in axes]
+    for axis in named:
+        if axis not in mesh.axis_names:
+            raise ValueError(
+                f"{where}, shape {shape}: {source} is {spec}, but the mesh has no axis {axis!r}; "
+                f"its axes are {mesh.axis_names}."
+            )
+        if named.count(axis) > 1:
+            raise ValueError(f"{where}, shape {shape}: {source} is {spec}: {axis!r} comes twice.")
+    for dim, axes in enumerate(normal):
+        count = math.prod(mesh.shape[axis] for axis in axes)
+        if shape[dim] % count:
+            raise ValueError(
+                f"{where}, shape {shape}: {source} is {spec}, but {count} devices do not divide "
+                f"dimension {dim} of length {shape[dim]}."
+            )
+    return normal
+
+
+def _seen_sharding(leaf: Any, mesh: AnyMesh) -> NamedSharding | None:
+    """The sharding that a leaf itself shows, where it lies on a mesh of these axes."""
+    if isinstance(leaf, Tracer):
+        sharding = jax.typeof(leaf).sharding if is_explicit(mesh) else None
+    else:
+        sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
+        return None
+    return sharding
+
+
+def _check_agreement(spec: Spec, seen: NamedSharding, leaf: Any, mesh: AnyMesh, where: str) -> None:
+    shape = tuple(leaf.shape)
+    shown = _normalize(seen, shape, mesh, where, "its sharding")
+    relevant = lambda s: [[a for a in axes if mesh.shape[a] > 1] for axes in s]  # noqa: E731
+    if relevant(shown) != relevant(spec):
+        raise ValueError(
+            f"{where}, shape {shape}: param_specs says {partition_spec(spec)}, but the array is "
+            f"sharded as {seen.spec}. Place it with jax.device_put, or correct the spec."
+        )

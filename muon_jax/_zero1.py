@@ -1,0 +1,189 @@
+"""ZeRO-1 on a mesh: where the state lies, how it is made there, how updates leave it."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Inexact, PyTree
+
+from muon_jax._collectives import all_gather
+from muon_jax._injectable import unheld
+from muon_jax._layout import Layout, Sizes, zero1_layout
+from muon_jax._matrices import LeafViews
+from muon_jax._paths import is_absent, show
+from muon_jax._record import note_layouts
+from muon_jax._routing import Route
+from muon_jax._specs import (
+    AnyMesh,
+    Spec,
+    check_mesh,
+    check_zero1_axes,
+    is_explicit,
+    local_shape,
+    param_layouts,
+    partition_spec,
+    place,
+    spec_axes,
+)
+
+FUSED_GATHER_BYTES = 2**20
+"""Shards up to this size share one collective; copying larger ones together would cost more."""
+
+
+class Zero1(NamedTuple):
+    """The mesh, the axes to shard the state over, and where the parameters lie."""
+
+    mesh: AnyMesh
+    axes: tuple[str, ...]
+    param_specs: Any
+
+    @property
+    def sizes(self) -> Sizes:
+        """The length of each mesh axis, in the mesh's order."""
+        return dict(self.mesh.shape)
+
+    def layouts(self, params: PyTree, routes: Sequence[Route]) -> list[Layout]:
+        """The layout of each leaf of `params`, which `routes` were made for."""
+        layouts = []
+        specs = param_layouts(params, self.param_specs, self.mesh)
+        for route, spec in zip(routes, specs, strict=True):
+            _check_blocks(route, spec, self.sizes)
+            layouts.append(zero1_layout(route.shape, spec, self.axes, self.sizes, route.views))
+        note_layouts(self, [route.path for route in routes], layouts)
+        return layouts
+
+    def layouts_in_update(
+        self,
+        structure: Any,
+        params: PyTree | None,
+        gradients: Sequence[Any],
+        moments: Sequence[jax.Array],
+        routes: Sequence[Route],
+    ) -> list[Layout]:
+        """The layouts that `init` chose, from what `update` sees.
+
+        The parameters show where they lie if they are given, else, on Explicit axes, the gradients
+        do. The state's own layout says nothing of it.
+        """
+        shown = structure.flatten_up_to(params) if params is not None else gradients
+        if self.param_specs is not None or (params is None and not is_explicit(self.mesh)):
+            shown = [None] * len(routes)
+        like = [
+            jax.ShapeDtypeStruct(moment.shape, moment.dtype) if is_absent(leaf) else leaf
+            for leaf, moment in zip(shown, moments, strict=True)
+        ]
+        return self.layouts(structure.unflatten(like), routes)
+
+    def arrive(self, gradients: Sequence[Any], layouts: Sequence[Layout]) -> list[Any]:
+        """Lay gradients out as the state is, over several axes in two stages.
+
+        A sum over data parallelism that is still to be done then ends as a reduce-scatter over the
+        longest axis first. In one stage, over many TPU chips, XLA makes it an all-reduce.
+        """
+        arrived = []
+        for gradient, layout in zip(gradients, layouts, strict=True):
+            free = spec_axes(layout.state) - spec_axes(layout.param)
+            if len(free) > 1:
+                longest = max(self.sizes, key=lambda a: self.sizes[a] if a in free else 0)
+                later = free - {longest}
+                first = tuple(tuple(a for a in named if a not in later) for named in layout.state)
+                gradient = place(gradient, self.mesh, partition_spec(first))
+            arrived.append(gradient)
+        return arrived
+
+    def zeros(self, like: Sequence[tuple[Layout, Any]]) -> list[jax.Array]:
+        """Zeros in the state's layout, each of a dtype; no device ever holds a whole leaf."""
+
+        def make() -> list[jax.Array]:
+            return [
+                place(jnp.zeros(layout.shape, dtype), self.mesh, partition_spec(layout.state))
+                for layout, dtype in like
+            ]
+
+        return jax.jit(make)()
+
+    def replicate(self, x: Any) -> jax.Array:
+        """Lay a scalar out on the whole mesh."""
+        return jax.jit(lambda x: place(x, self.mesh, PartitionSpec()))(x)
+
+
+def resolve_zero1(mesh: Any, zero1_axes: Any, param_specs: Any) -> Zero1 | None:
+    """Check the arguments that belong to a mesh; None without one.
+
+    Raises:
+      ValueError, TypeError: where one of them is given without a mesh, or does not fit it.
+    """
+    mesh = unheld(mesh)
+    if mesh is None:
+        for name, value in (("zero1_axes", zero1_axes), ("param_specs", param_specs)):
+            if value is not None:
+                raise ValueError(f"{name} says how to use a mesh: pass mesh= as well.")
+        return None
+    mesh = check_mesh(mesh)
+    return Zero1(mesh, check_zero1_axes(mesh, zero1_axes), param_specs)
+
+
+def on_shards(
+    body: Callable[..., Any], mesh: AnyMesh, args: Any, in_specs: Any, out_specs: Any
+) -> Any:
+    """Run `body` on each device's shards of `args`, laid out as `in_specs` says first."""
+    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
+    leaves, structure = jax.tree.flatten(args)
+    specs = jax.tree.leaves(in_specs, is_leaf=is_spec)
+    placed = [place(x, mesh, spec) for x, spec in zip(leaves, specs, strict=True)]
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    return mapped(*structure.unflatten(placed))
+
+
+def gather_to_params(
+    shards: Sequence[Inexact[Array, "..."]], layouts: Sequence[Layout], sizes: Sizes
+) -> list[Inexact[Array, "..."]]:
+    """Inside a `shard_map`: from the state's layout to the parameters', in few collectives.
+
+    Shards up to `FUSED_GATHER_BYTES` that are gathered over the same axes travel together.
+    """
+    together = defaultdict(list)
+    for index, (shard, layout) in enumerate(zip(shards, layouts, strict=True)):
+        free = spec_axes(layout.state) - spec_axes(layout.param)
+        axes = tuple(axis for axis in sizes if axis in free)
+        alone = index if shard.nbytes > FUSED_GATHER_BYTES else None
+        together[axes, shard.dtype, alone].append(index)
+    out = list(shards)
+    for (axes, _, _), members in together.items():
+        if not axes:
+            continue
+        flat = [shards[i].reshape(-1) for i in members]
+        with jax.named_scope("adamw.gather"):
+            pieces = all_gather(jnp.concatenate(flat) if len(flat) > 1 else flat[0], axes)
+        start = 0
+        for i in members:
+            stop = start + shards[i].size
+            out[i] = _join(pieces[:, start:stop], layouts[i], axes, sizes)
+            start = stop
+    return out
+
+
+def _join(
+    pieces: Inexact[Array, "devices shard"], layout: Layout, axes: Sequence[str], sizes: Sizes
+) -> Inexact[Array, "..."]:
+    local = local_shape(layout.shape, layout.state, sizes)
+    x = pieces.reshape(*(sizes[axis] for axis in axes), *local)
+    order: list[int] = []
+    for dim, named in enumerate(layout.state):
+        order += [*(axes.index(a) for a in named if a in axes), len(axes) + dim]
+    return x.transpose(order).reshape(local_shape(layout.shape, layout.param, sizes))
+
+
+def _check_blocks(route: Route, spec: Spec, sizes: Sizes) -> None:
+    views: LeafViews | None = route.views
+    block = views.views[0].block if views else None
+    if block is not None and any(sizes[axis] > 1 for axis in spec[block.axis]):
+        raise ValueError(
+            f"{show(route.path)}, shape {route.shape}: the axis {block.axis} that holds its blocks "
+            f"is sharded ({partition_spec(spec)}), and blocks cannot be cut out of shards. Shard "
+            "its other axes, or keep the blocks in separate parameters or along an axis of their "
+            "own."
+        )
