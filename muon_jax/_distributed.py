@@ -100,8 +100,8 @@ def distributed_update(
             updates.append(local.put(parts).astype(g.dtype))
         return updates, new_momenta
 
-    state = [partition_spec(leaf.layout.state) for leaf in leaves]
-    param = [partition_spec(leaf.layout.param) for leaf in leaves]
+    state = [partition_spec(leaf.layout.state, zero1.mesh) for leaf in leaves]
+    param = [partition_spec(leaf.layout.param, zero1.mesh) for leaf in leaves]
     gradients = zero1.arrive(gradients, [leaf.layout for leaf in leaves])
     args = (gradients, list(momenta))
     return on_shards(body, zero1.mesh, args, (state, state), (param, state))
@@ -128,9 +128,6 @@ def _run_group(
     stack = jnp.concatenate([source.reshape(len(source), -1) for source in sources])
     runner = _PartRunner(group, sizes, update)
     outcomes = [runner(part, stack[part.start : part.stop]) for part in group.parts]
-    results = jnp.concatenate([result for result, _ in outcomes], axis=1)
-    measured = [factor for _, factor in outcomes if factor is not None]
-    factors = jnp.concatenate(measured, axis=1) if measured else None
 
     out, start = [], 0
     for member in group.members:
@@ -139,13 +136,28 @@ def _run_group(
         view = leaf.views.views[member.view]
         _, fan_in, fan_out = local_view(view, leaf.layout.param, sizes).matrices
         piece = (fan_out, fan_in) if _is_tall(view) else (fan_in, fan_out)
-        mine = results[:, start:stop].reshape(-1, member.matrices, *piece)
-        mine = mine.mT if _is_tall(view) else mine
+        results = _run_of([result for result, _ in outcomes], group.parts, start, stop)
+        results = results.reshape(-1, member.matrices, *piece)
         unstack = _Unstack(view, leaf.layout, group.shape, sizes)
-        factor = None if factors is None else unstack(factors[:, start:stop])
-        out.append((member, unstack(mine), factor))
+        factor = None
+        if update.is_measured:
+            factors = [factor for _, factor in outcomes if factor is not None]
+            factor = unstack(_run_of(factors, group.parts, start, stop))
+        out.append((member, unstack(results.mT if _is_tall(view) else results), factor))
         start = stop
     return out
+
+
+def _run_of(
+    outcomes: Sequence[jax.Array], parts: Sequence[Part], start: int, stop: int
+) -> jax.Array:
+    """Matrices `start` to `stop` of a group, out of the parts that hold them."""
+    runs = [
+        outcome[:, max(start - part.start, 0) : stop - part.start]
+        for outcome, part in zip(outcomes, parts, strict=True)
+        if part.start < stop and start < part.stop
+    ]
+    return jnp.concatenate(runs, axis=1) if len(runs) > 1 else runs[0]
 
 
 class _Unstack:

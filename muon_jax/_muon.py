@@ -176,7 +176,7 @@ def muon(
         where, layouts = None, None
         if zero1 is not None:
             layouts = zero1.layouts(params, routes)
-            where = structure.unflatten([partition_spec(layout.param) for layout in layouts])
+            where = structure.unflatten([partition_spec(x.param, zero1.mesh) for x in layouts])
             layouts = [x for x, r in zip(layouts, routes, strict=True) if r.group == "adam"]
         mask = weight_decay_mask
         if routes and callable(mask) and jax.tree_util.all_leaves([mask]):

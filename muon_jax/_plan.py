@@ -81,7 +81,8 @@ class Shape(NamedTuple):
       team: the mesh axes over which the work is divided, in the mesh's order.
       pieces: those of them that cut the momentum's matrices.
       kept: those of them that cut the parameter's matrices.
-      stacked: the axes that shard the stacks of the state, but not those of the parameter.
+      stack: the axes that shard the stacks of the state: other coordinates hold other matrices.
+      stacked: those of them that do not shard the parameter's.
     """
 
     rows: int
@@ -90,6 +91,7 @@ class Shape(NamedTuple):
     team: tuple[str, ...]
     pieces: tuple[str, ...]
     kept: tuple[str, ...]
+    stack: tuple[str, ...]
     stacked: tuple[str, ...]
 
     @property
@@ -232,7 +234,7 @@ def _group(
                 if axis in pieces or (axis in zero1_axes and axis not in stack and sizes[axis] > 1)
             ]
             rows, cols = sorted((fan_in, fan_out))
-            axes = (tuple(team), tuple(pieces), tuple(kept), tuple(stacked))
+            axes = (tuple(team), tuple(pieces), tuple(kept), tuple(stack), tuple(stacked))
             groups[Shape(rows, cols, dtype, *axes)].append(
                 Member(
                     index,

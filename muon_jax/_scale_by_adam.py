@@ -107,8 +107,8 @@ def _step_on_shards(step: Any, zero1: Zero1, layouts: list[Layout], args: Any) -
         return gather_to_params(updates, layouts, zero1.sizes), mu, nu, count
 
     gradients, *rest = args
-    state = [partition_spec(layout.state) for layout in layouts]
-    param = [partition_spec(layout.param) for layout in layouts]
+    state = [partition_spec(layout.state, zero1.mesh) for layout in layouts]
+    param = [partition_spec(layout.param, zero1.mesh) for layout in layouts]
     return on_shards(
         body,
         zero1.mesh,

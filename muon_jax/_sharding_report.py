@@ -189,8 +189,8 @@ def _report(record: Record, params: PyTree) -> ShardingReport:
             LeafRow(
                 show(path),
                 entry.group,
-                partition_spec(layout.param),
-                partition_spec(layout.state),
+                partition_spec(layout.param, zero1.mesh),
+                partition_spec(layout.state, zero1.mesh),
                 entry.bytes,
                 math.prod(sizes[axis] for axis in unused),
             )

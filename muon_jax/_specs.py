@@ -67,9 +67,18 @@ def is_explicit(mesh: AnyMesh) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
-def partition_spec(spec: Spec) -> PartitionSpec:
-    """`spec` as JAX writes it."""
-    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in spec))
+def partition_spec(spec: Spec, mesh: AnyMesh) -> PartitionSpec:
+    """`spec` as JAX writes it: in full on Explicit axes, without trailing None on Auto ones.
+
+    Either is the form of a compiled program's results, so that what is made like them compares
+    equal to them.
+    """
+    length = len(spec)
+    if not is_explicit(mesh):
+        while length and not spec[length - 1]:
+            length -= 1
+    entries = (axes[0] if len(axes) == 1 else axes or None for axes in spec[:length])
+    return PartitionSpec(*entries)
 
 
 def local_shape(shape: Sequence[int], spec: Spec, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -122,11 +131,11 @@ def param_layouts(params: PyTree, param_specs: Any, mesh: AnyMesh) -> list[Spec]
             spec = _normalize(seen, shape, mesh, show(path), "its type")
         else:
             spec = _normalize(seen, shape, mesh, show(path), "its sharding")
-            if any(mesh.shape[axis] > 1 for axis in spec_axes(spec)):
+            if spec_axes(spec):
                 raise ValueError(
-                    f"{show(path)}, shape {shape}, is sharded as {partition_spec(spec)}, but the "
-                    "optimizer was not told: under jit, arrays on Auto axes show no sharding. "
-                    "Pass param_specs=, a tree of the parameters' PartitionSpecs."
+                    f"{show(path)}, shape {shape}, is sharded as {partition_spec(spec, mesh)}, "
+                    "but the optimizer was not told: under jit, arrays on Auto axes show no "
+                    "sharding. Pass param_specs=, a tree of the parameters' PartitionSpecs."
                 )
         specs.append(spec)
     return specs
@@ -192,7 +201,9 @@ def _normalize(
                 f"{where}, shape {shape}: {source} is {spec}, but {count} devices do not divide "
                 f"dimension {dim} of length {shape[dim]}."
             )
-    return normal
+    if is_explicit(mesh):
+        return normal  # part of the array's type, whatever their length
+    return tuple(tuple(axis for axis in axes if mesh.shape[axis] > 1) for axes in normal)
 
 
 def _seen_sharding(leaf: Any, mesh: AnyMesh) -> NamedSharding | None:
@@ -212,6 +223,6 @@ def _check_agreement(spec: Spec, seen: NamedSharding, leaf: Any, mesh: AnyMesh, 
     relevant = lambda s: [[a for a in axes if mesh.shape[a] > 1] for axes in s]  # noqa: E731
     if relevant(shown) != relevant(spec):
         raise ValueError(
-            f"{where}, shape {shape}: param_specs says {partition_spec(spec)}, but the array is "
-            f"sharded as {seen.spec}. Place it with jax.device_put, or correct the spec."
+            f"{where}, shape {shape}: param_specs says {partition_spec(spec, mesh)}, but the array "
+            f"is sharded as {seen.spec}. Place it with jax.device_put, or correct the spec."
         )

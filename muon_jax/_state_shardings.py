@@ -39,21 +39,23 @@ def opt_state_shardings(tx: Any, params: PyTree) -> PyTree:
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
     with recording() as record:
-        jaxpr, state = jax.make_jaxpr(tx.init, return_shape=True)(params)
-    if record.zero1 is None:
+        # A function of its own: JAX would not trace one again that it knows.
+        jaxpr, state = jax.make_jaxpr(lambda p: tx.init(p), return_shape=True)(params)
+    leaves, structure = flatten_with_names(state)
+    written = [_written_sharding(jaxpr.jaxpr, var) for var in jaxpr.jaxpr.outvars]
+    mesh = next((sharding.mesh for sharding in written if sharding is not None), None)
+    if mesh is None:
         raise ValueError(
             "opt_state_shardings found no optimizer of muon_jax with a mesh: pass "
             "muon(..., mesh=mesh), or scale_by_muon(..., mesh=mesh)."
         )
-    leaves, structure = flatten_with_names(state)
     shardings = []
-    for (path, leaf), var in zip(leaves, jaxpr.jaxpr.outvars, strict=True):
-        written = _written_sharding(jaxpr.jaxpr, var)
-        if written is None:
+    for (path, leaf), sharding in zip(leaves, written, strict=True):
+        if sharding is None:
             layout = record.layout_of(path, tuple(leaf.shape)) if leaf.ndim else None
-            spec = PartitionSpec() if layout is None else partition_spec(layout.param)
-            written = NamedSharding(record.zero1.mesh, spec)
-        shardings.append(written)
+            spec = PartitionSpec() if layout is None else partition_spec(layout.param, mesh)
+            sharding = NamedSharding(mesh, spec)
+        shardings.append(sharding)
     return structure.unflatten(shardings)
 
 

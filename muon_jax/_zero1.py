@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Inexact, PyTree
 
@@ -50,7 +51,7 @@ class Zero1(NamedTuple):
         layouts = []
         specs = param_layouts(params, self.param_specs, self.mesh)
         for route, spec in zip(routes, specs, strict=True):
-            _check_blocks(route, spec, self.sizes)
+            _check_blocks(route, spec, self.mesh)
             layouts.append(zero1_layout(route.shape, spec, self.axes, self.sizes, route.views))
         note_layouts(self, [route.path for route in routes], layouts)
         return layouts
@@ -90,7 +91,7 @@ class Zero1(NamedTuple):
                 longest = max(self.sizes, key=lambda a: self.sizes[a] if a in free else 0)
                 later = free - {longest}
                 first = tuple(tuple(a for a in named if a not in later) for named in layout.state)
-                gradient = place(gradient, self.mesh, partition_spec(first))
+                gradient = place(gradient, self.mesh, partition_spec(first, self.mesh))
             arrived.append(gradient)
         return arrived
 
@@ -98,10 +99,9 @@ class Zero1(NamedTuple):
         """Zeros in the state's layout, each of a dtype; no device ever holds a whole leaf."""
 
         def make() -> list[jax.Array]:
-            return [
-                place(jnp.zeros(layout.shape, dtype), self.mesh, partition_spec(layout.state))
-                for layout, dtype in like
-            ]
+            specs = [partition_spec(layout.state, self.mesh) for layout, _ in like]
+            zeros = [jnp.zeros(layout.shape, dtype) for layout, dtype in like]
+            return [place(x, self.mesh, spec) for x, spec in zip(zeros, specs, strict=True)]
 
         return jax.jit(make)()
 
@@ -130,12 +130,27 @@ def on_shards(
     body: Callable[..., Any], mesh: AnyMesh, args: Any, in_specs: Any, out_specs: Any
 ) -> Any:
     """Run `body` on each device's shards of `args`, laid out as `in_specs` says first."""
-    is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
     leaves, structure = jax.tree.flatten(args)
-    specs = jax.tree.leaves(in_specs, is_leaf=is_spec)
+    specs = jax.tree.leaves(in_specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
     placed = [place(x, mesh, spec) for x, spec in zip(leaves, specs, strict=True)]
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    alone = [_axes_of_length_one(mesh, spec) for spec in specs]
+
+    def on_one(*shards: Any) -> Any:
+        # JAX counts a value as different along such an axis if its spec names it, and would not
+        # let it meet others. A sum over one device says otherwise, and costs nothing.
+        merged = [
+            lax.psum(x, axes) if axes else x
+            for x, axes in zip(jax.tree.leaves(shards), alone, strict=True)
+        ]
+        return body(*structure.unflatten(merged))
+
+    mapped = jax.shard_map(on_one, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
     return mapped(*structure.unflatten(placed))
+
+
+def _axes_of_length_one(mesh: AnyMesh, spec: PartitionSpec) -> tuple[str, ...]:
+    entries = [(entry,) if isinstance(entry, str) else entry or () for entry in spec]
+    return tuple(axis for axes in entries for axis in axes if mesh.shape[axis] == 1)
 
 
 def gather_to_params(
@@ -143,16 +158,18 @@ def gather_to_params(
 ) -> list[Inexact[Array, "..."]]:
     """Inside a `shard_map`: from the state's layout to the parameters', in few collectives.
 
-    Shards up to `FUSED_GATHER_BYTES` that are gathered over the same axes travel together.
+    Shards up to `FUSED_GATHER_BYTES` travel together, where they are gathered over the same axes
+    and differ along the same.
     """
     together = defaultdict(list)
     for index, (shard, layout) in enumerate(zip(shards, layouts, strict=True)):
-        free = spec_axes(layout.state) - spec_axes(layout.param)
-        axes = tuple(axis for axis in sizes if axis in free)
+        kept = spec_axes(layout.param)
+        axes = tuple(axis for axis in sizes if axis in spec_axes(layout.state) - kept)
         alone = index if shard.nbytes > FUSED_GATHER_BYTES else None
-        together[axes, shard.dtype, alone].append(index)
+        differs = frozenset(axis for axis in kept if sizes[axis] > 1)
+        together[axes, differs, shard.dtype, alone].append(index)
     out = list(shards)
-    for (axes, _, _), members in together.items():
+    for (axes, *_), members in together.items():
         if not axes:
             continue
         flat = [shards[i].reshape(-1) for i in members]
@@ -177,13 +194,13 @@ def _join(
     return x.transpose(order).reshape(local_shape(layout.shape, layout.param, sizes))
 
 
-def _check_blocks(route: Route, spec: Spec, sizes: Sizes) -> None:
+def _check_blocks(route: Route, spec: Spec, mesh: AnyMesh) -> None:
     views: LeafViews | None = route.views
     block = views.views[0].block if views else None
-    if block is not None and any(sizes[axis] > 1 for axis in spec[block.axis]):
+    if block is not None and any(mesh.shape[axis] > 1 for axis in spec[block.axis]):
         raise ValueError(
             f"{show(route.path)}, shape {route.shape}: the axis {block.axis} that holds its blocks "
-            f"is sharded ({partition_spec(spec)}), and blocks cannot be cut out of shards. Shard "
-            "its other axes, or keep the blocks in separate parameters or along an axis of their "
-            "own."
+            f"is sharded ({partition_spec(spec, mesh)}), and blocks cannot be cut out of shards. "
+            "Shard its other axes, or keep the blocks in separate parameters or along an axis of "
+            "their own."
         )
