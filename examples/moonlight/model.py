@@ -15,6 +15,9 @@ Between the embedding and the head, activations stay `[n, d]`: every linear laye
 gradient is then a plain matrix product, which XLA:CPU runs up to three times faster than one over
 `[b, t, d]`. Parameters are float32 whatever the compute dtype: at a learning rate times weight
 decay of 3e-5, decay would vanish in a bfloat16 weight.
+
+On a mesh the batch lies over `BATCH_AXES`, and XLA derives the rest from where the parameters lie
+(`sharding.py`), but for routing and the routed experts, where what each device does is written.
 """
 
 import dataclasses
@@ -24,12 +27,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 # DeepSeek-V3 builds this norm with its class's default epsilon, not with the configuration's.
 LATENT_NORM_EPS = 1e-6
 
 EXPERT_ROUTES = ("dense", "ragged")
+
+MESH_AXES = ("data", "expert", "tensor")
+
+# Outside of the experts, the axis that shards them shards the batch: no device repeats another's
+# attention.
+BATCH_AXES = ("data", "expert")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,8 +249,10 @@ class RouterBias(nnx.Variable):
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
-    """A float32 parameter drawn from N(0, stddev^2)."""
-    return nnx.Param(stddev * jax.random.normal(rngs.params(), shape, jnp.float32))
+    """A float32 parameter from N(0, stddev^2), the same bits eager, in jit and on any mesh."""
+    normal = jax.random.normal(rngs.params(), shape, jnp.float32)
+    # In jit, XLA would fold stddev into normal's own last factor, which rounds otherwise.
+    return nnx.Param(stddev * jax.lax.optimization_barrier(normal))
 
 
 class Linear(nnx.Module):
@@ -382,11 +395,12 @@ class Routing(NamedTuple):
 class Router(nnx.Module):
     """Sigmoid routing with a bias for balance (DeepSeek-V3, Eq. 12-16; Moonlight, App. C)."""
 
-    def __init__(self, config: MoonlightConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MoonlightConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None):
         shape = (config.hidden_size, config.n_routed_experts)
         self.kernel = _normal(rngs, shape, config.initializer_range)
         self.bias = RouterBias(jnp.zeros((config.n_routed_experts,), jnp.float32))
         self.config = config
+        self.mesh = mesh
 
     def __call__(self, act_nd: jax.Array) -> Routing:
         """Chooses by score plus bias, and weighs by the score alone.
@@ -397,9 +411,7 @@ class Router(nnx.Module):
         c = self.config
         logit_ne = jnp.dot(act_nd.astype(jnp.float32), self.kernel[...], precision="highest")
         score_ne = jax.nn.sigmoid(logit_ne)
-        _, expert_nk = jax.lax.top_k(
-            jax.lax.stop_gradient(score_ne) + self.bias[...][None], c.num_experts_per_tok
-        )
+        expert_nk = self._choose(jax.lax.stop_gradient(score_ne) + self.bias[...][None])
         # A comparison instead of gathers: it fuses, and so does its gradient.
         chosen_ne = (expert_nk[:, :, None] == jnp.arange(c.n_routed_experts)[None, None, :]).any(
             axis=1
@@ -410,11 +422,21 @@ class Router(nnx.Module):
         )
         return Routing(expert_nk, weight_ne, chosen_ne.sum(axis=0, dtype=jnp.int32))
 
+    def _choose(self, score_ne: jax.Array) -> jax.Array:
+        def choose(score_ne: jax.Array) -> jax.Array:
+            return jax.lax.top_k(score_ne, self.config.num_experts_per_tok)[1]
+
+        if self.mesh is None:
+            return choose(score_ne)
+        # Left to propagation, XLA's top-k gathers the scores of all tokens.
+        tokens = P(BATCH_AXES)
+        return jax.shard_map(choose, mesh=self.mesh, in_specs=tokens, out_specs=tokens)(score_ne)
+
 
 class Experts(nnx.Module):
     """The routed experts, one SwiGLU each, as stacks of matrices `[experts, in, out]`."""
 
-    def __init__(self, config: MoonlightConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MoonlightConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None):
         c = config
         into = (c.n_routed_experts, c.hidden_size, c.moe_intermediate_size)
         out = (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size)
@@ -422,18 +444,26 @@ class Experts(nnx.Module):
         self.up_proj = _normal(rngs, into, c.initializer_range)
         self.down_proj = _normal(rngs, out, c.initializer_range)
         self.route = c.experts
+        self.mesh = mesh
 
     def __call__(self, act_nd: jax.Array, routing: Routing) -> jax.Array:
         """Weighted sum of the chosen experts' outputs, `[n, hidden]` in the dtype of `act_nd`."""
         stacks = [
             w[...].astype(act_nd.dtype) for w in (self.gate_proj, self.up_proj, self.down_proj)
         ]
-        compute = _dense_experts if self.route == "dense" else _ragged_experts
-        return compute(act_nd, routing, *stacks)
+        if self.route == "ragged":
+            return _ragged_experts(act_nd, routing, *stacks)
+        if self.mesh is None:
+            return _dense_experts(act_nd, routing.weight_ne, *stacks)
+        return _dense_experts_on_mesh(self.mesh, act_nd, routing.weight_ne, *stacks)
 
 
 def _dense_experts(
-    act_nd: jax.Array, routing: Routing, gate_edf: jax.Array, up_edf: jax.Array, down_efd: jax.Array
+    act_nd: jax.Array,
+    weight_ne: jax.Array,
+    gate_edf: jax.Array,
+    up_edf: jax.Array,
+    down_efd: jax.Array,
 ) -> jax.Array:
     """Runs every expert on every token, as one MLP of width e*f with weighted inner units.
 
@@ -446,10 +476,31 @@ def _dense_experts(
         return w_edf.transpose(1, 0, 2).reshape(hidden, experts * inner)
 
     inner_nf = jax.nn.silu(act_nd @ widen(gate_edf)) * (act_nd @ widen(up_edf))
-    inner_nef = (
-        inner_nf.reshape(-1, experts, inner) * routing.weight_ne.astype(act_nd.dtype)[:, :, None]
-    )
+    inner_nef = inner_nf.reshape(-1, experts, inner) * weight_ne.astype(act_nd.dtype)[:, :, None]
     return inner_nef.reshape(-1, experts * inner) @ down_efd.reshape(experts * inner, hidden)
+
+
+def _dense_experts_on_mesh(
+    mesh: Mesh, act_nd: jax.Array, weight_ne: jax.Array, *stacks: jax.Array
+) -> jax.Array:
+    """The dense route where experts lie over `expert` and their inner units over `tensor`.
+
+    Each device runs its part of its experts on the tokens of its `data` group: those are gathered
+    over `expert`, and the partial outputs summed where they came from. With propagation alone the
+    merged axis e*f has no sharding, and XLA gathers the weights instead.
+    """
+
+    def on_device(act_nd: jax.Array, weight_ne: jax.Array, *stacks: jax.Array) -> jax.Array:
+        group_nd = jax.lax.all_gather(act_nd, "expert", tiled=True)
+        weight_ne = jax.lax.all_to_all(weight_ne, "expert", 1, 0, tiled=True)
+        partial_nd = _dense_experts(group_nd, weight_ne, *stacks)
+        return jax.lax.psum(jax.lax.psum_scatter(partial_nd, "expert", tiled=True), "tensor")
+
+    tokens, into, out = P(BATCH_AXES), P("expert", None, "tensor"), P("expert", "tensor")
+    mapped = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(tokens, tokens, into, into, out), out_specs=tokens
+    )
+    return mapped(act_nd, weight_ne, *stacks)
 
 
 def _ragged_experts(
@@ -472,10 +523,10 @@ def _ragged_experts(
 class MoE(nnx.Module):
     """Routed experts, weighted, plus shared experts, which every token uses unweighted."""
 
-    def __init__(self, config: MoonlightConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MoonlightConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None):
         c = config
-        self.router = Router(c, rngs=rngs)
-        self.experts = Experts(c, rngs=rngs)
+        self.router = Router(c, rngs=rngs, mesh=mesh)
+        self.experts = Experts(c, rngs=rngs, mesh=mesh)
         self.shared_experts = MLP(
             c.hidden_size,
             c.n_shared_experts * c.moe_intermediate_size,
@@ -492,7 +543,9 @@ class MoE(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm residual attention, then a pre-norm residual MLP, dense or of experts."""
 
-    def __init__(self, config: MoonlightConfig, *, dense: bool, rngs: nnx.Rngs):
+    def __init__(
+        self, config: MoonlightConfig, *, dense: bool, rngs: nnx.Rngs, mesh: Mesh | None = None
+    ):
         c = config
         self.input_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.self_attn = LatentAttention(c, rngs=rngs)
@@ -500,7 +553,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = (
             MLP(c.hidden_size, c.intermediate_size, stddev=c.initializer_range, rngs=rngs)
             if dense
-            else MoE(c, rngs=rngs)
+            else MoE(c, rngs=rngs, mesh=mesh)
         )
 
     def __call__(
@@ -525,12 +578,22 @@ class DecoderLayer(nnx.Module):
 class Embed(nnx.Module):
     """Rows of a table by token id."""
 
-    def __init__(self, vocab: int, hidden: int, *, stddev: float, rngs: nnx.Rngs):
+    def __init__(
+        self, vocab: int, hidden: int, *, stddev: float, rngs: nnx.Rngs, mesh: Mesh | None = None
+    ):
         self.embedding = _normal(rngs, (vocab, hidden), stddev)
+        self.mesh = mesh
 
     def __call__(self, tokens_n: jax.Array) -> jax.Array:
         """Maps ids `[n]` to float32 `[n, hidden]`; an id outside the table gives NaN, not a row."""
-        return jnp.take(self.embedding[...], tokens_n, axis=0)
+        table_vd = self.embedding[...]
+        if self.mesh is not None:
+            # For its gradient. Laid out as the optimizer's state at once, over more axes, that
+            # would take the tokens of all devices to each.
+            divides = table_vd.shape[0] % self.mesh.shape["tensor"] == 0
+            rows = NamedSharding(self.mesh, P("tensor" if divides else None))
+            table_vd = jax.lax.with_sharding_constraint(table_vd, rows)
+        return jnp.take(table_vd, tokens_n, axis=0)
 
 
 class ModelStats(NamedTuple):
@@ -554,13 +617,31 @@ class Moonlight(nnx.Module):
         rngs: Source of the initial weights, stream `params`.
         dtype: Compute dtype of everything between the embedding and the logits; norms, the softmax,
             routing and the loss are float32 in any case, and so are the parameters.
+        mesh: Devices to run on, with the axes `MESH_AXES`, all `AxisType.Auto`. The batch must
+            divide by `BATCH_AXES` then, and the experts' route be dense. None is one device.
+
+    Raises:
+        ValueError: The experts' route is not dense on a mesh.
     """
 
-    def __init__(self, config: MoonlightConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self,
+        config: MoonlightConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        mesh: Mesh | None = None,
+    ):
         c = config
-        self.embed = Embed(c.vocab_size, c.hidden_size, stddev=c.initializer_range, rngs=rngs)
+        if mesh is not None and c.experts != "dense":
+            raise ValueError(
+                f"on a mesh, experts are computed by the dense route only; got {c.experts!r}."
+            )
+        self.embed = Embed(
+            c.vocab_size, c.hidden_size, stddev=c.initializer_range, rngs=rngs, mesh=mesh
+        )
         self.layers = nnx.List(
-            DecoderLayer(c, dense=i < c.first_k_dense_replace, rngs=rngs)
+            DecoderLayer(c, dense=i < c.first_k_dense_replace, rngs=rngs, mesh=mesh)
             for i in range(c.num_hidden_layers)
         )
         self.norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)

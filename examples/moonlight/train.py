@@ -1,4 +1,4 @@
-"""Trains a Moonlight on real text: arguments, data, model, optimizer, loop, results.
+r"""Trains a Moonlight on real text: arguments, data, model, optimizer, loop, results.
 
     python -m examples.moonlight.train --preset tiny --output-dir runs/moonlight --resume
 
@@ -6,11 +6,18 @@ A run lives in its output folder: settings, metrics (JSONL and TensorBoard), che
 end the loss curves, a sample of text and `results.json`. Killed at any moment and called again with
 `--resume`, it goes on from its last checkpoint, and its losses are bit for bit those of an
 uninterrupted run on the same machine.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+        python -m examples.moonlight.train --mesh data=2,expert=2,tensor=2 --output-dir runs/mesh
+
+trains on a mesh (see `sharding.py`), here of eight virtual CPU devices. Its losses are those of one
+device to rounding, and a run may change its mesh, or leave it, each time it is resumed.
 """
 
 import contextlib
 import dataclasses
 import importlib.metadata
+import io
 import json
 import platform
 import time
@@ -24,13 +31,15 @@ import optax
 import rich
 import tyro
 from flax import nnx
+from jax.sharding import Mesh
 from rich import progress
 from rich.console import Console
 
-from examples.moonlight import data, metrics
+from examples.moonlight import data, metrics, sharding
 from examples.moonlight.checkpoint import Checkpoints
 from examples.moonlight.files import write_atomically
 from examples.moonlight.model import (
+    BATCH_AXES,
     Moonlight,
     MoonlightConfig,
     RouterBias,
@@ -40,10 +49,11 @@ from examples.moonlight.plots import draw_losses
 from examples.moonlight.run_folder import open_run_folder
 from examples.moonlight.sample import encode_prompt, sample_text
 from examples.moonlight.steps import TrainState, make_train_steps, make_validate
-from muon_jax import muon
+from muon_jax import muon, sharding_report
 
 RESULTS = "results.json"
 CURVES = "loss.png"
+PLAN = "sharding.txt"
 
 # The schedule ends at this fraction of the peak, as Moonlight's long stage does (4.2e-4 to 4.2e-5).
 FINAL_RATE = 0.1
@@ -102,7 +112,10 @@ class Args:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Activations and products; weights and optimizer states are float32 in any case."""
     experts: Literal["dense", "ragged"] | None = None
-    """How routed experts are computed; left out, dense on CPU and the preset's choice elsewhere."""
+    """How routed experts are computed; left out, dense on CPU and on a mesh, else as the preset."""
+    mesh: str | None = None
+    """Sizes of the mesh axes data, expert and tensor, such as data=2,expert=2,tensor=2; left out,
+    one device. A resumed run may change it."""
     bias_rate: float = 1e-3
     """Step of the router biases that balance the experts, once per optimizer step."""
     data: Path | None = None
@@ -138,6 +151,7 @@ _FREE = {
     "eval_every",
     "checkpoint_every",
     "max_to_keep",
+    "mesh",
     "steps_per_call",
     "prompt",
     "resume",
@@ -189,11 +203,15 @@ def make_schedule(recipe: Recipe) -> optax.Schedule:
 
 
 def make_optimizer(
-    name: str, schedule: optax.Schedule, weight_decay: float
+    name: str,
+    schedule: optax.Schedule,
+    weight_decay: float,
+    mesh: Mesh | None = None,
+    param_specs: Any = None,
 ) -> optax.GradientTransformation:
     """Clipping, then the optimizer. Clipping after Muon would divide the update by its own norm."""
     if name == "muon":
-        optimizer = muon(schedule, weight_decay=weight_decay)
+        optimizer = muon(schedule, weight_decay=weight_decay, mesh=mesh, param_specs=param_specs)
     else:
         optimizer = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=weight_decay)
     return optax.chain(optax.clip_by_global_norm(1.0), optimizer)
@@ -221,8 +239,14 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
     console = rich.get_console()
     started = time.perf_counter()
 
-    # Data
+    # Mesh
     config = config or MoonlightConfig.preset(args.preset)
+    mesh = None if args.mesh is None else sharding.make_mesh(args.mesh)
+    sharding.check_divides(mesh, config, recipe.batch_size)
+    if mesh is not None and args.experts == "ragged":
+        raise ValueError("--experts ragged runs on one device: on a mesh leave --experts out")
+
+    # Data
     corpus = data.load_corpus(args.data, vocab_size=config.vocab_size, cache_dir=args.cache_dir)
     console.print(
         f"corpus {corpus.corpus_hash}: {len(corpus.train):,} training tokens, "
@@ -241,13 +265,19 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
         count=args.eval_windows,
     )
     encode_prompt(corpus.tokenizer, args.prompt, recipe.sequence_length)  # Fails now or never.
+    if windows_kbt.shape[1] % sharding.batch_shards(mesh):
+        raise ValueError(
+            f"--mesh {args.mesh}: the validation batch of {windows_kbt.shape[1]} windows cannot be "
+            f"divided by {sharding.batch_shards(mesh)}; give more data or more --eval-windows"
+        )
 
     # Settings
     config = dataclasses.replace(
         config,
         vocab_size=corpus.tokenizer.get_vocab_size(),
         max_position_embeddings=max(config.max_position_embeddings, recipe.sequence_length),
-        experts=args.experts or ("dense" if jax.default_backend() == "cpu" else config.experts),
+        experts=args.experts
+        or ("dense" if mesh or jax.default_backend() == "cpu" else config.experts),
     )
     settings = dataclasses.asdict(args) | recipe._asdict()
     settings = {name: value for name, value in settings.items() if name not in _FREE}
@@ -259,8 +289,12 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
         return _present(args.output_dir, results)
 
     # Model
-    model = Moonlight(config, rngs=nnx.Rngs(args.seed), dtype=jnp.dtype(args.compute_dtype))
-    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)
+    def make_model(mesh: Mesh | None) -> Moonlight:
+        rngs, dtype = nnx.Rngs(args.seed), jnp.dtype(args.compute_dtype)
+        return Moonlight(config, rngs=rngs, dtype=dtype, mesh=mesh)
+
+    abstract_model = nnx.eval_shape(lambda: make_model(mesh))
+    graphdef, params, _ = nnx.split(abstract_model, nnx.Param, RouterBias)
     counts = parameter_counts(config)
     console.print(
         f"{args.preset}: {counts.total:,} parameters, {counts.body:,} without embedding and head, "
@@ -270,36 +304,75 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
 
     # Optimizer
     schedule = make_schedule(recipe)
-    optimizer = make_optimizer(args.optimizer, schedule, args.weight_decay)
-    state = TrainState(params, bias, optimizer.init(params))
-    step, clock = 0, {"wall_seconds": 0.0, "step_seconds": 0.0}
+    specs = None if mesh is None else sharding.param_shardings(params, mesh)
+    optimizer = make_optimizer(args.optimizer, schedule, args.weight_decay, mesh, specs)
+
+    def start() -> TrainState:
+        _, params, bias = nnx.split(make_model(mesh), nnx.Param, RouterBias)
+        return TrainState(params, bias, optimizer.init(params))
+
+    abstract = jax.eval_shape(start)
+    shardings = sharding.state_shardings(abstract, optimizer, args.optimizer, mesh)
+    state_bytes = sharding.bytes_per_device(abstract.opt_state, shardings.opt_state)
+    if mesh is not None:
+        console.print(
+            f"mesh {sharding.describe(mesh)}: "
+            f"{sharding.bytes_per_device(abstract.params, shardings.params) / 1e6:.2f} MB of "
+            f"parameters and {state_bytes / 1e6:.2f} MB of optimizer state on each device"
+        )
+        if args.optimizer == "muon":
+            with contextlib.redirect_stdout(io.StringIO()):
+                plan = sharding_report(params, mesh=mesh, param_specs=specs)
+            write_atomically(args.output_dir / PLAN, f"{plan}\n".encode())
+
+    # State
+    step, clock, meshes = 0, {"wall_seconds": 0.0, "step_seconds": 0.0}, {}
     checkpoints = Checkpoints(args.output_dir / "checkpoints", max_to_keep=args.max_to_keep)
     if checkpoints.latest_step() is not None:
+        target = jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings)
         restored = checkpoints.restore(
-            model={"params": state.params, "router_bias": state.bias}, optimizer=state.opt_state
+            model={"params": target.params, "router_bias": target.bias}, optimizer=target.opt_state
         )
         state = TrainState(
             restored.model["params"], restored.model["router_bias"], restored.optimizer
         )
         step, clock = restored.step, restored.progress["clock"]
+        meshes = restored.progress.get("meshes", {})  # absent before meshes were
         batches.set_state(restored.progress["data"])
         console.print(f"continuing after step {step}")
+    elif mesh is None:
+        state = start()  # eagerly: one compilation per shape, not one of all draws
+    else:
+        state = jax.jit(start, out_shardings=shardings)()
+    meshes[str(step + 1)] = sharding.describe(mesh)
     earlier_seconds = clock["wall_seconds"]
 
     # Loop
     shape_abt = (recipe.gradient_accumulation, recipe.batch_size, recipe.sequence_length + 1)
     buffer_sabt = np.zeros((args.steps_per_call, *shape_abt), np.int32)
     compile_started = time.perf_counter()
+    replicated = sharding.place(mesh)
     train_steps = (
         jax.jit(
             make_train_steps(graphdef, optimizer, schedule, bias_rate=args.bias_rate),
             donate_argnums=0,
+            in_shardings=(
+                shardings,
+                sharding.place(mesh, None, None, BATCH_AXES),
+                *2 * [replicated],
+            ),
+            out_shardings=(shardings, replicated),
         )
         .lower(state, buffer_sabt, 0, 0)
         .compile()
     )
     validate = (
-        jax.jit(make_validate(graphdef)).lower(state.params, state.bias, windows_kbt).compile()
+        jax.jit(
+            make_validate(graphdef),
+            in_shardings=(shardings.params, shardings.bias, sharding.place(mesh, None, BATCH_AXES)),
+        )
+        .lower(state.params, state.bias, windows_kbt)
+        .compile()
     )
     console.print(f"compiled in {time.perf_counter() - compile_started:.1f} s")
 
@@ -349,7 +422,7 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
                     step,
                     model={"params": state.params, "router_bias": state.bias},
                     optimizer=state.opt_state,
-                    progress={"data": batches.get_state(), "clock": clock},
+                    progress={"data": batches.get_state(), "clock": clock, "meshes": meshes},
                     val_loss=val_loss,
                 )
             status = f"loss {loss:.3f}  val {val_loss:.3f}  {rate:,.0f} tokens/s"
@@ -361,7 +434,7 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
     final_loss = validations[-1]["val_loss"]
     bytes_per_token = data.token_byte_lengths(corpus.tokenizer)[windows_kbt[..., 1:]].mean()
     sample = sample_text(
-        graphdef,
+        nnx.graphdef(nnx.eval_shape(lambda: make_model(None))),  # one text divides over no mesh
         nnx.merge_state(state.params, state.bias),
         corpus.tokenizer,
         args.prompt,
@@ -380,6 +453,8 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
         "parameters": counts._asdict(),
         "settings": settings,
         "device": jax.devices()[0].device_kind,
+        "meshes": meshes,
+        "optimizer_state_bytes_per_device": state_bytes,
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES},
         "sample": sample,
