@@ -1,0 +1,297 @@
+"""Training on a mesh: the same losses as on one device, resumable across meshes, or refused."""
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import PartitionSpec as P
+
+from examples.moonlight import metrics, sharding
+from examples.moonlight.model import (
+    BATCH_AXES,
+    Moonlight,
+    MoonlightConfig,
+    RouterBias,
+    next_token_loss,
+)
+from examples.moonlight.train import train
+
+CUBE, FLAT = "data=2,expert=2,tensor=2", "data=8"
+
+# float32 sums in another order, of one batch; measured 1e-6, and 5e-7 of the largest entry.
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-6, 5e-6
+# Twelve steps later; measured 4e-5 and 2e-6. Muon rounds its momentum to bfloat16.
+MUON_TOLERANCE, ADAMW_TOLERANCE = 2e-4, 1e-5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs that are resumed on a mesh they know reuse its program."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
+        "jax_persistent_cache_min_compile_time_secs": 1.0,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        compilation_cache.reset_cache()
+        for name, value in values.items():
+            jax.config.update(name, value)
+        if values is options:
+            yield
+
+
+# --- the mesh -------------------------------------------------------------------------------------
+
+
+def test_a_mesh_has_every_axis():
+    mesh = sharding.make_mesh("tensor=4, data=2")
+    assert dict(mesh.shape) == {"data": 2, "expert": 1, "tensor": 4}
+    assert sharding.describe(mesh) == "data=2,tensor=4"
+    assert sharding.describe(None) == "one device"
+    assert sharding.batch_shards(mesh) == 2
+    assert sharding.batch_shards(sharding.make_mesh(CUBE)) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": "model=8"}, "cannot read 'model=8'.*the axes are data, expert, tensor"),
+        ({"mesh": "data=4,data=2"}, "cannot read 'data=2'. Write the size of each axis once"),
+        ({"mesh": "data=8,"}, "cannot read ''"),
+        ({"mesh": "data"}, "cannot read 'data'"),
+        ({"mesh": "data=-8"}, "cannot read 'data=-8'"),
+        ({"mesh": "data=0"}, "cannot read 'data=0'"),
+        ({"mesh": "data=4"}, "needs 4 devices, and there are 8: choose sizes whose product is 8"),
+        ({"mesh": "data=16"}, "XLA_FLAGS=--xla_force_host_platform_device_count=16"),
+        ({"mesh": "expert=8"}, "expert = 8 does not divide n_routed_experts = 4"),
+        ({"mesh": "data=2,tensor=4"}, "tensor = 4 does not divide num_attention_heads = 2"),
+        ({"mesh": FLAT}, "data x expert = 8 does not divide --batch-size = 2"),
+        ({"mesh": CUBE, "batch_size": 4, "experts": "ragged"}, "--experts ragged runs on one"),
+        ({"mesh": FLAT, "batch_size": 8}, "the validation batch of 4 windows cannot be divided"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(
+    tmp_path: Path, changes: dict, message: str
+):
+    with pytest.raises(ValueError, match=message):
+        train(toy.arguments(tmp_path, **changes), toy.CONFIG)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("field", ["intermediate_size", "moe_intermediate_size"])
+def test_widths_that_do_not_divide_are_refused(field: str):
+    config = dataclasses.replace(toy.CONFIG, **{field: 9})
+    with pytest.raises(ValueError, match=f"tensor = 2 does not divide {field} = 9"):
+        sharding.check_divides(sharding.make_mesh(CUBE), config, batch_size=8)
+
+
+def test_the_model_computes_its_experts_densely_on_a_mesh():
+    config = dataclasses.replace(toy.CONFIG, experts="ragged")
+    with pytest.raises(ValueError, match="by the dense route only; got 'ragged'"):
+        Moonlight(config, rngs=nnx.Rngs(0), mesh=sharding.make_mesh(CUBE))
+
+
+# --- what lies where ------------------------------------------------------------------------------
+
+
+def abstract_params(config: MoonlightConfig) -> nnx.State:
+    return nnx.state(nnx.eval_shape(lambda: Moonlight(config, rngs=nnx.Rngs(0))), nnx.Param)
+
+
+@pytest.mark.parametrize("config", [toy.CONFIG, MoonlightConfig.preset("moonlight-16b-a3b")])
+def test_every_parameter_has_its_place(config: MoonlightConfig):
+    mesh, params = sharding.make_mesh(CUBE), abstract_params(config)
+    shardings = sharding.param_shardings(params, mesh)
+    assert jax.tree.structure(shardings) == jax.tree.structure(params)
+    replicated, names = set(), set()
+    for (path, _), param, where in zip(
+        nnx.to_flat_state(params), jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True
+    ):
+        names.add(path[-2:])
+        if where.shard_shape(param.shape) == param.shape:
+            replicated.add(path[-2:])
+    assert names == {*sharding.PARAM_SPECS}
+    small = {("kv_a_proj", "kernel"), ("router", "kernel")}
+    assert replicated == {path for path in names if path[-1] == "scale"} | small
+
+
+def test_a_vocabulary_that_does_not_divide_is_replicated():
+    mesh = sharding.make_mesh(CUBE)
+    params = abstract_params(dataclasses.replace(toy.CONFIG, vocab_size=301))
+    shardings = sharding.param_shardings(params, mesh)
+    assert shardings["embed"]["embedding"].get_value().spec == P()
+    assert shardings["lm_head"]["kernel"].get_value().spec == P()
+    assert shardings["layers"][0]["self_attn"]["q_proj"]["kernel"].get_value().spec == P(
+        None, "tensor"
+    )
+
+
+def test_an_unknown_parameter_is_refused():
+    with pytest.raises(ValueError, match=r"how \('mtp', 'kernel'\) lies on a mesh: add it there"):
+        sharding.param_shardings({"mtp": {"kernel": jnp.ones(2)}}, None)
+
+
+# --- one batch ------------------------------------------------------------------------------------
+
+
+# A vocabulary that eight devices divide.
+WIDE = dataclasses.replace(toy.CONFIG, vocab_size=320)
+
+
+def loss_and_grads(text: str | None) -> tuple[tuple, jax.stages.Compiled]:
+    """Of a batch of eight, and the program."""
+    mesh = None if text is None else sharding.make_mesh(text)
+
+    def start() -> tuple[nnx.State, nnx.State]:
+        model = Moonlight(WIDE, rngs=nnx.Rngs(0), mesh=mesh)
+        return nnx.split(model, nnx.Param, RouterBias)[1:]
+
+    def loss_fn(params: nnx.State, bias: nnx.State, tokens_bt: jax.Array):
+        return next_token_loss(nnx.merge(graphdef, params, bias), tokens_bt)
+
+    model = nnx.eval_shape(lambda: Moonlight(WIDE, rngs=nnx.Rngs(0), mesh=mesh))
+    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)
+    one = sharding.place(mesh)
+    where = sharding.param_shardings(params, mesh), jax.tree.map(lambda _: one, bias)
+    params, bias = start() if mesh is None else jax.jit(start, out_shardings=where)()
+    # The embedding's gradient as ZeRO-1 wants it.
+    table = sharding.place(mesh, ("tensor", "data", "expert"))
+    grads = jax.tree.map(
+        lambda p, s: table if p.shape == (WIDE.vocab_size, WIDE.hidden_size) else s,
+        params,
+        where[0],
+    )
+    tokens = np.random.default_rng(0).integers(0, 320, (8, 17)).astype(np.int32)
+    program = (
+        jax.jit(
+            jax.value_and_grad(loss_fn, has_aux=True),
+            in_shardings=(*where, sharding.place(mesh, BATCH_AXES)),
+            out_shardings=(one, grads),
+        )
+        .lower(params, bias, tokens)
+        .compile()
+    )
+    (loss, stats), grads = program(params, bias, tokens)
+    return (params, loss, stats, grads), program
+
+
+def test_a_batch_has_the_same_loss_and_gradients_on_every_mesh():
+    (params, loss, stats, grads), _ = loss_and_grads(None)
+    for text in (CUBE, FLAT):
+        (params_there, loss_there, stats_there, grads_there), program = loss_and_grads(text)
+        for ours, theirs in zip(
+            jax.tree.leaves((params_there, stats_there.load_le)),
+            jax.tree.leaves((params, stats.load_le)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(ours, theirs)
+        assert abs(float(loss_there) - float(loss)) <= LOSS_TOLERANCE
+        for ours, theirs in zip(jax.tree.leaves(grads_there), jax.tree.leaves(grads), strict=True):
+            error = np.abs(np.asarray(ours) - np.asarray(theirs)).max()
+            assert error <= GRADIENT_TOLERANCE * np.abs(theirs).max()
+        assert_only_tokens_of_the_experts_group_are_gathered(program.as_text(), text)
+
+
+def assert_only_tokens_of_the_experts_group_are_gathered(program: str, text: str) -> None:
+    """No device holds weights, logits or tokens of others, but for the tokens of its experts."""
+    gathered = {*re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", program)}
+    c, tokens = WIDE, 8 * 16 // sharding.make_mesh(text).shape["data"]
+    statistics = f"{c.num_hidden_layers},{c.num_attention_heads}"
+    assert gathered - {statistics} == {f"{tokens},{c.hidden_size}"}
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+Runs = Callable[..., Path]
+
+
+@pytest.fixture(scope="module", name="run_on")
+def _run_on(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The folder of a finished toy run on a mesh, trained when it is first asked for."""
+    folders: dict[tuple, Path] = {}
+
+    def run_on(mesh: str | None, **changes) -> Path:
+        key = (mesh, *changes.items())
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("mesh")
+            train(on(folders[key], mesh, **changes), toy.CONFIG)
+        return folders[key]
+
+    return run_on
+
+
+def on(folder: Path, mesh: str | None, **changes):
+    settings = {"batch_size": 8, "eval_windows": 8, "max_to_keep": 3, "mesh": mesh}
+    return toy.arguments(folder, **settings | changes)
+
+
+def records(folder: Path) -> list[dict]:
+    lines = (folder / "run" / metrics.FILE).read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if name != "tokens_per_second"}
+        for line in lines
+    ]
+
+
+def losses(folder: Path) -> np.ndarray:
+    return np.array([x["loss"] if "loss" in x else x["val_loss"] for x in records(folder)])
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "run" / "results.json").read_text())
+
+
+def killed_after(step: int, folder: Path, copy: Path) -> Path:
+    """A copy of a run as a kill after this step would have left it."""
+    shutil.copytree(folder, copy)
+    (copy / "run" / "results.json").unlink()
+    for checkpoint in (copy / "run" / "checkpoints").iterdir():
+        if int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+    return copy
+
+
+@pytest.mark.parametrize("mesh", [CUBE, FLAT])
+def test_a_run_has_the_same_losses_on_every_mesh(mesh: str, run_on: Runs):
+    one, there = run_on(None), run_on(mesh)
+    np.testing.assert_allclose(losses(there), losses(one), atol=MUON_TOLERANCE)
+    assert results(there)["meshes"] == {"1": mesh}
+    assert results(one)["meshes"] == {"1": "one device"}
+    # Almost every leaf of the state divides by eight.
+    whole = results(one)["optimizer_state_bytes_per_device"]
+    assert results(there)["optimizer_state_bytes_per_device"] < 1.05 * whole / 8
+    assert "even share" in (there / "run" / "sharding.txt").read_text()
+    assert not (one / "run" / "sharding.txt").exists()
+
+
+def test_adamw_runs_on_a_mesh(run_on: Runs):
+    one, there = (run_on(mesh, optimizer="adamw", steps=6) for mesh in (None, CUBE))
+    np.testing.assert_allclose(losses(there), losses(one), atol=ADAMW_TOLERANCE)
+    # Its moments lie as the parameters do.
+    whole = results(one)["optimizer_state_bytes_per_device"]
+    assert whole / 4 < results(there)["optimizer_state_bytes_per_device"] < whole / 1.5
+
+
+def test_a_run_resumed_on_its_mesh_has_the_same_bits(tmp_path: Path, run_on: Runs):
+    folder = killed_after(8, run_on(CUBE), tmp_path / "killed")
+    train(on(folder, CUBE, resume=True), toy.CONFIG)
+    assert records(folder) == records(run_on(CUBE))
+
+
+def test_a_run_moves_from_mesh_to_mesh(tmp_path: Path, run_on: Runs):
+    folder = killed_after(4, run_on(FLAT), tmp_path / "first")
+    train(on(folder, CUBE, resume=True), toy.CONFIG)
+    folder = killed_after(8, folder, tmp_path / "second")
+    train(on(folder, None, resume=True), toy.CONFIG)
+    np.testing.assert_allclose(losses(folder), losses(run_on(None)), atol=MUON_TOLERANCE)
+    assert results(folder)["meshes"] == {"1": FLAT, "5": CUBE, "9": "one device"}
