@@ -4,14 +4,15 @@ The planner compares routes in one unit, bytes on the wire:
 
     cost = bytes + FLOPs / FLOPS_PER_BYTE + LATENCY_BYTES * collectives
 
-A TPU v5e computes about 1,000 FLOPs, at half of its 197 TFLOP/s, in the time that a byte takes at
-100 GB/s of ring bandwidth; an H100 on NVLink, at 400 TFLOP/s and 400 GB/s, as many. A collective's
-start of 2.5 us is worth 256 KiB there. Routes differ by factors: the constants need not be exact.
+Bytes that cross the network in the time of a FLOP, at half of the peak for small products: a TPU
+v5e (197 TFLOP/s, a ring of 90 GB/s), a v5p and an H100 on NVLink compute about 1,100 FLOPs in the
+time of a byte, a v6e 2,500. A collective's start of 2.5 us is worth 256 KiB. Routes differ by
+factors where it matters: the constants need not be exact.
 """
 
 from typing import NamedTuple
 
-FLOPS_PER_BYTE = 1000
+FLOPS_PER_BYTE = 1250
 LATENCY_BYTES = 2**18
 
 
