@@ -81,7 +81,7 @@ def make_mesh(text: str) -> Mesh:
         advice = f"choose sizes whose product is {there}"
         if jax.default_backend() == "cpu":
             advice += f", or start with XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
-        raise ValueError(f"--mesh {text} needs {needed} devices, and there are {there}: {advice}")
+        raise ValueError(f"--mesh {text} needs {needed} devices, and JAX sees {there}: {advice}")
     shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 

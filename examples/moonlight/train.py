@@ -326,7 +326,8 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
             write_atomically(args.output_dir / PLAN, f"{plan}\n".encode())
 
     # State
-    step, clock, meshes = 0, {"wall_seconds": 0.0, "step_seconds": 0.0}, {}
+    step, clock = 0, {"wall_seconds": 0.0, "step_seconds": 0.0}
+    meshes: dict[str, str] = {}  # by the first step that was taken on each
     checkpoints = Checkpoints(args.output_dir / "checkpoints", max_to_keep=args.max_to_keep)
     if checkpoints.latest_step() is not None:
         target = jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings)
@@ -344,7 +345,8 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
         state = start()  # eagerly: one compilation per shape, not one of all draws
     else:
         state = jax.jit(start, out_shardings=shardings)()
-    meshes[str(step + 1)] = sharding.describe(mesh)
+    if step < recipe.steps and [*meshes.values()][-1:] != [sharding.describe(mesh)]:
+        meshes[str(step + 1)] = sharding.describe(mesh)
     earlier_seconds = clock["wall_seconds"]
 
     # Loop

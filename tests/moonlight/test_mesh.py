@@ -71,7 +71,7 @@ def test_a_mesh_has_every_axis():
         ({"mesh": "data"}, "cannot read 'data'"),
         ({"mesh": "data=-8"}, "cannot read 'data=-8'"),
         ({"mesh": "data=0"}, "cannot read 'data=0'"),
-        ({"mesh": "data=4"}, "needs 4 devices, and there are 8: choose sizes whose product is 8"),
+        ({"mesh": "data=4"}, "needs 4 devices, and JAX sees 8: choose sizes whose product is 8"),
         ({"mesh": "data=16"}, "XLA_FLAGS=--xla_force_host_platform_device_count=16"),
         ({"mesh": "expert=8"}, "expert = 8 does not divide n_routed_experts = 4"),
         ({"mesh": "data=2,tensor=4"}, "tensor = 4 does not divide num_attention_heads = 2"),

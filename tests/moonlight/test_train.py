@@ -94,7 +94,7 @@ def test_a_run_killed_after_its_last_checkpoint_gets_its_results(finished: Path)
     before = json.loads((run / "results.json").read_text())
     (run / "results.json").unlink()
     again = train(toy.arguments(finished, resume=True), toy.CONFIG)
-    for name in ("final_val_loss", "best_val_loss", "sample", "tokens", "settings"):
+    for name in ("final_val_loss", "best_val_loss", "sample", "tokens", "settings", "meshes"):
         assert again[name] == before[name]
 
 
