@@ -109,6 +109,7 @@ def train(case: Case) -> dict[Gradients, dict[str, Shards]]:
             state = tx.init(params)
         else:
             state = jax.jit(tx.init, out_shardings=opt_state_shardings(tx, params))(params)
+        start = state
         with compilations() as compiled:
             for number in range(STEPS):
                 batch = make_batch(kind, number)
@@ -117,7 +118,7 @@ def train(case: Case) -> dict[Gradients, dict[str, Shards]]:
                 params, state = step(params, state, batch)
         # The second kind of gradients is trained by the first one's program.
         assert len(compiled) == (0 if results else 1), f"{len(compiled)} programs"
-        results[kind] = held({"params": params, "state": state})
+        results[kind] = held({"params": params, "start": start, "state": state})
     return results
 
 
