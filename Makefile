@@ -7,7 +7,7 @@ BIN := .venv/bin
 train: .venv/.examples
 	$(BIN)/python -m examples.moonlight.train --preset tiny --output-dir runs/moonlight --resume
 
-test: .venv/.test
+test: .venv/.test .aot/.tpu
 	$(BIN)/python -m pytest -n 2
 
 lint: .venv/.test
@@ -30,5 +30,11 @@ lint: .venv/.test
 	$(BIN)/python -m pip install -q -e ".[test]"
 	touch $@
 
+# Compiles for TPUs on any machine. Not in .venv: JAX would look for a TPU whenever it starts.
+.aot/.tpu: .venv/.test
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target .aot \
+	  $$($(BIN)/python -m benchmarks.targets tpu)
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .aot runs
