@@ -1,8 +1,13 @@
 """How a leaf, and the matrices in it, are cut over the devices of a mesh.
 
 JAX has no uneven layout across a jit boundary, so ZeRO-1 shards each leaf of the state on
-dimensions that divide: on its stack axes first, where every device then holds whole matrices, else
-on the matrix axes, else over those mesh axes that divide, else not at all.
+dimensions that divide: on the matrix axes first, then on stack axes, else over those mesh axes that
+divide, else not at all.
+
+Not on stack axes first, though every device would then hold whole matrices: where layers run in a
+`lax.scan`, each layer's gradient is reduced inside the loop, one slice of the stack at a time. Onto
+shards of a matrix axis that is a reduce-scatter; onto shards of the stack it is an all-reduce, which
+sends twice the bytes and costs more than exchanging the momentum.
 """
 
 import math
@@ -66,14 +71,14 @@ def zero1_layout(
 def _dimension_order(shape: tuple[int, ...], views: LeafViews | None) -> list[int]:
     """Dimensions in the order in which they are tried."""
     if views is None:
-        return list(range(len(shape)))
+        return [*reversed(range(len(shape)))]  # stacks come first in a shape
     view = views.views[0]
     fan_in, fan_out = (math.prod(shape[d] for d in dims) for dims in (view.reduction, view.output))
     # Along the longer side all matrices of one shape are cut alike once they are turned wide.
     sides = (view.output, view.reduction) if fan_in <= fan_out else (view.reduction, view.output)
     # Blocks that lie side by side cannot be cut out of shards of their common axis.
     fused = {view.block.axis for view in views.views if view.block is not None}
-    return [d for d in (*view.batch_axes, *sides[0], *sides[1]) if d not in fused]
+    return [d for d in (*sides[0], *sides[1], *view.batch_axes) if d not in fused]
 
 
 class Cut(NamedTuple):

@@ -33,13 +33,13 @@ def check_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:
     return dtype
 
 
-def momentum_dtype(mu_dtype: jnp.dtype | None, param: jax.Array) -> jnp.dtype:
-    """The dtype of a parameter's momentum.
+def momentum_dtype(mu_dtype: jnp.dtype | None, param: jnp.dtype) -> jnp.dtype:
+    """The dtype of the momentum of a parameter of dtype `param`.
 
     Complex parameters keep a complex one. float16 ends at 65504, and a heavy ball sums to twenty
     gradients: its default is float32.
     """
     if mu_dtype is None:
-        return jnp.dtype(jnp.float32 if param.dtype == jnp.float16 else param.dtype)
-    complex_ = jnp.issubdtype(param.dtype, jnp.complexfloating)
+        return jnp.dtype(jnp.float32 if param == jnp.float16 else param)
+    complex_ = jnp.issubdtype(param, jnp.complexfloating)
     return jnp.promote_types(mu_dtype, jnp.complex64) if complex_ else mu_dtype

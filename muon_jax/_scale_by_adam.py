@@ -52,7 +52,7 @@ def scale_by_adam(
         leaves, structure = jax.tree.flatten(params)
         first, second = ([m.dtype for m in jax.tree.leaves(mu)] for mu in (state.mu, state.nu))
         if dtype is not None:
-            first = [momentum_dtype(dtype, leaf) for leaf in leaves]
+            first = [momentum_dtype(dtype, jnp.dtype(leaf.dtype)) for leaf in leaves]
         if zero1 is None:
             zeros = [
                 jnp.zeros(leaf.shape, d) for leaf, d in zip(2 * leaves, first + second, strict=True)

@@ -211,13 +211,14 @@ def _row(group: Group, leaves: Sequence[PlannedLeaf], devices: int) -> ShardingR
         member.matrices * math.prod(member.source.local) * leaves[member.leaf].momentum.itemsize
         for member in group.members
     )
+    teams = matrices // sum(member.matrices for member in group.members)
     busiest = int(group.flops.max())
     return ShardingRow(
         (shape.rows, shape.cols),
         matrices,
-        " + ".join(_describe(group.parts)),
+        " + ".join(_describe(group.parts, teams)),
         int((group.flops > 0).sum()),
-        sum(part.padding for part in group.parts),
+        sum(part.padding for part in group.parts) * teams,
         int(traffic.exchange + traffic.split),
         int(traffic.returned + traffic.gather),
         busiest,
@@ -226,13 +227,13 @@ def _row(group: Group, leaves: Sequence[PlannedLeaf], devices: int) -> ShardingR
     )
 
 
-def _describe(parts: Sequence[Part]) -> list[str]:
+def _describe(parts: Sequence[Part], teams: int) -> list[str]:
     counts: dict[str, int] = {}
     for part in parts:
         name = part.route
         if part.ways > 1:
             name += f" by {part.ways} on {part.axis}"
-        counts[name] = counts.get(name, 0) + part.matrices
+        counts[name] = counts.get(name, 0) + part.matrices * teams
     return [f"{count} {name}" if len(counts) > 1 else name for name, count in counts.items()]
 
 

@@ -55,10 +55,11 @@ def balance(result, sizes, group_counts):
 @pytest.mark.parametrize(
     ("shape", "param", "sizes", "expected"),
     [
-        # A stack that divides is sharded on the stack; another on its longer side.
-        ((16, 32, 64), "..", {"d": 8}, (("d",), (), ())),
-        ((12, 32, 64), "..", {"d": 8}, ((), (), ("d",))),
+        # The longer side of the matrices, whatever stack they lie in.
+        ((16, 32, 64), "..", {"d": 8}, ((), (), ("d",))),
         ((12, 64, 32), "..", {"d": 8}, ((), ("d",), ())),
+        # No side of a matrix divides: the stack.
+        ((16, 30, 60), "..", {"d": 8}, (("d",), (), ())),
         # The longer side does not divide: the other one.
         ((32, 60), "..", {"d": 8}, (("d",), ())),
         # No dimension takes both axes: one each, the longer axis first.
@@ -67,8 +68,8 @@ def balance(result, sizes, group_counts):
         ((5, 6), "..", {"a": 2, "b": 4}, ((), ("a",))),
         ((5, 7), "..", {"a": 2, "b": 4}, ((), ())),
         # Axes that shard the parameter stay where they are, and the others come after them.
-        ((64, 32, 64), (("e",), (), ()), {"d": 2, "e": 4}, (("e", "d"), (), ())),
-        ((4, 32, 64), (("e",), (), ()), {"d": 2, "e": 4}, (("e",), (), ("d",))),
+        ((64, 31, 63), (("e",), (), ()), {"d": 2, "e": 4}, (("e", "d"), (), ())),
+        ((64, 32, 64), (("e",), (), ()), {"d": 2, "e": 4}, (("e",), (), ("d",))),
         ((32, 64), (("f",), ()), {"d": 2, "f": 4}, (("f",), ("d",))),
         # An axis of length one is no axis.
         ((32, 64), "..", {"d": 1, "f": 4}, ((), ("f",))),
@@ -93,8 +94,9 @@ def test_fused_blocks_keep_their_axis_whole():
     assert zero1_layout((32, 96), ((), ()), ("d",), {"d": 8}, views).state == (("d",), ())
 
 
-def test_a_layout_of_adamw_takes_the_first_dimension_that_divides():
-    assert zero1_layout((9, 16), ((), ()), ("d",), {"d": 8}).state == ((), ("d",))
+def test_a_layout_of_adamw_takes_the_last_dimension_that_divides():
+    assert zero1_layout((8, 16), ((), ()), ("d",), {"d": 8}).state == ((), ("d",))
+    assert zero1_layout((8, 9), ((), ()), ("d",), {"d": 8}).state == (("d",), ())
     assert zero1_layout((3,), ((),), ("d",), {"d": 8}).state == ((),)
 
 
@@ -165,7 +167,7 @@ def test_a_stack_on_its_own_axis_is_owned():
     sizes = {"data": 2, "expert": 4}
     spec = (("expert",), (), ())
     # The stack takes the data axis too: eight matrices on each device, and one gather.
-    (group,) = plan([leaf((64, 32, 64), sizes, spec)], sizes).groups
+    (group,) = plan([leaf((64, 31, 63), sizes, spec)], sizes).groups
     assert routes(group) == [("owned", 8, 1)]
     assert group.traffic[0].exchange == 0 and group.traffic[0].gather > 0
     # Nothing is left to shard over: no communication at all.
@@ -269,9 +271,11 @@ def test_a_measured_scale_needs_the_whole_result():
     leaves = [leaf((2048, 2048), sizes) for _ in range(2)]
     (rows,) = plan(leaves, sizes).groups
     (whole,) = plan(leaves, sizes, whole_result=True).groups
-    assert rows.parts[0].ways > 1
+    assert rows.parts[0].ways > 1 and whole.parts[0].ways > 1
     assert _plan.returns_rows(rows.shape, rows.parts[0], whole_result=False)
-    assert whole.traffic[0].total > rows.traffic[0].total
+    assert not _plan.returns_rows(whole.shape, whole.parts[0], whole_result=True)
+    assert rows.traffic[0].collectives == 1 + 9 + 1  # the last product's rows are not gathered
+    assert whole.traffic[0].collectives == 1 + 10 + 2
 
 
 def test_complex_products_cost_four_times_as_much():

@@ -1,0 +1,535 @@
+"""ZeRO-1 on eight CPU devices: the same updates as on one device, in the layout that was promised.
+
+Matrices of rows of Hadamard matrices make every sum exact in any order, so that all routes must
+give the same bits. On Gaussians they do where a matrix is orthogonalized whole.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from checkers import gaussian, hadamard_rows, relative_error
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from reference import newton_schulz
+
+from muon_jax import (
+    FusedBlocks,
+    MuonDimensionNumbers,
+    UpdateNorm,
+    by_path,
+    muon,
+    opt_state_shardings,
+    scale_by_muon,
+    sharding_report,
+)
+
+KINDS = (AxisType.Auto, AxisType.Explicit)
+STEPS = 10
+# Measured: 4e-7 where whole matrices are multiplied in another batch, 6e-7 where they are shared.
+FLOAT32_TOLERANCE = 3e-6
+
+
+def make_mesh(lengths, names, kind=AxisType.Auto):
+    devices = jax.devices()[: math.prod(lengths)]
+    return jax.make_mesh(lengths, names, axis_types=(kind,) * len(lengths), devices=devices)
+
+
+def put(tree, mesh, specs=None):
+    """Lay a tree out on a mesh, replicated where there is no spec."""
+    specs = specs or {}
+    return {
+        name: jax.device_put(x, NamedSharding(mesh, specs.get(name, P())))
+        for name, x in tree.items()
+    }
+
+
+@pytest.fixture
+def costly_flops(monkeypatch):
+    """Small matrices take the routes of large ones."""
+    monkeypatch.setattr("muon_jax._cost.LATENCY_BYTES", 0)
+    monkeypatch.setattr("muon_jax._cost.FLOPS_PER_BYTE", 1)
+
+
+# --- The model: every kind of leaf ---------------------------------------------------------------
+
+SHAPES = {
+    "wide": (16, 64),
+    "tall": (64, 16),
+    "square": (32, 32),
+    "layers": (8, 16, 64),
+    "odd_layers": (6, 64, 16),
+    "experts": (4, 2, 16, 32),
+    "heads": (32, 4, 8),
+    "fused": (16, 48),
+    "indivisible": (5, 7),
+    "embedding": (32, 16),
+    "norm": (16,),
+    "bias": (3,),
+}
+NUMBERS = by_path(
+    {
+        "heads": MuonDimensionNumbers(0, (1, 2)),
+        "fused": FusedBlocks((16, 16, 16)),
+        "layers|experts": MuonDimensionNumbers(-2, -1),
+        "wide|tall|square|indivisible": MuonDimensionNumbers(0, 1),
+        "embedding": None,
+    }
+)
+
+
+def hadamard_model(seed):
+    model = {}
+    for index, (name, shape) in enumerate(SHAPES.items()):
+        if name in ("indivisible", "bias"):
+            model[name] = np.random.default_rng(seed).integers(-3, 4, shape).astype(np.float32)
+        elif name == "fused":
+            model[name] = np.concatenate([hadamard_rows((16, 16), seed + i) for i in range(3)], 1)
+        elif name == "heads":
+            model[name] = hadamard_rows((32, 32), seed).reshape(shape)
+        else:
+            full = shape if len(shape) > 1 else (1, *shape)
+            model[name] = hadamard_rows(full, seed + index).reshape(shape)
+    return model
+
+
+def gaussian_model(seed):
+    return {name: gaussian(shape, seed + i) for i, (name, shape) in enumerate(SHAPES.items())}
+
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[str, ...], dict[str, Any]]] = {
+    "data": ((8,), ("data",), {}),
+    "data, fsdp: rows": (
+        (2, 4),
+        ("data", "fsdp"),
+        {
+            name: P(*[None] * (len(shape) - 2), "fsdp")
+            for name, shape in SHAPES.items()
+            if len(shape) > 1 and name not in ("indivisible", "heads")
+        },
+    ),
+    "data, fsdp: columns": (
+        (2, 4),
+        ("data", "fsdp"),
+        {n: P(None, "fsdp") for n in ("wide", "tall", "square", "embedding", "heads")},
+    ),
+    "fsdp alone, both kinds of leaf": (
+        (8,),
+        ("fsdp",),
+        {
+            "wide": P("fsdp"),
+            "tall": P(None, "fsdp"),
+            "square": P("fsdp"),
+            "layers": P("fsdp"),
+            "norm": P("fsdp"),
+        },
+    ),
+    "data, tensor": (
+        (4, 2),
+        ("data", "tensor"),
+        {
+            "wide": P(None, "tensor"),
+            "tall": P("tensor"),
+            "heads": P(None, "tensor"),
+            "layers": P(None, None, "tensor"),
+            "odd_layers": P(None, "tensor"),
+            "embedding": P("tensor"),
+        },
+    ),
+    "data, expert": ((2, 4), ("data", "expert"), {"experts": P("expert"), "layers": P("expert")}),
+    "three axes: stack and both matrix axes": (
+        (2, 2, 2),
+        ("data", "expert", "tensor"),
+        {
+            "wide": P("data", "tensor"),
+            "tall": P(("data", "expert"), "tensor"),
+            "square": P("tensor", ("expert", "data")),
+            "experts": P("expert", None, "data", "tensor"),
+            "layers": P("expert", "tensor", "data"),
+            "heads": P("expert", "data", "tensor"),
+            "fused": P("tensor"),
+        },
+    ),
+    "three devices": ((3,), ("data",), {}),
+    "six devices": ((2, 3), ("data", "fsdp"), {"wide": P("data"), "odd_layers": P("fsdp")}),
+    "one device": ((1,), ("data",), {"wide": P("data")}),
+}
+
+
+def optimizer(**keywords):
+    # Powers of two: where XLA fuses a product with a sum, the product must not need rounding.
+    inner = muon(
+        2.0**-4,
+        weight_decay=2.0**-3,
+        update_scale=lambda fan_in, fan_out: 0.25,
+        muon_weight_dimension_numbers=NUMBERS,
+        **keywords,
+    )
+    return optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), inner), 2)
+
+
+def train(tx, params, gradients, factors):
+    """Ten steps, compiled once: parameters, and the optimizer's state."""
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, gradients, factor):
+        gradients = jax.tree.map(lambda g: g * factor, gradients)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    params = jax.tree.map(jnp.copy, params)
+    for factor in factors:
+        params, state = step(params, state, gradients, np.float32(factor))
+        assert all(
+            x.sharding.is_equivalent_to(shardings[name], x.ndim) for name, x in params.items()
+        )
+    return params, state
+
+
+@functools.cache
+def on_one_device(make, ns_dtype):
+    """What ten steps give without a mesh."""
+    params, gradients = make(0), make(100)
+    tx = optimizer(ns_dtype=ns_dtype)
+    to_jax = functools.partial(jax.tree.map, jnp.asarray)
+    params, _ = train(tx, to_jax(params), to_jax(gradients), FACTORS)
+    return jax.tree.map(np.asarray, params)
+
+
+# Powers of two: clipping, a heavy ball and Newton-Schulz stay exact.
+FACTORS = [2.0 ** (step % 3) for step in range(STEPS)]
+
+
+ON_BOTH_KINDS = ("data", "data, fsdp: rows", "three axes: stack and both matrix axes")
+CASES = [(layout, KINDS[0]) for layout in LAYOUTS] + [(name, KINDS[1]) for name in ON_BOTH_KINDS]
+
+
+@pytest.mark.parametrize(("layout", "kind"), CASES, ids=str)
+def test_ten_steps_are_those_of_one_device(layout, kind, costly_flops):
+    """Bit for bit, over all routes, with weight decay, accumulation, clipping and donation."""
+    lengths, names, specs = LAYOUTS[layout]
+    mesh = make_mesh(lengths, names, kind)
+    # Layouts take turns in the dtype, and those on both kinds of axes take both.
+    ns_dtype = ("bfloat16", "float32")[(list(LAYOUTS).index(layout) + (kind is KINDS[1])) % 2]
+    if math.prod(lengths) % 3 == 0:
+        ns_dtype = "bfloat16"  # twelfths are exact in no float32
+    tx = optimizer(ns_dtype=ns_dtype, mesh=mesh, param_specs={n: specs.get(n, P()) for n in SHAPES})
+    params, gradients = (put(hadamard_model(seed), mesh, specs) for seed in (0, 100))
+    params, state = train(tx, params, gradients, FACTORS)
+    expected = on_one_device(hadamard_model, ns_dtype)
+    for name in SHAPES:
+        np.testing.assert_array_equal(np.asarray(params[name]), expected[name], err_msg=name)
+    # The state is still where `init` put it.
+    for x, sharding in zip(
+        jax.tree.leaves(state.inner_opt_state),
+        jax.tree.leaves(opt_state_shardings(tx, params).inner_opt_state),
+        strict=True,
+    ):
+        assert x.sharding.is_equivalent_to(sharding, x.ndim)
+
+
+def test_the_layouts_above_take_every_route(costly_flops, capsys):
+    seen = set()
+    for lengths, names, specs in LAYOUTS.values():
+        mesh = make_mesh(lengths, names)
+        report = sharding_report(
+            put(hadamard_model(0), mesh, specs),
+            mesh=mesh,
+            param_specs={name: specs.get(name, P()) for name in SHAPES},
+            muon_weight_dimension_numbers=NUMBERS,
+        )
+        seen |= {word for row in report.rows for word in row.route.split()}
+    assert {"owned", "exchange", "split", "replicated"} <= seen
+
+
+@pytest.mark.parametrize("ns_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("layout", ["data", "data, fsdp: rows"])
+def test_gaussians_are_the_same_where_matrices_stay_whole(layout, ns_dtype, monkeypatch):
+    """Cheap FLOPs share no matrix. In float32 a loop over one matrix is compiled as none."""
+    monkeypatch.setattr("muon_jax._cost.LATENCY_BYTES", 0)
+    monkeypatch.setattr("muon_jax._cost.FLOPS_PER_BYTE", 100)
+    lengths, names, specs = LAYOUTS[layout]
+    mesh = make_mesh(lengths, names)
+    specs = {name: specs.get(name, P()) for name in SHAPES}
+    keywords = {"muon_weight_dimension_numbers": NUMBERS, "ns_dtype": ns_dtype}
+    params = gaussian_model(0)
+    tx = muon(2.0**-4, mesh=mesh, param_specs=specs, **keywords)
+    report = sharding_report(params, mesh=mesh, param_specs=specs, **keywords)
+    assert not any("split" in row.route for row in report.rows)
+    alone = muon(2.0**-4, **keywords)
+    state, state_alone = tx.init(params), alone.init(params)
+    update, update_alone = jax.jit(tx.update), jax.jit(alone.update)
+    for step in range(2):
+        gradients = gaussian_model(50 + step)
+        on_mesh = put(gradients, mesh, specs)
+        updates, state = update(on_mesh, state, put(params, mesh, specs))
+        expected, state_alone = update_alone(gradients, state_alone, params)
+        for name in SHAPES:
+            if ns_dtype == "bfloat16":
+                np.testing.assert_array_equal(updates[name], expected[name], err_msg=name)
+            else:
+                assert relative_error(updates[name], expected[name]) < FLOAT32_TOLERANCE, name
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("lengths", [(8,), (2, 4)])
+@pytest.mark.parametrize(("ns_dtype", "size"), [("bfloat16", 256), ("float32", 32)])
+def test_shared_matrices_are_exact(lengths, ns_dtype, size, kind, costly_flops):
+    """Up to 256 rows in bfloat16; in float32 a sum of that many terms rounds in any order."""
+    mesh = make_mesh(lengths, ("a", "b")[: len(lengths)], kind)
+    shapes = {"one": (size, size), "two": (2, size // 2, size), "three": (3, size // 2, size // 4)}
+    params = {name: hadamard_rows(shape, i) for i, (name, shape) in enumerate(shapes.items())}
+    numbers = MuonDimensionNumbers(-2, -1)
+    keywords: dict[str, Any] = {"weight_dimension_numbers": numbers, "ns_dtype": ns_dtype}
+    report = sharding_report(
+        params, mesh=mesh, ns_dtype=ns_dtype, muon_weight_dimension_numbers=numbers
+    )
+    assert all("split" in row.route for row in report.rows)
+    tx = scale_by_muon(mesh=mesh, **keywords)
+    updates, _ = jax.jit(tx.update)(put(params, mesh), tx.init(put(params, mesh)))
+    alone = scale_by_muon(**keywords)
+    expected, _ = jax.jit(alone.update)(params, alone.init(params))
+    for name in shapes:
+        np.testing.assert_array_equal(updates[name], expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("ns_dtype", ["bfloat16", "float32"])
+def test_shared_gaussians_are_no_further_from_float64(ns_dtype, costly_flops):
+    mesh = make_mesh((8,), ("data",))
+    params = {"kernel": gaussian((2, 96, 160))}
+    numbers = MuonDimensionNumbers(-2, -1)
+    expected = np.stack([newton_schulz(matrix) for matrix in params["kernel"]])
+
+    def error(**mesh_keywords):
+        tx = scale_by_muon(
+            nesterov=False,
+            update_scale=lambda fan_in, fan_out: 1.0,
+            weight_dimension_numbers=numbers,
+            ns_dtype=ns_dtype,
+            **mesh_keywords,
+        )
+        updates, _ = jax.jit(tx.update)(params, tx.init(params))
+        return relative_error(updates["kernel"], expected)
+
+    (row,) = sharding_report(params, mesh=mesh, muon_weight_dimension_numbers=numbers).rows
+    assert "split by 4" in row.route
+    assert error(mesh=mesh) <= 1.1 * error()
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"update_scale": UpdateNorm(0.3)},
+        {"adaptive": True},
+        {"adaptive": True, "update_scale": UpdateNorm(0.3)},
+        {"preconditioning": "aol"},
+        {"preconditioning": "schatten"},
+        {"preconditioning": "spectral"},
+        {"ns_coeffs": "deepseek_v4"},
+        {"max_group_bytes": 1},
+        {"nesterov": False, "mu_dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_options_mean_the_same_on_a_mesh(keywords, costly_flops):
+    lengths, names, specs = LAYOUTS["data, fsdp: rows"]
+    mesh = make_mesh(lengths, names)
+    specs = {name: specs.get(name, P()) for name in SHAPES}
+    keywords = {"muon_weight_dimension_numbers": NUMBERS, "ns_dtype": "float32", **keywords}
+    params, gradients = gaussian_model(0), gaussian_model(1)
+    tx, alone = muon(0.1, mesh=mesh, param_specs=specs, **keywords), muon(0.1, **keywords)
+    on_mesh = [put(tree, mesh, specs) for tree in (params, gradients)]
+    updates, state = jax.jit(tx.update)(on_mesh[1], tx.init(on_mesh[0]), on_mesh[0])
+    expected, state_alone = jax.jit(alone.update)(gradients, alone.init(params), params)
+    for a, b in zip(
+        jax.tree.leaves((updates, state)), jax.tree.leaves((expected, state_alone)), strict=True
+    ):
+        assert a.dtype == b.dtype
+        assert relative_error(a, b) < 1e-4 if a.size else True
+
+
+# --- Where things lie ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_init_lays_the_state_out_eagerly_jitted_and_in_nnx(kind):
+    mesh = make_mesh((2, 4), ("data", "fsdp"), kind)
+    specs = {"kernel": P(None, "fsdp"), "bias": P()}
+    params = put({"kernel": gaussian((16, 32)), "bias": gaussian((16,))}, mesh, specs)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), muon(1e-3, mesh=mesh, param_specs=specs))
+    expected = opt_state_shardings(tx, params)
+    assert jax.tree.structure(expected) == jax.tree.structure(tx.init(params))
+    mu = expected[1].inner_states["muon"].inner_state[0].mu["kernel"]
+    assert mu.is_equivalent_to(NamedSharding(mesh, P("data", "fsdp")), 2) or (
+        mu.is_equivalent_to(NamedSharding(mesh, P(None, ("fsdp", "data"))), 2)
+    )
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    for state in (tx.init(params), jax.jit(tx.init)(params)):
+        for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+            assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    for a, b in zip(
+        jax.tree.leaves(opt_state_shardings(tx, abstract)), jax.tree.leaves(expected), strict=True
+    ):
+        assert a == b
+    if kind is AxisType.Explicit:
+        for x, sharding in zip(
+            jax.tree.leaves(jax.eval_shape(tx.init, params)), jax.tree.leaves(expected), strict=True
+        ):
+            assert not x.ndim or x.sharding.spec == sharding.spec
+
+
+def test_an_nnx_optimizer_trains_on_a_mesh():
+    mesh = make_mesh((8,), ("data",))
+    model = nnx.Linear(16, 32, rngs=nnx.Rngs(0))
+    replicated = NamedSharding(mesh, P())
+    nnx.update(model, jax.device_put(nnx.state(model), replicated))
+    opt = nnx.Optimizer(model, muon(0.1, mesh=mesh), wrt=nnx.Param)
+    is_sharded = lambda: [  # noqa: E731
+        not x.sharding.is_fully_replicated for x in jax.tree.leaves(nnx.state(opt, nnx.OptState))
+    ]
+    before = is_sharded()
+    assert any(before)
+
+    @nnx.jit
+    def step(model, opt, x):
+        loss, gradients = nnx.value_and_grad(lambda m: jnp.mean(m(x) ** 2))(model)
+        opt.update(model, gradients)
+        return loss
+
+    x = jax.device_put(gaussian((16, 16)), NamedSharding(mesh, P("data")))
+    losses = [float(step(model, opt, x)) for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0]
+    assert is_sharded() == before
+
+
+def test_both_groups_are_sharded_and_nothing_compiles_again():
+    mesh = make_mesh((8,), ("data",))
+    params = put({"kernel": gaussian((64, 128)), "embedding": gaussian((32, 64))}, mesh)
+    tx = muon(optax.cosine_decay_schedule(1e-2, 10), mesh=mesh)
+    state = tx.init(params)
+    for x in jax.tree.leaves(state):
+        assert x.ndim == 0 or x.addressable_shards[0].data.size * 8 == x.size
+    update = jax.jit(tx.update)
+    for _ in range(3):
+        _, state = update(params, state, params)
+    assert update._cache_size() == 1
+
+
+def test_parameters_left_out_of_zero1_axes_keep_their_state_whole():
+    mesh = make_mesh((2, 4), ("slice", "data"))
+    params = put({"kernel": gaussian((16, 32))}, mesh)
+    state = scale_by_muon(mesh=mesh, zero1_axes="data").init(params)
+    assert state.mu["kernel"].sharding.is_equivalent_to(NamedSharding(mesh, P(None, "data")), 2)
+    state = scale_by_muon(mesh=mesh, zero1_axes=()).init(params)
+    assert state.mu["kernel"].sharding.is_fully_replicated
+
+
+def test_inject_hyperparams_takes_a_mesh():
+    mesh = make_mesh((8,), ("data",))
+    params = put({"kernel": gaussian((16, 32))}, mesh)
+    schedule = optax.linear_schedule(1e-2, 1e-3, 10)
+    tx = optax.inject_hyperparams(muon)(schedule, mesh=mesh, beta=0.9)
+    plain = muon(schedule, mesh=mesh, beta=0.9)
+    updates, state = jax.jit(tx.update)(params, tx.init(params), params)
+    expected, _ = jax.jit(plain.update)(params, plain.init(params), params)
+    assert relative_error(updates["kernel"], expected["kernel"]) < 1e-6
+    assert "mesh" not in state.hyperparams
+
+
+def test_a_masked_gradient_keeps_its_momentum_on_a_mesh():
+    mesh = make_mesh((8,), ("data",))
+    params = put({"a": gaussian((16, 32)), "b": gaussian((16, 32)), "c": gaussian((16,))}, mesh)
+    tx = muon(1e-2, mesh=mesh)
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    updates, after = tx.update({**params, "b": None, "c": None}, state, params)
+    assert updates["b"] is None and updates["c"] is None
+    old, new = (s.inner_states["muon"].inner_state[0].mu for s in (state, after))
+    np.testing.assert_array_equal(old["b"], new["b"])
+    assert (np.asarray(old["a"]) != np.asarray(new["a"])).any()
+
+
+# --- What cannot be done -------------------------------------------------------------------------
+
+
+def kernel(mesh, spec=None):
+    return put({"kernel": gaussian((16, 32))}, mesh, {"kernel": spec or P()})
+
+
+@pytest.mark.parametrize(
+    ("keywords", "match"),
+    [
+        ({"param_specs": P()}, "param_specs says how to use a mesh: pass mesh= as well"),
+        ({"zero1_axes": "data"}, "zero1_axes says how to use a mesh: pass mesh= as well"),
+    ],
+)
+def test_arguments_of_a_mesh_need_one(keywords, match):
+    with pytest.raises(ValueError, match=match):
+        muon(1e-3, **keywords)
+
+
+def test_what_a_mesh_is_and_has():
+    with pytest.raises(ValueError, match="names 'model', which the mesh lacks"):
+        muon(1e-3, mesh=make_mesh((8,), ("data",)), zero1_axes=("model",))
+    mixed = jax.make_mesh((2, 4), ("a", "b"), axis_types=KINDS)
+    with pytest.raises(ValueError, match="Auto axes or Explicit ones throughout"):
+        muon(1e-3, mesh=mixed)
+
+
+def test_a_mesh_must_be_one(untyped):
+    with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh.*got 8"):
+        muon(1e-3, mesh=8)
+
+
+@pytest.mark.parametrize(
+    ("specs", "error", "match"),
+    [
+        (P("model"), ValueError, "kernel, shape .*the mesh has no axis 'model'"),
+        (P("data", "data"), ValueError, "'data' comes twice"),
+        (P("data", None, None), ValueError, "3 entries for 2 dimensions"),
+        ({"other": P()}, ValueError, "param_specs says nothing of kernel"),
+        ({"kernel": "data"}, TypeError, "param_specs has 'data' at kernel"),
+        (P("data"), ValueError, r"param_specs says P.*'data'.*but the array is sharded as P\(\)"),
+    ],
+)
+def test_specs_that_do_not_fit_raise(specs, error, match):
+    mesh = make_mesh((8,), ("data",))
+    with pytest.raises(error, match=match):
+        muon(1e-3, mesh=mesh, param_specs=specs).init(kernel(mesh))
+
+
+def test_a_spec_that_does_not_divide_raises():
+    mesh = make_mesh((8,), ("data",))
+    params = {"kernel": jax.ShapeDtypeStruct((12, 32), jnp.float32)}
+    tx = muon(1e-3, mesh=mesh, param_specs=P("data"))
+    with pytest.raises(ValueError, match="8 devices do not divide dimension 0 of length 12"):
+        opt_state_shardings(tx, params)
+
+
+def test_sharded_parameters_without_specs_raise():
+    mesh = make_mesh((8,), ("data",))
+    params = kernel(mesh, P("data"))
+    for use in (muon(1e-3, mesh=mesh).init, functools.partial(sharding_report, mesh=mesh)):
+        with pytest.raises(ValueError, match=r"kernel, shape.*is sharded as.*Pass param_specs="):
+            use(params)
+
+
+def test_blocks_along_a_sharded_axis_raise():
+    mesh = make_mesh((2,), ("data",))
+    numbers = by_path({"kernel": FusedBlocks((16, 16))})
+    tx = muon(1e-3, mesh=mesh, param_specs=P(None, "data"), muon_weight_dimension_numbers=numbers)
+    with pytest.raises(ValueError, match=r"kernel, shape.*blocks cannot be cut out of shards"):
+        tx.init(kernel(mesh, P(None, "data")))
+
+
+def test_opt_state_shardings_needs_a_mesh():
+    with pytest.raises(ValueError, match="found no optimizer of muon_jax with a mesh"):
+        opt_state_shardings(muon(1e-3), {"kernel": jnp.ones((4, 4))})
