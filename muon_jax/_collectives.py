@@ -1,6 +1,7 @@
 """The collectives of a `shard_map` body, moving bfloat16 as two bytes on every backend."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ def all_to_all(
     """Send `x[i]` to device `i` along `axes` (row-major); what comes has its sender's place."""
     if not axes:
         return x
-    return _from_wire(lax.all_to_all(_to_wire(x), tuple(axes), 0, 0, tiled=True), x.dtype)
+    return _moved(x, lambda bits: lax.all_to_all(bits, tuple(axes), 0, 0, tiled=True))
 
 
 def all_gather(x: Num[Array, "*shape"], axes: Sequence[str]) -> Num[Array, "devices *shape"]:
@@ -24,10 +25,13 @@ def all_gather(x: Num[Array, "*shape"], axes: Sequence[str]) -> Num[Array, "devi
     One axis at a time, which costs the same bytes: a gather over hundreds of TPU chips at once
     becomes an all-reduce of zeros and the piece, twice the bytes.
     """
-    out = _to_wire(x)
-    for axis in reversed(axes):
-        out = lax.all_gather(out, axis, to="invarying")
-    return _from_wire(out.reshape(-1, *x.shape), x.dtype)
+
+    def gather(bits: jax.Array) -> jax.Array:
+        for axis in reversed(axes):
+            bits = lax.all_gather(bits, axis, to="invarying")
+        return bits.reshape(math.prod(bits.shape[: bits.ndim - x.ndim]), *x.shape)
+
+    return _moved(x, gather)
 
 
 class RowShare(NamedTuple):
@@ -53,15 +57,18 @@ class RowShare(NamedTuple):
         """The rows of all sharers, each having computed its own."""
         groups = [[*range(k, k + self.ways)] for k in range(0, self.size, self.ways)]
         everyone = self.ways == self.size
-        with jax.named_scope("muon.split"):
-            out = lax.all_gather(
-                _to_wire(x),
+
+        def gather(bits: jax.Array) -> jax.Array:
+            return lax.all_gather(
+                bits,
                 self.axis,
-                axis=x.ndim - 2,
+                axis=bits.ndim - 2,
                 tiled=True,
                 axis_index_groups=None if everyone else groups,
             )
-        return _from_wire(out, x.dtype)
+
+        with jax.named_scope("muon.split"):
+            return _moved(x, gather)
 
 
 def axes_index(axes: Sequence[str]) -> jax.Array | int:
@@ -69,10 +76,21 @@ def axes_index(axes: Sequence[str]) -> jax.Array | int:
     return lax.axis_index(tuple(axes)) if axes else 0
 
 
-# XLA:CPU widens a bfloat16 collective to float32. The bits, as an integer, it leaves alone.
-def _to_wire(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+def _moved(x: jax.Array, move: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Apply a function that only moves elements, to bfloat16 as to its bits.
 
+    XLA:CPU widens a bfloat16 collective to float32, and leaves integers alone. Bits have no
+    derivative, so that of the moved values is given by hand: it moves like them.
+    """
+    if x.dtype != jnp.bfloat16:
+        return move(x)
 
-def _from_wire(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    return lax.bitcast_convert_type(x, dtype) if dtype == jnp.bfloat16 else x
+    @jax.custom_jvp
+    def moved(x: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(move(lax.bitcast_convert_type(x, jnp.uint16)), x.dtype)
+
+    @moved.defjvp
+    def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return moved(*primals), move(*tangents)
+
+    return moved(x)

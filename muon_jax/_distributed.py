@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Inexact
 
 from muon_jax._collectives import RowShare, all_gather, all_to_all, axes_index
@@ -49,7 +50,7 @@ def distributed_update(
     zero1: Zero1,
     plan: Plan,
     leaves: Sequence[PlannedLeaf],
-    update: MatrixUpdate,
+    given: MatrixUpdate,
     gradients: Sequence[Inexact[Array, "..."]],
     momenta: Sequence[Inexact[Array, "..."]],
 ) -> tuple[list[Inexact[Array, "..."]], list[Inexact[Array, "..."]]]:
@@ -59,7 +60,7 @@ def distributed_update(
       zero1: the mesh.
       plan: made for `leaves` on this mesh.
       leaves: the matrices of each leaf, and where it lies.
-      update: what is done to each matrix.
+      given: what is done to each matrix.
       gradients: one for each leaf, of any layout; unreduced sums become reduce-scatters.
       momenta: one for each leaf, in the layout of the state.
 
@@ -68,7 +69,11 @@ def distributed_update(
     """
     sizes = zero1.sizes
 
-    def body(gradients: list[Any], momenta: list[Any]) -> tuple[list[Any], list[Any]]:
+    def body(
+        gradients: list[Any], momenta: list[Any], numbers: list[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        # Not by closure, which JAX refuses for arrays on Explicit axes.
+        update = given.with_numbers(numbers)
         sources: dict[tuple[int, int], jax.Array] = {}
         new_momenta = []
         for index, (leaf, g, m) in enumerate(zip(leaves, gradients, momenta, strict=True)):
@@ -103,8 +108,10 @@ def distributed_update(
     state = [partition_spec(leaf.layout.state, zero1.mesh) for leaf in leaves]
     param = [partition_spec(leaf.layout.param, zero1.mesh) for leaf in leaves]
     gradients = zero1.arrive(gradients, [leaf.layout for leaf in leaves])
-    args = (gradients, list(momenta))
-    return on_shards(body, zero1.mesh, args, (state, state), (param, state))
+    numbers = given.numbers()
+    args = (gradients, list(momenta), numbers)
+    in_specs = (state, state, [PartitionSpec()] * len(numbers))
+    return on_shards(body, zero1.mesh, args, in_specs, (param, state))
 
 
 def _local_views(views: LeafViews, layout: Layout, sizes: Sizes, *, state: bool) -> LeafViews:

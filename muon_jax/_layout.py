@@ -48,6 +48,8 @@ def zero1_layout(
       views: the leaf's matrices; None for AdamW.
     """
     free = [a for a in zero1_axes if a not in spec_axes(param) and sizes[a] > 1]
+    if 0 in shape:
+        free = []
     free.sort(key=lambda axis: -sizes[axis])  # the longest is the first stage of a reduction
     state = list(param)
     local = list(local_shape(shape, param, sizes))

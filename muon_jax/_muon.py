@@ -202,8 +202,9 @@ def muon(
         if zero1 is None:
             return state
         # Counts of schedules, which would otherwise move onto the mesh with the first update.
-        replicate = zero1.replicate
-        return jax.tree.map(lambda x: x if x.ndim else replicate(x), state)
+        leaves, structure = jax.tree.flatten(state)
+        scalars = iter(zero1.replicate([x for x in leaves if not x.ndim]))
+        return structure.unflatten([x if x.ndim else next(scalars) for x in leaves])
 
     def update_fn(
         updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra_args: Any

@@ -272,6 +272,7 @@ class _Planner:
         self.steps = steps
         self.max_group_bytes = max_group_bytes
         self.whole_result = whole_result
+        self._known: dict[tuple[Shape, _Choice], tuple[list[Part], Traffic, np.ndarray]] = {}
 
     def length(self, axes: Sequence[str]) -> int:
         return math.prod(self.sizes[axis] for axis in axes)
@@ -293,21 +294,41 @@ class _Planner:
         return [_Choice("exchange"), everywhere, _Choice("replicated"), *splits]
 
     def search(self, counts: dict[Shape, int]) -> _Priced:
-        """Improve one group's choice at a time, until no change makes the whole cheaper."""
+        """Improve one group's choice at a time, until no change makes the whole cheaper.
+
+        From two starts, since such a descent can get stuck: while two groups keep the busiest
+        device equally busy, a change of either one alone gains nothing.
+        """
         # The heaviest first, as whoever balances loads does.
         order = sorted(counts, key=lambda shape: -shape.rows * shape.rows * shape.cols)
         options = {shape: self.candidates(shape, counts[shape]) for shape in order}
-        choices = {shape: options[shape][0] for shape in order}
-        best = self.price(choices, counts)
-        improved = True
+
+        def alone(shape: Shape) -> _Choice:
+            one = {shape: counts[shape]}
+            return min(options[shape], key=lambda option: self.price({shape: option}, one).total)
+
+        starts = [{shape: options[shape][0] for shape in order}]
+        starts.append({shape: alone(shape) for shape in order})
+        descents = [self._descend(start, options, counts) for start in starts]
+        return min(descents, key=lambda priced: priced.total)
+
+    def _descend(
+        self,
+        choices: dict[Shape, _Choice],
+        options: dict[Shape, list[_Choice]],
+        counts: dict[Shape, int],
+    ) -> _Priced:
+        best, improved = self.price(choices, counts), True
         while improved:
             improved = False
-            for shape in order:
+            for shape, choice in choices.items():
                 for option in options[shape]:
+                    if option == choice:
+                        continue
                     trial = {**choices, shape: option}
                     priced = self.price(trial, counts)
                     if priced.total < best.total:
-                        best, choices, improved = priced, trial, True
+                        best, choices, choice, improved = priced, trial, option, True
         return best
 
     def price(self, choices: dict[Shape, _Choice], counts: dict[Shape, int]) -> _Priced:
@@ -316,11 +337,25 @@ class _Planner:
         parts: dict[Shape, list[Part]] = {}
         traffic = Traffic()
         for shape, choice in choices.items():
-            parts[shape] = self.parts(shape, counts[shape], choice, load)
-            load = load + self.flops(shape, parts[shape])
-            for part in parts[shape]:
-                traffic += self.traffic(shape, part)
+            parts[shape], sent, flops = self._cut(shape, counts[shape], choice, load)
+            load = load + flops
+            traffic += sent
         return _Priced(cost(traffic, float(load.max())), parts, load)
+
+    def _cut(
+        self, shape: Shape, count: int, choice: _Choice, load: np.ndarray
+    ) -> tuple[list[Part], Traffic, np.ndarray]:
+        """A group's parts, traffic and FLOPs, computed anew only where they depend on the load."""
+        whole_remainder = choice == _Choice("exchange") and count % self.length(shape.team)
+        key = (shape, choice)
+        if whole_remainder or key not in self._known:
+            parts = self.parts(shape, count, choice, load)
+            if key not in self._known:
+                sent = sum((self.traffic(shape, part) for part in parts), Traffic())
+                self._known[key] = parts, sent, self.flops(shape, parts)
+            if whole_remainder:
+                return parts, self._known[key][1], self.flops(shape, parts)
+        return self._known[key]
 
     def parts(self, shape: Shape, count: int, choice: _Choice, load: np.ndarray) -> list[Part]:
         """Cut a group into parts; remainders go to the devices with the least `load`."""

@@ -32,6 +32,7 @@ class Record:
       layouts: the layout of each parameter that an optimizer on this mesh updates.
       state: what is kept for it on one device.
       plan: that of the last update, with the leaves it was made for.
+      adam_gather: bytes that one device sends to gather AdamW's updates.
     """
 
     def __init__(self) -> None:
@@ -39,6 +40,7 @@ class Record:
         self.layouts: dict[Path, Layout] = {}
         self.state: dict[Path, StateEntry] = {}
         self.plan: tuple[Plan, Sequence[PlannedLeaf]] | None = None
+        self.adam_gather = 0.0
 
     def layout_of(self, path: Path, shape: tuple[int, ...]) -> Layout | None:
         """The layout of the parameter that a leaf of the state belongs to, by its path's end."""
@@ -94,3 +96,10 @@ def note_plan(plan: Plan, leaves: Sequence[PlannedLeaf]) -> None:
     record = _LISTENING.get()
     if record is not None:
         record.plan = plan, leaves
+
+
+def note_adam_gather(sent: float | int) -> None:
+    """Write down the bytes that one device sends to gather AdamW's updates."""
+    record = _LISTENING.get()
+    if record is not None:
+        record.adam_gather = sent

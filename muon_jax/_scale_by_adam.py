@@ -50,20 +50,19 @@ def scale_by_adam(
     def init_fn(params: PyTree) -> Any:
         state: Any = jax.eval_shape(inner.init, params)
         leaves, structure = jax.tree.flatten(params)
+        shapes = [jnp.shape(leaf) for leaf in leaves]
         first, second = ([m.dtype for m in jax.tree.leaves(mu)] for mu in (state.mu, state.nu))
         if dtype is not None:
-            first = [momentum_dtype(dtype, jnp.dtype(leaf.dtype)) for leaf in leaves]
+            first = [momentum_dtype(dtype, jnp.result_type(leaf)) for leaf in leaves]
         if zero1 is None:
-            zeros = [
-                jnp.zeros(leaf.shape, d) for leaf, d in zip(2 * leaves, first + second, strict=True)
-            ]
+            zeros = [jnp.zeros(s, d) for s, d in zip(2 * shapes, first + second, strict=True)]
             count = jnp.zeros([], jnp.int32)
         else:
             assert layouts is not None
             paths = [path for path, _ in flatten_with_names(params)[0]]
             note_state("adam", paths, layouts, [*zip(first, second, strict=True)])
             zeros = zero1.zeros([*zip(2 * layouts, first + second, strict=True)])
-            count = zero1.replicate(jnp.zeros([], jnp.int32))
+            (count,) = zero1.replicate([jnp.zeros([], jnp.int32)])
         return state._replace(
             count=count,
             mu=structure.unflatten(zeros[: len(leaves)]),
@@ -77,14 +76,18 @@ def scale_by_adam(
         gradients = structure.flatten_up_to(updates)
         present = [i for i, g in enumerate(gradients) if not is_absent(g)]
 
-        def step(gradients: list[Any], mu: list[Any], nu: list[Any], count: Any) -> Any:
+        def step(
+            gradients: list[Any], mu: list[Any], nu: list[Any], count: Any, numbers: list[Any]
+        ) -> Any:
+            # Not by closure, which JAX refuses for arrays on Explicit axes.
+            inner = optax.scale_by_adam(*numbers)
             new: Any
             updates, new = inner.update(gradients, state._replace(count=count, mu=mu, nu=nu))
             like = lambda new, old: [n.astype(o.dtype) for n, o in zip(new, old, strict=True)]  # noqa: E731
             return updates, like(new.mu, mu), like(new.nu, nu), new.count
 
         g, m, v = ([tree[i] for i in present] for tree in (gradients, mu, nu))
-        args = (g, m, v, state.count)
+        args = (g, m, v, state.count, [b1, b2, eps, eps_root])
         if zero1 is None:
             out = step(*args)
         else:
@@ -102,17 +105,25 @@ def scale_by_adam(
 
 
 def _step_on_shards(step: Any, zero1: Zero1, layouts: list[Layout], args: Any) -> Any:
-    def body(gradients: list[Any], mu: list[Any], nu: list[Any], count: Any) -> Any:
-        updates, mu, nu, count = step(gradients, mu, nu, count)
+    gradients, mu, nu, count, numbers = args
+    # Python's numbers stay constants of the program.
+    arrays = [x for x in numbers if isinstance(x, jax.Array)]
+
+    def body(
+        gradients: list[Any], mu: list[Any], nu: list[Any], count: Any, arrays: list[Any]
+    ) -> Any:
+        left = iter(arrays)
+        given = [next(left) if isinstance(x, jax.Array) else x for x in numbers]
+        updates, mu, nu, count = step(gradients, mu, nu, count, given)
         return gather_to_params(updates, layouts, zero1.sizes), mu, nu, count
 
-    gradients, *rest = args
     state = [partition_spec(layout.state, zero1.mesh) for layout in layouts]
     param = [partition_spec(layout.param, zero1.mesh) for layout in layouts]
+    everywhere = PartitionSpec()
     return on_shards(
         body,
         zero1.mesh,
-        (zero1.arrive(gradients, layouts), *rest),
-        (state, state, state, PartitionSpec()),
-        (param, state, state, PartitionSpec()),
+        (zero1.arrive(gradients, layouts), mu, nu, count, arrays),
+        (state, state, state, everywhere, [everywhere] * len(arrays)),
+        (param, state, state, everywhere),
     )

@@ -141,7 +141,7 @@ def scale_by_muon(
     def init_fn(params: PyTree) -> MuonState:
         routes, structure = _matrix_routes(params, weight_dimension_numbers, heads)
         leaves = jax.tree.leaves(params)
-        dtypes = [momentum_dtype(mu_dtype, jnp.dtype(leaf.dtype)) for leaf in leaves]
+        dtypes = [momentum_dtype(mu_dtype, jnp.result_type(leaf)) for leaf in leaves]
         count = jnp.zeros([], jnp.int32)
         if zero1 is None:
             zeros = [jnp.zeros_like(p, dtype=d) for p, d in zip(leaves, dtypes, strict=True)]
@@ -150,7 +150,7 @@ def scale_by_muon(
             paths = [route.path for route in routes]
             note_state("muon", paths, layouts, [[dtype] for dtype in dtypes])
             zeros = zero1.zeros([*zip(layouts, dtypes, strict=True)])
-            count = zero1.replicate(count)
+            (count,) = zero1.replicate([count])
         return MuonState(count, structure.unflatten(zeros))
 
     def update_fn(

@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
-from muon_jax._cost import Traffic, others
+from muon_jax._cost import Traffic
 from muon_jax._muon import muon
 from muon_jax._paths import flatten_with_names, show
 from muon_jax._plan import Group, Part, PlannedLeaf
 from muon_jax._record import Record, recording
-from muon_jax._specs import local_shape, param_layouts, partition_spec, spec_axes
+from muon_jax._specs import param_layouts, partition_spec, spec_axes
 from muon_jax._tables import in_units, table
 
 
@@ -59,7 +58,8 @@ class LeafRow:
       param: the parameter's own PartitionSpec.
       state: its state's.
       state_bytes: bytes of its state on one device.
-      replicas: devices that hold the same piece of it; 1 when it is divided as far as it can be.
+      replicas: devices that hold the same piece of it.
+      indivisible: whether an axis is left that would divide it, if its shape allowed.
     """
 
     path: str
@@ -68,6 +68,7 @@ class LeafRow:
     state: PartitionSpec
     state_bytes: int
     replicas: int
+    indivisible: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ class ShardingReport:
             f"  {leaf.path}: its state, {_bytes(leaf.state_bytes)}, cannot be divided further than "
             f"{leaf.state}; {leaf.replicas} devices hold the same"
             for leaf in self.leaves
-            if leaf.replicas > 1
+            if leaf.indivisible
         ]
         return "\n".join(lines)
 
@@ -161,6 +162,8 @@ def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingRe
       muon: 7.86 MFLOP on the busiest device, 1.00x an even share; state 16.4 kB
       adam: gathers 0 B; state 0 B
     """
+    if mesh is None:
+        raise ValueError("sharding_report needs mesh=, the mesh that muon is given.")
     tx = muon(**{"learning_rate": 1e-3, **keywords}, mesh=mesh)
     param_layouts(params, keywords.get("param_specs"), mesh)  # tracers would hide a sharding
     with recording() as record:
@@ -181,10 +184,10 @@ def _report(record: Record, params: PyTree) -> ShardingReport:
         rows = [_row(group, planned, devices) for group in plan.groups]
         flops = int(plan.flops.max())
         share = sum(_matrices(group, planned) * group.flops_of_one for group in plan.groups)
-    leaves, gather = [], 0.0
-    for path, param in flatten_with_names(params)[0]:
+    leaves = []
+    for path, _ in flatten_with_names(params)[0]:
         layout, entry = record.layouts[path], record.state[path]
-        unused = [a for a in zero1.axes if a not in spec_axes(layout.state)]
+        unused = [a for a in sizes if sizes[a] > 1 and a not in spec_axes(layout.state)]
         leaves.append(
             LeafRow(
                 show(path),
@@ -193,15 +196,13 @@ def _report(record: Record, params: PyTree) -> ShardingReport:
                 partition_spec(layout.state, zero1.mesh),
                 entry.bytes,
                 math.prod(sizes[axis] for axis in unused),
+                any(axis in zero1.axes for axis in unused),
             )
         )
-        if entry.group == "adam":
-            free = spec_axes(layout.state) - spec_axes(layout.param)
-            local = math.prod(local_shape(layout.shape, layout.param, sizes))
-            itemsize = jnp.result_type(param).itemsize
-            gather += local * itemsize * others(math.prod(sizes[axis] for axis in free))
     balance = flops * devices / share if share else 1.0
-    return ShardingReport(tuple(rows), tuple(leaves), devices, flops, balance, int(gather))
+    return ShardingReport(
+        tuple(rows), tuple(leaves), devices, flops, balance, int(record.adam_gather)
+    )
 
 
 def _row(group: Group, leaves: Sequence[PlannedLeaf], devices: int) -> ShardingRow:

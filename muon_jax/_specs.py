@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
@@ -49,9 +50,12 @@ def check_zero1_axes(mesh: AnyMesh, axes: Sequence[str] | str | None) -> tuple[s
 
     Raises:
       ValueError: for an axis that the mesh lacks.
+      TypeError: for anything but names.
     """
     if axes is None:
         return mesh.axis_names
+    if not isinstance(axes, Sequence):
+        raise TypeError(f"zero1_axes must name mesh axes, such as ('data',); got {axes!r}.")
     named = (axes,) if isinstance(axes, str) else tuple(axes)
     for axis in named:
         if axis not in mesh.axis_names:
@@ -70,8 +74,8 @@ def is_explicit(mesh: AnyMesh) -> bool:
 def partition_spec(spec: Spec, mesh: AnyMesh) -> PartitionSpec:
     """`spec` as JAX writes it: in full on Explicit axes, without trailing None on Auto ones.
 
-    Either is the form of a compiled program's results, so that what is made like them compares
-    equal to them.
+    Compiled programs spell the shardings of their results so, unless an argument spells the same
+    sharding otherwise.
     """
     length = len(spec)
     if not is_explicit(mesh):
@@ -119,7 +123,7 @@ def param_layouts(params: PyTree, param_specs: Any, mesh: AnyMesh) -> list[Spec]
     declared = None if param_specs is None else _declared(leaves, param_specs)
     specs = []
     for index, (path, leaf) in enumerate(leaves):
-        shape = tuple(leaf.shape)
+        shape = tuple(jnp.shape(leaf))
         seen = _seen_sharding(leaf, mesh)
         if declared is not None:
             spec = _normalize(declared[index], shape, mesh, show(path), "param_specs")
@@ -174,12 +178,18 @@ def _normalize(
     source: str,
 ) -> Spec:
     if isinstance(spec, NamedSharding):
+        _check_mesh_of(spec, mesh, where, shape, source)
         spec = spec.spec
     entries = () if spec is None else tuple(spec)
     if len(entries) > len(shape):
         raise ValueError(
             f"{where}, shape {shape}: {source} is {spec}, which has {len(entries)} entries for "
             f"{len(shape)} dimensions."
+        )
+    if PartitionSpec.UNCONSTRAINED in entries:
+        raise ValueError(
+            f"{where}, shape {shape}: {source} is {spec}, which leaves an axis to XLA; the "
+            "optimizer has to know it. Name its mesh axes, or None."
         )
     normal = tuple(
         () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
@@ -217,8 +227,20 @@ def _seen_sharding(leaf: Any, mesh: AnyMesh) -> NamedSharding | None:
     return sharding
 
 
+def _check_mesh_of(
+    sharding: NamedSharding, mesh: AnyMesh, where: str, shape: tuple[int, ...], source: str
+) -> None:
+    other = sharding.mesh
+    if dict(other.shape) != dict(mesh.shape) or {*other.axis_types} != {*mesh.axis_types}:
+        raise ValueError(
+            f"{where}, shape {shape}: {source} is on a mesh {dict(other.shape)} of "
+            f"{other.axis_types}, and the optimizer was given mesh={dict(mesh.shape)} of "
+            f"{mesh.axis_types}. Use one mesh for both."
+        )
+
+
 def _check_agreement(spec: Spec, seen: NamedSharding, leaf: Any, mesh: AnyMesh, where: str) -> None:
-    shape = tuple(leaf.shape)
+    shape = tuple(jnp.shape(leaf))
     shown = _normalize(seen, shape, mesh, where, "its sharding")
     relevant = lambda s: [[a for a in axes if mesh.shape[a] > 1] for axes in s]  # noqa: E731
     if relevant(shown) != relevant(spec):

@@ -3,13 +3,14 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from muon_jax._paths import flatten_with_names
-from muon_jax._record import recording
-from muon_jax._specs import partition_spec
+from muon_jax._paths import Path, flatten_with_names
+from muon_jax._record import Record, recording
+from muon_jax._specs import Spec, param_layouts, partition_spec
 
 
 def opt_state_shardings(tx: Any, params: PyTree) -> PyTree:
@@ -52,11 +53,32 @@ def opt_state_shardings(tx: Any, params: PyTree) -> PyTree:
     shardings = []
     for (path, leaf), sharding in zip(leaves, written, strict=True):
         if sharding is None:
-            layout = record.layout_of(path, tuple(leaf.shape)) if leaf.ndim else None
-            spec = PartitionSpec() if layout is None else partition_spec(layout.param, mesh)
+            spec = _beside(record, path, tuple(leaf.shape), params) if leaf.ndim else None
+            spec = PartitionSpec() if spec is None else partition_spec(spec, mesh)
             sharding = NamedSharding(mesh, spec)
         shardings.append(sharding)
     return structure.unflatten(shardings)
+
+
+def _beside(record: Record, path: Path, shape: tuple[int, ...], params: PyTree) -> Spec | None:
+    """Where the parameter lies whose path ends `path`, for the state of another transformation."""
+    layout = record.layout_of(path, shape)
+    if layout is not None or record.zero1 is None:
+        return layout and layout.param
+    # A parameter that muon_jax does not update: its own word, or that of the given specs.
+    for start in range(len(path) + 1):
+        for name, leaf in flatten_with_names(params)[0]:
+            if name == path[start:] and tuple(jnp.shape(leaf)) == shape:
+                named = _nested(name, leaf)
+                return param_layouts(named, record.zero1.param_specs, record.zero1.mesh)[0]
+    return None
+
+
+def _nested(path: Path, leaf: Any) -> Any:
+    """A tree of dicts with one leaf, at this path."""
+    for name in reversed(path):
+        leaf = {name: leaf}
+    return leaf
 
 
 def _written_sharding(jaxpr: Jaxpr, var: Any) -> NamedSharding | None:

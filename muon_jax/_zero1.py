@@ -7,15 +7,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Inexact, PyTree
 
 from muon_jax._collectives import all_gather
+from muon_jax._cost import others
 from muon_jax._injectable import unheld
 from muon_jax._layout import Layout, Sizes, zero1_layout
 from muon_jax._matrices import LeafViews
 from muon_jax._paths import is_absent, show
-from muon_jax._record import note_layouts
+from muon_jax._record import note_adam_gather, note_layouts
 from muon_jax._routing import Route
 from muon_jax._specs import (
     AnyMesh,
@@ -76,7 +78,23 @@ class Zero1(NamedTuple):
             jax.ShapeDtypeStruct(moment.shape, moment.dtype) if is_absent(leaf) else leaf
             for leaf, moment in zip(shown, moments, strict=True)
         ]
-        return self.layouts(structure.unflatten(like), routes)
+        layouts = self.layouts(structure.unflatten(like), routes)
+        if params is None and self.param_specs is None and is_explicit(self.mesh):
+            self._check_moments(moments, layouts, routes)
+        return layouts
+
+    def _check_moments(
+        self, moments: Sequence[jax.Array], layouts: Sequence[Layout], routes: Sequence[Route]
+    ) -> None:
+        for moment, layout, route in zip(moments, layouts, routes, strict=True):
+            seen = jax.typeof(moment).sharding
+            state = partition_spec(layout.state, self.mesh)
+            if not seen.mesh.empty and seen.spec != state:
+                raise ValueError(
+                    f"{show(route.path)}, shape {route.shape}: its momentum lies as {seen.spec}, "
+                    f"but its gradient is sharded as if it were {state}: the parameter lies "
+                    "otherwise than the gradient. Pass params to update, or param_specs=."
+                )
 
     def arrive(self, gradients: Sequence[Any], layouts: Sequence[Layout]) -> list[Any]:
         """Lay gradients out as the state is, over several axes in two stages.
@@ -103,11 +121,25 @@ class Zero1(NamedTuple):
             zeros = [jnp.zeros(layout.shape, dtype) for layout, dtype in like]
             return [place(x, self.mesh, spec) for x, spec in zip(zeros, specs, strict=True)]
 
-        return jax.jit(make)()
+        return self._on_devices(jax.jit(make)())
 
-    def replicate(self, x: Any) -> jax.Array:
-        """Lay a scalar out on the whole mesh."""
-        return jax.jit(lambda x: place(x, self.mesh, PartitionSpec()))(x)
+    def replicate(self, scalars: Sequence[Any]) -> list[jax.Array]:
+        """Lay scalars out on the whole mesh, those that are not yet."""
+        there = [isinstance(getattr(x, "sharding", None), NamedSharding) for x in scalars]
+        if all(there):
+            return [*scalars]
+        spread = jax.jit(lambda xs: [place(x, self.mesh, PartitionSpec()) for x in xs])
+        return self._on_devices(spread([*scalars]))
+
+    def _on_devices(self, arrays: list[jax.Array]) -> list[jax.Array]:
+        """Raise where arrays were asked of a mesh that has no devices."""
+        for x in arrays:
+            if not isinstance(x, Tracer) and not isinstance(x.sharding, NamedSharding):
+                raise ValueError(
+                    f"mesh is abstract, {self.mesh}: it says how arrays lie, and has no devices to "
+                    "make them on. Pass a jax.sharding.Mesh, or call this under jax.set_mesh."
+                )
+        return arrays
 
 
 def resolve_zero1(mesh: Any, zero1_axes: Any, param_specs: Any) -> Zero1 | None:
@@ -130,6 +162,11 @@ def on_shards(
     body: Callable[..., Any], mesh: AnyMesh, args: Any, in_specs: Any, out_specs: Any
 ) -> Any:
     """Run `body` on each device's shards of `args`, laid out as `in_specs` says first."""
+    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+        raise ValueError(
+            "An optimizer with mesh= was called inside a shard_map, where each device is on its "
+            "own. Call it outside, on the whole arrays."
+        )
     leaves, structure = jax.tree.flatten(args)
     specs = jax.tree.leaves(in_specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
     placed = [place(x, mesh, spec) for x, spec in zip(leaves, specs, strict=True)]
@@ -168,18 +205,20 @@ def gather_to_params(
         alone = index if shard.nbytes > FUSED_GATHER_BYTES else None
         differs = frozenset(axis for axis in kept if sizes[axis] > 1)
         together[axes, differs, shard.dtype, alone].append(index)
-    out = list(shards)
+    out, sent = list(shards), 0.0
     for (axes, *_), members in together.items():
         if not axes:
             continue
         flat = [shards[i].reshape(-1) for i in members]
         with jax.named_scope("adamw.gather"):
             pieces = all_gather(jnp.concatenate(flat) if len(flat) > 1 else flat[0], axes)
+        sent += pieces.nbytes * others(len(pieces))
         start = 0
         for i in members:
             stop = start + shards[i].size
             out[i] = _join(pieces[:, start:stop], layouts[i], axes, sizes)
             start = stop
+    note_adam_gather(sent)
     return out
 
 

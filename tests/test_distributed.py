@@ -546,3 +546,112 @@ def test_blocks_along_a_sharded_axis_raise():
 def test_opt_state_shardings_needs_a_mesh():
     with pytest.raises(ValueError, match="found no optimizer of muon_jax with a mesh"):
         opt_state_shardings(muon(1e-3), {"kernel": jnp.ones((4, 4))})
+
+
+# --- Found in review -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+def test_injected_hyperparameters_stay_on_the_mesh(kind):
+    """From step 2 on they are arrays on the mesh, which a shard_map may not close over."""
+    mesh = make_mesh((8,), ("data",), kind)
+    params = put({"kernel": gaussian((16, 32)), "bias": gaussian((16,))}, mesh)
+    schedule = optax.linear_schedule(1e-2, 1e-3, 10)
+    keywords = {"beta": 0.9, "consistent_rms": 0.3}
+    tx = optax.inject_hyperparams(muon)(schedule, mesh=mesh, **keywords)
+    plain = muon(schedule, **keywords)
+    state = jax.jit(tx.init, out_shardings=opt_state_shardings(tx, params))(params)
+    alone = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), params)
+    update, state_alone = jax.jit(tx.update), plain.init(alone)
+    for _ in range(3):
+        updates, state = update(params, state, params)
+        expected, state_alone = plain.update(alone, state_alone, alone)
+    assert update._cache_size() <= 2  # the hyperparameters' own dispatch, not a compilation
+    for name in params:
+        assert relative_error(updates[name], expected[name]) < 1e-6
+
+
+def test_state_beside_muon_lies_like_its_parameters():
+    mesh = make_mesh((8,), ("fsdp",))
+    specs = {"kernel": P("fsdp"), "embedding": P("fsdp")}
+    params = put({"kernel": gaussian((16, 32)), "embedding": gaussian((24, 16))}, mesh, specs)
+    tx = optax.partition(
+        {"m": scale_by_muon(mesh=mesh, param_specs=specs), "a": optax.scale_by_adam()},
+        {"kernel": "m", "embedding": "a"},
+    )
+    shardings = opt_state_shardings(tx, params)
+    adam = shardings.inner_states["a"].inner_state
+    assert adam.mu["embedding"].spec == adam.nu["embedding"].spec == P("fsdp")
+
+
+def test_updates_have_derivatives():
+    """Bits have none: the bfloat16 collectives must be differentiated as what they move."""
+    mesh = make_mesh((2, 4), ("data", "fsdp"))
+    params = {"kernel": gaussian((16, 32))}
+    weights = gaussian((16, 32), 1)
+
+    def gradient(tx):
+        state = tx.init(params)
+        loss = lambda g: jnp.sum(tx.update({"kernel": g}, state, params)[0]["kernel"] * weights)  # noqa: E731
+        return jax.jit(jax.grad(loss))(jnp.asarray(params["kernel"]))
+
+    expected = gradient(muon(1.0))
+    assert np.abs(expected).max() > 0
+    assert relative_error(gradient(muon(1.0, mesh=mesh)), expected) < 0.05
+
+
+def test_empty_leaves_and_scalars_are_fine():
+    mesh = make_mesh((8,), ("data",))
+    params = {"none": jnp.zeros((16, 0)), "scalar": jnp.ones(()), "kernel": gaussian((16, 32))}
+    tx = muon(1e-2, mesh=mesh)
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    assert updates["none"].shape == (16, 0)
+
+
+def test_an_abstract_mesh_has_no_devices():
+    mesh = make_mesh((8,), ("data",))
+    tx = muon(1e-2, mesh=mesh.abstract_mesh)
+    params = {"kernel": gaussian((16, 32))}
+    with pytest.raises(ValueError, match="mesh is abstract"):
+        tx.init(params)
+    with jax.set_mesh(mesh):
+        state = tx.init(params)
+    assert not all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state))
+
+
+def test_gradients_that_lie_otherwise_than_their_parameters_raise():
+    mesh = make_mesh((8,), ("data",), KINDS[1])
+    params = kernel(mesh, P("data"))
+    tx = scale_by_muon(mesh=mesh)
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"kernel, shape .* its momentum lies as .*Pass params"):
+        tx.update(kernel(mesh), state)
+    updates, _ = tx.update(kernel(mesh), state, params)
+    assert updates["kernel"].sharding.spec == P("data", None)
+
+
+def test_other_meshes_and_other_words_raise():
+    mesh = make_mesh((8,), ("data",))
+    other = make_mesh((4,), ("data",))
+    with pytest.raises(ValueError, match=r"kernel, shape .* is on a mesh \{'data': 4\}"):
+        muon(1e-3, mesh=mesh).init(kernel(other))
+    with pytest.raises(ValueError, match=r"is on a mesh .*Explicit.*Use one mesh for both"):
+        muon(1e-3, mesh=mesh).init(kernel(make_mesh((8,), ("data",), KINDS[1])))
+    with pytest.raises(ValueError, match="param_specs is on a mesh"):
+        muon(1e-3, mesh=mesh, param_specs=NamedSharding(other, P("data"))).init(kernel(mesh))
+    with pytest.raises(ValueError, match="leaves an axis to XLA"):
+        muon(1e-3, mesh=mesh, param_specs=P(P.UNCONSTRAINED)).init(kernel(mesh))
+    with pytest.raises(ValueError, match="sharding_report needs mesh="):
+        sharding_report(kernel(mesh), mesh=None)
+    tx = scale_by_muon(mesh=mesh)
+    state = tx.init(kernel(mesh))
+    inside = jax.shard_map(
+        lambda g, s: tx.update(g, s)[0], mesh=mesh, in_specs=(P(), P()), out_specs=P()
+    )
+    with pytest.raises(ValueError, match="called inside a shard_map"):
+        inside(kernel(mesh), state)
+
+
+def test_zero1_axes_are_names(untyped):
+    with pytest.raises(TypeError, match="zero1_axes must name mesh axes"):
+        muon(1e-3, mesh=make_mesh((8,), ("data",)), zero1_axes=3)

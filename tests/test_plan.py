@@ -1,5 +1,6 @@
 """The planner: a pure function, tested without devices."""
 
+import itertools
 import math
 
 import hypothesis
@@ -276,6 +277,22 @@ def test_a_measured_scale_needs_the_whole_result():
     assert not _plan.returns_rows(whole.shape, whole.parts[0], whole_result=True)
     assert rows.traffic[0].collectives == 1 + 9 + 1  # the last product's rows are not gathered
     assert whole.traffic[0].collectives == 1 + 10 + 2
+
+
+def test_the_search_finds_what_trying_everything_finds():
+    """Two groups that keep the busiest device equally busy: changing either one gains nothing."""
+    sizes = {"d": 8}
+    leaves = [leaf((4096, 4096), sizes), leaf((4096, 4224), sizes), leaf((768, 768), sizes)]
+    result = plan(leaves, sizes)
+    planner = _plan._Planner(sizes, 5, GIB, False)
+    counts = {group.shape: 1 for group in result.groups}
+    options = [planner.candidates(shape, 1) for shape in counts]
+    best = min(
+        planner.price(dict(zip(counts, choices, strict=True)), counts).total
+        for choices in itertools.product(*options)
+    )
+    assert planner.search(counts).total == best
+    assert routes(result.groups[0])[0][2] == routes(result.groups[1])[0][2] == 8
 
 
 def test_complex_products_cost_four_times_as_much():
