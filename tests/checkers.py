@@ -69,11 +69,11 @@ def gaussian(shape: tuple[int, ...], seed: int = 0, dtype: Any = np.float32) -> 
 
 
 def hadamard_rows(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """Rows or columns of Hadamard matrices, permuted, with random signs.
+    """Rows and columns of Hadamard matrices, permuted, with random signs.
 
     Every sum in Newton-Schulz is then of terms of one magnitude; in bfloat16, with float32
-    accumulation, it is exact, so that any order of summation gives the same bits. Dimensions must
-    be powers of two.
+    accumulation, it is exact, so that any order of summation gives the same bits, if dimensions are
+    powers of two. Of others, sums of entries are exact still.
     """
     *batch, rows, cols = shape
     rng = np.random.default_rng(seed)
@@ -81,6 +81,7 @@ def hadamard_rows(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     matrix = np.ones((1, 1))
     while len(matrix) < size:
         matrix = np.kron(matrix, [[1, 1], [1, -1]])
+    size = len(matrix)
     out = []
     for _ in range(int(np.prod(batch, dtype=int))):
         signs = rng.choice([-1, 1], (2, size))

@@ -21,7 +21,8 @@ SHAPES: dict[str, Any] = {
         str(i): {"q_proj": {"kernel": (16, 32)}, "o_proj": {"kernel": (32, 16)}} for i in range(3)
     },
     "odd": {"experts": {"kernel": (12, 16, 32)}},
-    "even": {"experts": {"kernel": (8, 16, 16)}},
+    # No side of these divides, so their state lies along the stack.
+    "even": {"experts": {"kernel": (8, 15, 21)}},
     "embed": {"embedding": (32, 16)},
     "norm": {"scale": (16,)},
     "bias": (7,),  # nothing divides it
