@@ -29,7 +29,8 @@ from muon_jax._orthogonalize import (
     check_preconditioning,
 )
 from muon_jax._paths import is_absent, show
-from muon_jax._plan import PlannedLeaf, make_plan
+from muon_jax._plan import PlannedLeaf
+from muon_jax._planner import make_plan
 from muon_jax._polynomials import resolve_schedule
 from muon_jax._record import note_plan, note_state
 from muon_jax._routing import DimensionNumbers, Heads, Route, check_heads, route_leaves

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from muon_jax import _plan
+from muon_jax import _plan, _planner
 from muon_jax._cost import newton_schulz_flops
 from muon_jax._layout import cut_of, zero1_layout
 from muon_jax._matrices import FusedBlocks, leaf_views
-from muon_jax._plan import PlannedLeaf, make_plan
+from muon_jax._plan import PlannedLeaf
+from muon_jax._planner import make_plan
 
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 LAST_TWO = MuonDimensionNumbers(-2, -1)
@@ -284,7 +285,7 @@ def test_the_search_finds_what_trying_everything_finds():
     sizes = {"d": 8}
     leaves = [leaf((4096, 4096), sizes), leaf((4096, 4224), sizes), leaf((768, 768), sizes)]
     result = plan(leaves, sizes)
-    planner = _plan._Planner(sizes, 5, GIB, False)
+    planner = _planner._Planner(sizes, 5, GIB, False)
     counts = {group.shape: 1 for group in result.groups}
     options = [planner.candidates(shape, 1) for shape in counts]
     best = min(
