@@ -2,6 +2,7 @@
 
 from optax.contrib import MuonDimensionNumbers
 
+from muon_jax._attention import GroupedQuery, MultiHead, MultiHeadLatent
 from muon_jax._diagnostics import (
     group_rms,
     map_matrices,
@@ -13,6 +14,7 @@ from muon_jax._matrices import FusedBlocks
 from muon_jax._muon import muon
 from muon_jax._orthogonalize import orthogonalize
 from muon_jax._polynomials import SCHEDULES
+from muon_jax._qk_clip import QKClipState, qk_clip
 from muon_jax._report import RoutingReport, RoutingRow, routing_report
 from muon_jax._routing import by_path
 from muon_jax._scale_by_muon import MuonState, scale_by_muon
@@ -25,9 +27,13 @@ __all__ = [
     "AdjustedLR",
     "FixedScale",
     "FusedBlocks",
+    "GroupedQuery",
     "LeafRow",
+    "MultiHead",
+    "MultiHeadLatent",
     "MuonDimensionNumbers",
     "MuonState",
+    "QKClipState",
     "RoutingReport",
     "RoutingRow",
     "ShardingReport",
@@ -40,6 +46,7 @@ __all__ = [
     "opt_state_shardings",
     "orthogonality_error",
     "orthogonalize",
+    "qk_clip",
     "routing_report",
     "scale_by_muon",
     "sharding_report",

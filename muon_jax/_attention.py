@@ -1,0 +1,215 @@
+"""How an attention module's kernels hold its heads, and what QK-Clip multiplies them by.
+
+A head's logits are ``q . k``: bilinear in the two projections, so that factors on their columns
+whose product is gamma scale the logits by exactly gamma, through biases and rotary embeddings too
+(both are linear, head by head). Each structure splits gamma over its columns such that no other
+head is touched:
+
+    multi-head      q: sqrt(gamma_h)                k: sqrt(gamma_h)
+    grouped-query   q: gamma_h / sqrt(gamma_g)      k: sqrt(gamma_g), gamma_g the group's largest
+    latent (MLA)    q_nope: sqrt(gamma_h)           k_nope: sqrt(gamma_h)
+                    q_rope: gamma_h                 k_rope, which all heads share: 1
+
+Kimi Team 2025, "Kimi K2" (arXiv 2507.20534), Section 2.1. Grouped queries are not in the paper:
+with groups of one they are multi-head, and a group's keys follow the head that is clipped least,
+so that a head below the threshold keeps its queries and keys, and its logits, bit for bit.
+"""
+
+import abc
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from muon_jax._checks import is_positive_integer
+
+Factors = dict[str, jax.Array]
+"""From a projection's name to the factors of its columns, `[*stack, heads, width]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionHeads(abc.ABC):
+    """What all structures of heads have in common; not to be made itself."""
+
+    heads: int
+    logit_soft_cap: float | None = dataclasses.field(default=None, kw_only=True)
+    qk_norm: bool = dataclasses.field(default=False, kw_only=True)
+
+    @property
+    @abc.abstractmethod
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """The clipped projections, the query's first: name -> number and width of its heads."""
+
+    @abc.abstractmethod
+    def factors(self, gamma: Float[Array, "*stack heads"]) -> Factors:
+        """The factors of each projection's columns, where head h's logits shall scale by gamma."""
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        for name, value in vars(self).items():
+            if name.endswith(("heads", "_dim")) and not is_positive_integer(value):
+                raise ValueError(f"{kind}.{name} must be a positive whole number; got {value!r}.")
+        if self.logit_soft_cap is not None:
+            raise ValueError(
+                f"{kind}.logit_soft_cap={self.logit_soft_cap!r}: logits under a soft cap are not "
+                "linear in the weights, so no factor on these sets them; the cap bounds them "
+                "already. Leave qk_clip out for this module."
+            )
+        if self.qk_norm:
+            raise ValueError(f"{kind}.qk_norm={self.qk_norm!r}: {QK_NORM}")
+
+
+QK_NORM = (
+    "queries or keys are normalised after their projections, so that scaling these changes no "
+    "logit. Such logits are bounded by the norms' gains; leave qk_clip out for this module."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiHead(AttentionHeads):
+    """Multi-head attention: as many key heads as query heads.
+
+    Kernels are `[..., in, heads * head_dim]` or `[..., in, heads, head_dim]`, with biases to match;
+    leading axes are stacks, such as layers.
+
+    Attributes:
+      heads: the number of heads.
+      head_dim: the width of a head of queries and keys.
+      query: the name of the query projection in the module; Flax's own attention has "query".
+      key: the name of the key projection; Flax's own attention has "key".
+      logit_soft_cap: the model's own, to be passed on: any but None raises ValueError.
+      qk_norm: whether the model normalises queries or keys: True raises ValueError.
+
+    Example:
+      >>> llama_2 = MultiHead(heads=32, head_dim=128)
+      >>> flax = MultiHead(heads=8, head_dim=64, query="query", key="key")
+    """
+
+    head_dim: int
+    query: str = "q_proj"
+    key: str = "k_proj"
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """See `AttentionHeads`."""
+        return dict.fromkeys((self.query, self.key), (self.heads, self.head_dim))
+
+    def factors(self, gamma: Float[Array, "*stack heads"]) -> Factors:
+        """See `AttentionHeads`."""
+        return dict.fromkeys((self.query, self.key), _columns(jnp.sqrt(gamma), self.head_dim))
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedQuery(AttentionHeads):
+    """Grouped-query attention: query heads ``g * n .. (g + 1) * n - 1`` share key head g.
+
+    Multi-query attention is ``kv_heads=1``. Kernels are as in `MultiHead`.
+
+    Attributes:
+      heads: the number of query heads.
+      kv_heads: the number of key heads, a divisor of `heads`.
+      head_dim: see `MultiHead`.
+      query: see `MultiHead`.
+      key: see `MultiHead`.
+      logit_soft_cap: see `MultiHead`.
+      qk_norm: see `MultiHead`.
+
+    Example:
+      >>> qwen2_7b = GroupedQuery(heads=28, kv_heads=4, head_dim=128)
+    """
+
+    kv_heads: int
+    head_dim: int
+    query: str = "q_proj"
+    key: str = "k_proj"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"GroupedQuery: {self.heads} query heads do not divide into {self.kv_heads} "
+                "groups; heads must be a multiple of kv_heads."
+            )
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """See `AttentionHeads`."""
+        return {self.query: (self.heads, self.head_dim), self.key: (self.kv_heads, self.head_dim)}
+
+    def factors(self, gamma: Float[Array, "*stack heads"]) -> Factors:
+        """See `AttentionHeads`."""
+        of_group = gamma.reshape(*gamma.shape[:-1], self.kv_heads, -1)
+        keys = jnp.sqrt(jnp.max(of_group, axis=-1))
+        queries = (of_group / keys[..., None]).reshape(gamma.shape)
+        return {
+            self.query: _columns(queries, self.head_dim),
+            self.key: _columns(keys, self.head_dim),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiHeadLatent(AttentionHeads):
+    """Multi-head latent attention (DeepSeek-V2): keys and values unfold from a latent vector.
+
+    A query head is ``[nope | rope]``; a head of the key-value projection is ``[k_nope | v]``, of
+    which the values keep their scale; the rotary key, shared by all heads, comes from another
+    projection, which is not touched. Kernels are as in `MultiHead`.
+
+    Attributes:
+      heads: the number of heads.
+      nope_dim: the width of a head's part without rotary embedding, in queries and keys.
+      rope_dim: the width of its part with it.
+      v_dim: the width of a head of values.
+      query: the name of the query projection in the module; with a low-rank query it is the second
+        one, "q_b_proj".
+      key_value: the name of the projection from the latent vector to keys and values.
+      logit_soft_cap: see `MultiHead`.
+      qk_norm: see `MultiHead`. Norms of latent vectors, before the projections, are none.
+
+    Example:
+      >>> moonlight = MultiHeadLatent(heads=16, nope_dim=128, rope_dim=64, v_dim=128)
+    """
+
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    query: str = "q_proj"
+    key_value: str = "kv_b_proj"
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """See `AttentionHeads`."""
+        return {
+            self.query: (self.heads, self.nope_dim + self.rope_dim),
+            self.key_value: (self.heads, self.nope_dim + self.v_dim),
+        }
+
+    def factors(self, gamma: Float[Array, "*stack heads"]) -> Factors:
+        """See `AttentionHeads`."""
+        nope = _columns(jnp.sqrt(gamma), self.nope_dim)
+        values = _columns(jnp.ones_like(gamma), self.v_dim)
+        return {
+            self.query: jnp.concatenate([nope, _columns(gamma, self.rope_dim)], axis=-1),
+            self.key_value: jnp.concatenate([nope, values], axis=-1),
+        }
+
+
+def check_rule(pattern: Any, heads: Any) -> None:
+    """Raise where a pattern is no regular expression, or `heads` no structure known to QK-Clip."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"qk_clip: {pattern!r} is no regular expression: {error}.") from error
+    if not isinstance(heads, AttentionHeads):
+        raise TypeError(
+            f"qk_clip: {pattern!r} maps to {heads!r}; use MultiHead, GroupedQuery or "
+            "MultiHeadLatent. Attention of another structure cannot be clipped."
+        )
+
+
+def _columns(of_head: Float[Array, "*stack heads"], width: int) -> Float[Array, "*stack heads w"]:
+    """A head's factor for each of its columns."""
+    return jnp.broadcast_to(of_head[..., None], (*of_head.shape, width))

@@ -1,0 +1,196 @@
+"""Find the leaves of attention modules in a parameter tree, and how heads lie in them.
+
+A module is a node of the tree that has the projections its structure names, as in
+``layers/0/self_attn`` above ``q_proj/kernel`` and ``k_proj/kernel``. Whatever does not fit raises:
+a factor on the wrong axis, or on half of a head's weights, would change a model without a word.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from muon_jax._attention import QK_NORM, AttentionHeads, MultiHeadLatent
+from muon_jax._paths import Path, flatten_with_names, show
+
+_KERNEL = re.compile(r"kernel|w")
+_BIAS = re.compile(r"bias|b")
+_QK_NORM = re.compile(
+    r"_*(q|k|qk|query|key)_?(layer_?|rms_?)?(norm|ln)\w*|(layer_?|rms_?)?(norm|ln)_?(q|k|query|key)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsLeaf:
+    """A kernel or a bias whose columns belong to heads.
+
+    Attributes:
+      index: its place among the leaves of the parameters.
+      path: its normalised path.
+      projection: the name of its projection.
+      factors_shape: what the factors `[*stack, heads, width]` are reshaped to, to multiply it.
+    """
+
+    index: int
+    path: Path
+    projection: str
+    factors_shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionModule:
+    """An attention module, or a stack of them.
+
+    Attributes:
+      path: its normalised path.
+      heads: its structure.
+      stack: the lengths of the leading axes that are stacks.
+      leaves: its kernels and biases that are clipped.
+    """
+
+    path: Path
+    heads: AttentionHeads
+    stack: tuple[int, ...]
+    leaves: tuple[HeadsLeaf, ...]
+
+    @property
+    def logits_shape(self) -> tuple[int, ...]:
+        """The shape of the module's largest logits, `[*stack, heads]`."""
+        return (*self.stack, self.heads.heads)
+
+
+Leaves = list[tuple[Path, tuple[int, ...]]]
+
+
+def find_attention(
+    params: Any, attention: Mapping[str, AttentionHeads]
+) -> tuple[list[AttentionModule], Any]:
+    """Find every module that a pattern names.
+
+    Args:
+      params: a pytree of arrays or `jax.ShapeDtypeStruct`s.
+      attention: from a regular expression, searched in modules' paths, to their structure; the
+        first that is found decides.
+
+    Returns:
+      The modules, in the order of the tree, and the structure of `params`.
+
+    Raises:
+      ValueError: for a pattern that is found in no module, and for leaves that do not fit their
+        structure or are not known to QK-Clip.
+    """
+    named, structure = flatten_with_names(params)
+    # Flat trees hold whole paths in one key: "layers/0/kernel", "layers.0.weight".
+    leaves = [
+        (tuple(part for name in path for part in re.split(r"[/.]", name)), tuple(jnp.shape(leaf)))
+        for path, leaf in named
+    ]
+    children: dict[Path, set[str]] = {}
+    for path, _ in leaves:
+        for depth, name in enumerate(path):
+            children.setdefault(path[:depth], set()).add(name)
+    modules, found = [], set()
+    for node, names in children.items():
+        for pattern, heads in attention.items():
+            if _query(heads) in names and re.search(pattern, "/".join(node)):
+                found.add(pattern)
+                modules.append(_module(node, names, heads, leaves))
+                break
+    for pattern, heads in attention.items():
+        if pattern not in found:
+            seen = [node for node, names in children.items() if _query(heads) in names]
+            kind = "modules that have one" if seen else "parameters"
+            listed = ", ".join(map(show, (seen or [path for path, _ in leaves])[:8]))
+            raise ValueError(
+                f"qk_clip: the pattern {pattern!r} finds no module with a projection "
+                f"{_query(heads)!r} that earlier patterns left; the {kind} are {listed}"
+                f"{', ...' if len(seen or leaves) > 8 else ''}. Mend the pattern, or name the "
+                f"projection: {type(heads).__name__}(query=...)."
+            )
+    return modules, structure
+
+
+def _query(heads: AttentionHeads) -> str:
+    return next(iter(heads.projections))
+
+
+def _module(node: Path, names: set[str], heads: AttentionHeads, leaves: Leaves) -> AttentionModule:
+    kind = type(heads).__name__
+    parts: list[HeadsLeaf] = []
+    stacks: dict[str, tuple[int, ...]] = {}
+    for projection, (count, width) in heads.projections.items():
+        if projection not in names:
+            raise ValueError(
+                f"qk_clip: {show(node)} has no projection {projection!r} beside {_query(heads)!r}; "
+                f"it has {', '.join(sorted(names))}. Tell {kind} the name."
+            )
+        own = [
+            (index, path[len(node) + 1 :], path, shape)
+            for index, (path, shape) in enumerate(leaves)
+            if path[: len(node) + 1] == (*node, projection)
+        ]
+        kernels = [leaf for leaf in own if _is(_KERNEL, leaf[1]) or not leaf[1]]
+        biases = [leaf for leaf in own if _is(_BIAS, leaf[1])]
+        unknown = [show(leaf[2]) for leaf in own if leaf not in kernels + biases]
+        if unknown or len(kernels) != 1:
+            raise ValueError(
+                f"qk_clip: {show((*node, projection))} must be a kernel [..., in, heads * width], "
+                "or hold one, called kernel or w, and at most a bias; it holds "
+                f"{', '.join(unknown or [show(leaf[2]) for leaf in own])}. Merge adapters (LoRA) "
+                "into the kernel, transpose [out, in] weights, or leave qk_clip out."
+            )
+        (index, _, path, shape), *_ = kernels
+        layout = f"{kind}: {count} heads of width {width} each"
+        stack = _kernel_stack(shape, count, width)
+        if stack is None:
+            raise ValueError(
+                f"qk_clip: {show(path)} has shape {shape}; expected [..., in, {count * width}] or "
+                f"[..., in, {count}, {width}] by {layout}."
+            )
+        stacks[projection] = stack
+        inner = shape[len(stack) + 1 :]
+        parts.append(HeadsLeaf(index, path, projection, (*stack, 1, *inner)))
+        for index, _, path, shape in biases:
+            if shape not in ((*stack, count, width), (*stack, count * width)):
+                raise ValueError(
+                    f"qk_clip: {show(path)} has shape {shape}; expected {(*stack, count * width)} "
+                    f"or {(*stack, count, width)} by {layout}, and by its kernel."
+                )
+            parts.append(HeadsLeaf(index, path, projection, shape))
+    stack = stacks[_query(heads)]
+    if any(other != stack for other in stacks.values()):
+        listed = ", ".join(f"{name} {shape}" for name, shape in stacks.items())
+        raise ValueError(
+            f"qk_clip: the projections of {show(node)} are stacked differently, by leading axes of "
+            f"{listed}; they must agree."
+        )
+    query_shape = leaves[parts[0].index][1]
+    _check_no_norm(node, heads, leaves, fan_in=query_shape[len(stack)])
+    return AttentionModule(node, heads, stack, tuple(parts))
+
+
+def _is(names: re.Pattern[str], rest: Path) -> bool:
+    return len(rest) == 1 and bool(names.fullmatch(rest[0]))
+
+
+def _kernel_stack(shape: tuple[int, ...], count: int, width: int) -> tuple[int, ...] | None:
+    if len(shape) >= 3 and shape[-2:] == (count, width):
+        return shape[:-3]
+    if len(shape) >= 2 and shape[-1] == count * width:
+        return shape[:-2]
+    return None
+
+
+def _check_no_norm(node: Path, heads: AttentionHeads, leaves: Leaves, fan_in: int) -> None:
+    for path, shape in leaves:
+        below = path[len(node) :]
+        if path[: len(node)] != node or not below or not _QK_NORM.fullmatch(below[0].lower()):
+            continue
+        # DeepSeek's own code calls the norm of the low-rank query, before its second projection,
+        # q_norm. That one is harmless.
+        count, width = heads.projections[_query(heads)]
+        is_latent = isinstance(heads, MultiHeadLatent) and shape[-1:] == (fan_in,)
+        if not (is_latent and fan_in not in (width, count * width)):
+            raise ValueError(f"qk_clip: {show(node)} has a {below[0]!r}: {QK_NORM}")
