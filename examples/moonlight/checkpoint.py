@@ -115,3 +115,35 @@ class Checkpoints:
     def close(self) -> None:
         """Lets go of Orbax' threads."""
         self._manager.close()
+
+
+def read_model(directory: Path, target: PyTree, which: str | int = "last") -> tuple[int, PyTree]:
+    """Reads the `model` item alone, and leaves the folder as it is: its run may be under way.
+
+    Args:
+        directory: the checkpoints of a run.
+        target: structure, dtypes and shardings to read into.
+        which: "last", "best" by validation loss, or a step.
+
+    Returns:
+        The step, and the item.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+    """
+    steps: list[int] = []
+    if directory.is_dir():
+        options = ocp.CheckpointManagerOptions(
+            read_only=True, best_fn=lambda metrics: metrics["val_loss"], best_mode="min"
+        )
+        with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+            steps = sorted(manager.all_steps())
+            named = {"last": manager.latest_step(), "best": manager.best_step()}
+            step = named.get(which) if isinstance(which, str) else which
+            if step is not None and step in steps:
+                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
+                item = ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
+                return step, manager.restore(step, args=item)["model"]
+    raise FileNotFoundError(
+        f"{directory} has no checkpoint {which!r}; there are the steps {steps}, last and best"
+    )
