@@ -7,7 +7,7 @@ from typing import Any
 
 from examples.moonlight.files import write_atomically
 
-_SETTINGS = "settings.json"
+SETTINGS = "settings.json"
 
 
 def open_run_folder(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
@@ -23,7 +23,7 @@ def open_run_folder(folder: Path, settings: Mapping[str, Any], *, resume: bool) 
         ValueError: The run there was started with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / _SETTINGS
+    path = folder / SETTINGS
     # A hidden file is what a kill in the middle of an atomic write leaves behind.
     occupied = any(not entry.name.startswith(".") for entry in folder.iterdir())
     if occupied and not resume:
@@ -33,7 +33,7 @@ def open_run_folder(folder: Path, settings: Mapping[str, Any], *, resume: bool) 
         )
     if occupied and not path.exists():
         raise FileExistsError(
-            f"--resume: {folder} holds files but no {_SETTINGS}, so no run was started there; "
+            f"--resume: {folder} holds files but no {SETTINGS}, so no run was started there; "
             "choose another --output-dir"
         )
     asked = json.loads(json.dumps(dict(settings)))
