@@ -1,17 +1,17 @@
-"""From documents to batches: a byte-level BPE trained on the spot, a cache, and a grain pipeline.
+"""From documents to tokens: a byte-level BPE trained on the spot, and a cache.
 
-Everything is a function of the corpus and the settings: the tokenizer, the token streams and the
-order of the windows in every epoch. The position in it is one integer, saved with a checkpoint.
+The tokenizer and the token streams are functions of the documents and the settings. Several sources
+share one tokenizer and are kept apart otherwise, so that a run can mix them (`batches.py`).
 """
 
 import hashlib
 import io
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -22,7 +22,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 # Part of the cache's key: raise it when what is written changes for the same corpus.
 _FORMAT = 1
-_TOKENIZER, _TRAIN, _VALIDATION = "tokenizer.json", "train.npy", "validation.npy"
+_TOKENIZER, _TRAIN, _VALIDATION = "tokenizer.json", "train", "validation"
 _MANIFEST = "manifest.json"
 
 
@@ -42,82 +42,74 @@ class TokenizedCorpus(NamedTuple):
     validation: np.ndarray
 
 
-def load_corpus(path: Path | None, *, vocab_size: int, cache_dir: Path) -> TokenizedCorpus:
-    """Reads, tokenizes and caches a corpus; the second call for the same text reads the cache.
+class TokenizedSources(NamedTuple):
+    """Several sources as a model sees them.
 
-    The cache is checked against the digests in its manifest, which is written last. What an
-    interrupted run, a full disk or a stray editor has left incomplete is built again.
+    Attributes:
+        corpus_hash: 16 hexadecimal digits over all documents, their sources and the settings.
+        tokenizer: the byte-level BPE trained on the training documents of all sources.
+        train: token ids by source, uint32 [N]; every document ends in ``END_OF_TEXT``.
+        validation: the same for the held-out documents.
+    """
+
+    corpus_hash: str
+    tokenizer: Tokenizer
+    train: dict[str, np.ndarray]
+    validation: dict[str, np.ndarray]
+
+
+def load_corpus(path: Path | None, *, vocab_size: int, cache_dir: Path) -> TokenizedCorpus:
+    """Reads, tokenizes and caches a corpus of one source; see `load_sources`.
 
     Args:
         path: see `corpus.load_documents`.
         vocab_size: tokens to learn, at most; 256 bytes and ``END_OF_TEXT`` are always among them.
         cache_dir: holds one folder per corpus and vocabulary.
+    """
+    loaded = load_sources({"": path}, vocab_size=vocab_size, cache_dir=cache_dir)
+    return TokenizedCorpus(
+        loaded.corpus_hash, loaded.tokenizer, loaded.train[""], loaded.validation[""]
+    )
 
-    Returns:
-        The tokenizer and both token streams.
+
+def load_sources(
+    paths: Mapping[str, Path | None], *, vocab_size: int, cache_dir: Path
+) -> TokenizedSources:
+    """Reads, tokenizes and caches sources; the second call for the same text reads the cache.
+
+    The cache is checked against the digests in its manifest, which is written last. What an
+    interrupted run, a full disk or a stray editor has left incomplete is built again.
+
+    A text that one source holds out is taken from the training documents of the others.
+
+    Args:
+        paths: Where each source lies, by name; see `corpus.load_documents`. A lone source may have
+            the name "".
+        vocab_size: tokens to learn, at most; 256 bytes and ``END_OF_TEXT`` are always among them.
+        cache_dir: holds one folder per corpus and vocabulary.
 
     Raises:
-        ValueError: ``vocab_size`` cannot hold the 256 bytes and ``END_OF_TEXT``.
+        ValueError: ``vocab_size`` cannot hold the 256 bytes and ``END_OF_TEXT``; or a source has
+            nothing to train on but what another one holds out.
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size must be at least 257 (256 bytes + 1), got {vocab_size}")
-    documents = load_documents(path)
-    settings = Document("settings", json.dumps([_FORMAT, vocab_size]))
-    corpus_hash = hash_documents([settings, *documents])
+    documents = {name: load_documents(path) for name, path in paths.items()}
+    settings: list[Any] = [_FORMAT, vocab_size]
+    if list(paths) != [""]:
+        settings.append({name: len(texts) for name, texts in documents.items()})
+    corpus_hash = hash_documents(
+        [Document("settings", json.dumps(settings)), *itertools.chain(*documents.values())]
+    )
     folder = cache_dir / corpus_hash
-    if not _is_complete(folder):
+    if not _is_complete(folder, documents):
         _build(folder, documents, vocab_size)
-    return TokenizedCorpus(
+    return TokenizedSources(
         corpus_hash,
         Tokenizer.from_file(str(folder / _TOKENIZER)),
-        np.load(folder / _TRAIN),
-        np.load(folder / _VALIDATION),
+        {name: np.load(folder / _file(_TRAIN, name)) for name in documents},
+        {name: np.load(folder / _file(_VALIDATION, name)) for name in documents},
     )
-
-
-def train_batches(
-    tokens: np.ndarray, *, sequence_length: int, batch_size: int, seed: int
-) -> grain.DatasetIterator:
-    """An endless iterator of int32 [batch_size, sequence_length + 1], every epoch in its own order.
-
-    Windows overlap by one token: the last target of one is the first input of the next. Batches run
-    on across the end of an epoch. The position is ``get_state()``, a small dict that JSON can hold;
-    ``set_state()`` continues with exactly the next batch.
-
-    Raises:
-        ValueError: the text is shorter than one window.
-    """
-    dataset = (
-        grain.MapDataset.source(_Windows(tokens, sequence_length))
-        .seed(seed)
-        .shuffle()
-        .repeat()
-        .batch(batch_size)
-    )
-    # A window is a copy of half a kilobyte. One thread keeps ahead of any model; processes would
-    # only cost start-up time.
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)))
-
-
-def validation_windows(
-    tokens: np.ndarray, *, sequence_length: int, batch_size: int, count: int
-) -> np.ndarray:
-    """The fixed validation set: windows spread evenly over the held-out text.
-
-    Returns:
-        int32 [batches, batch_size, sequence_length + 1]; ``count`` windows where the text has that
-        many, rounded down to whole batches; one smaller batch where it has not even ``batch_size``.
-
-    Raises:
-        ValueError: the text is shorter than one window.
-    """
-    source = _Windows(tokens, sequence_length)
-    count = min(count, len(source))
-    batch_size = min(batch_size, count)
-    count -= count % batch_size
-    indices = np.linspace(0, len(source) - 1, count).round().astype(int)
-    windows = np.stack([source[index] for index in indices])
-    return windows.reshape(-1, batch_size, sequence_length + 1)
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
@@ -132,46 +124,52 @@ def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     return lengths
 
 
-class _Windows:
-    """Window i holds tokens [i * T, i * T + T]: T inputs and, shifted by one, T targets."""
-
-    def __init__(self, tokens: np.ndarray, sequence_length: int):
-        if len(tokens) < sequence_length + 1:
-            raise ValueError(
-                f"{len(tokens)} tokens are fewer than one window of {sequence_length} + 1; give "
-                "more data or a smaller --sequence-length"
-            )
-        self._tokens = tokens
-        self._length = sequence_length
-
-    def __len__(self) -> int:
-        return (len(self._tokens) - 1) // self._length
-
-    # grain calls for a record by this name and asks for the type by SupportsIndex.
-    def __getitem__(self, index: Any) -> np.ndarray:
-        start = int(index) * self._length
-        return self._tokens[start : start + self._length + 1].astype(np.int32)
-
-
-def _build(folder: Path, documents: list[Document], vocab_size: int) -> None:
-    train, validation = split_documents(documents)
-    tokenizer = _train_tokenizer((document.text for document in train), vocab_size)
+def _build(folder: Path, documents: Mapping[str, list[Document]], vocab_size: int) -> None:
+    train, validation = {}, {}
+    for name, texts in documents.items():
+        train[name], validation[name] = split_documents(texts)
+    if len(documents) > 1:
+        train = _without_held_out(train, validation)
+    texts = (document.text for document in itertools.chain(*train.values()))
+    tokenizer = _train_tokenizer(texts, vocab_size)
+    contents = {_TOKENIZER: tokenizer.to_str().encode()}
+    for kind, sources in ((_TRAIN, train), (_VALIDATION, validation)):
+        for name, chosen in sources.items():
+            contents[_file(kind, name)] = _npy(_encode(tokenizer, chosen))
     folder.mkdir(parents=True, exist_ok=True)
-    contents = {
-        _TOKENIZER: tokenizer.to_str().encode(),
-        _TRAIN: _npy(_encode(tokenizer, train)),
-        _VALIDATION: _npy(_encode(tokenizer, validation)),
-    }
     for name, content in contents.items():
         write_atomically(folder / name, content)
     digests = {name: _digest(content) for name, content in contents.items()}
     write_atomically(folder / _MANIFEST, json.dumps(digests, indent=2).encode())
 
 
-def _is_complete(folder: Path) -> bool:
+def _without_held_out(
+    train: Mapping[str, list[Document]], validation: Mapping[str, list[Document]]
+) -> dict[str, list[Document]]:
+    """The training documents whose text no source holds out."""
+    held_out = {document.text for document in itertools.chain(*validation.values())}
+    kept = {
+        name: [document for document in documents if document.text not in held_out]
+        for name, documents in train.items()
+    }
+    for name, documents in kept.items():
+        if not documents:
+            raise ValueError(
+                f"the other sources hold out every text that {name!r} has to train on: leave that "
+                "source out, or give it more text"
+            )
+    return kept
+
+
+def _file(kind: str, name: str) -> str:
+    """The tokens' file; the lone source without a name has the plain one."""
+    return f"{kind}-{name}.npy" if name else f"{kind}.npy"
+
+
+def _is_complete(folder: Path, sources: Iterable[str]) -> bool:
+    names = [_TOKENIZER, *(_file(kind, name) for kind in (_TRAIN, _VALIDATION) for name in sources)]
     try:
         digests = json.loads((folder / _MANIFEST).read_bytes())
-        names = (_TOKENIZER, _TRAIN, _VALIDATION)
         return all(_digest((folder / name).read_bytes()) == digests[name] for name in names)
     except (OSError, ValueError, KeyError, TypeError):
         return False

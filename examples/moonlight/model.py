@@ -1,8 +1,10 @@
-"""Moonlight, the Mixture-of-Experts transformer that Muon was scaled on, in one file read downward.
+"""Moonlight, the Mixture-of-Experts transformer that Muon was scaled on, read downward.
 
 The architecture is DeepSeek-V3's (arXiv 2412.19437, section 2.1) at the size of Moonlight-16B-A3B
 (arXiv 2502.16982): multi-head latent attention, a dense first layer, then layers of routed and
-shared experts whose load is balanced by a bias instead of an auxiliary loss.
+shared experts whose load is balanced by a bias instead of an auxiliary loss. Linear layers, norms
+and attention's inner part are in `layers.py`, the experts in `experts.py`, the head's loss in
+`loss.py`.
 
 Arrays carry their shape as a suffix, and einsum strings use the same letters:
 
@@ -11,300 +13,52 @@ Arrays carry their shape as a suffix, and einsum strings use the same letters:
     s time read  v vocabulary               r its rope part       k experts per token
     l layers     z latent of keys, values   w value width per head
 
-Between the embedding and the head, activations stay `[n, d]`: every linear layer and its weight
-gradient is then a plain matrix product, which XLA:CPU runs up to three times faster than one over
-`[b, t, d]`. Parameters are float32 whatever the compute dtype: at a learning rate times weight
-decay of 3e-5, decay would vanish in a bfloat16 weight.
-
-On a mesh the batch lies over `BATCH_AXES`, and XLA derives the rest from where the parameters lie
-(`sharding.py`), but for routing and the routed experts, where what each device does is written.
+The layers with experts are one stack of parameters with a leading axis l, and the program loops
+over it: it does not grow with depth. On a mesh the batch lies over `BATCH_AXES`, and XLA derives
+the rest from where the parameters lie (`sharding.py`), but for the routing, the routed experts and
+the loss, where what each device does is written.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
-from jax.typing import DTypeLike
+
+from examples.moonlight.config import Execution, MoonlightConfig
+from examples.moonlight.experts import MoE, RouterBias
+from examples.moonlight.layers import (
+    MLP,
+    AttentionStats,
+    Embed,
+    Linear,
+    RMSNorm,
+    apply_rope,
+    cached_attention,
+    causal_attention,
+    mean_square,
+    rope_table,
+    run_layer,
+    scan_layers,
+    stack_layers,
+    write_cache,
+)
+from examples.moonlight.loss import head_loss
 
 # DeepSeek-V3 builds this norm with its class's default epsilon, not with the configuration's.
 LATENT_NORM_EPS = 1e-6
 
-EXPERT_ROUTES = ("dense", "ragged")
 
-MESH_AXES = ("data", "expert", "tensor")
-
-# Outside of the experts, the axis that shards them shards the batch: no device repeats another's
-# attention.
-BATCH_AXES = ("data", "expert")
-
-
-# --------------------------------------------------------------------------------------------------
-# Configuration
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MoonlightConfig:
-    """Architecture of a Moonlight model; the fields are named as in Hugging Face's `deepseek_v3`.
-
-    What the family fixes is not a field: queries have no latent (`q_lora_rank` null), experts form
-    one group (`n_group` 1), scores are sigmoids normalised over the chosen experts, and the head is
-    not tied to the embedding.
+class LatentCache(NamedTuple):
+    """What generation keeps of the tokens behind it: `z + r` numbers per token and layer.
 
     Attributes:
-        vocab_size: Rows of the embedding and columns of the head.
-        hidden_size: Width d of the residual stream.
-        num_hidden_layers: Decoder layers, the dense ones included.
-        num_attention_heads: Query, key and value heads.
-        kv_lora_rank: Width of the latent from which keys and values are expanded.
-        qk_nope_head_dim: Width per head of the part of queries and keys without position.
-        qk_rope_head_dim: Width of the rotated part; even. Its key is shared by all heads.
-        v_head_dim: Width of values per head.
-        intermediate_size: Inner width of the MLP of the dense layers.
-        moe_intermediate_size: Inner width of one expert.
-        n_routed_experts: Experts among which the router chooses.
-        num_experts_per_tok: Routed experts that each token uses.
-        n_shared_experts: Experts that every token uses, fused into one MLP.
-        first_k_dense_replace: Leading layers with a dense MLP in the place of experts.
-        routed_scaling_factor: Gate scale of the routed experts' sum, see `gate_scale`.
-        rope_theta: Base of the rotary frequencies.
-        rms_norm_eps: Epsilon of every norm but the latent's.
-        max_position_embeddings: Longest sequence accepted.
-        initializer_range: Standard deviation of every initial matrix.
-        experts: How routed experts are computed. "dense" runs every expert on every token: the fast
-            route for few small experts, and on CPU. "ragged" sorts tokens by expert and runs only
-            the chosen ones.
+        latent_lbsz: The normalised latent of keys and values, in the compute dtype.
+        k_rope_lbsr: The rotated key that all heads share.
     """
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    intermediate_size: int
-    moe_intermediate_size: int
-    n_routed_experts: int
-    num_experts_per_tok: int
-    n_shared_experts: int
-    first_k_dense_replace: int
-    routed_scaling_factor: float
-    max_position_embeddings: int
-    rope_theta: float = 50_000.0
-    rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    experts: str = "dense"
-
-    def __post_init__(self):
-        """Raises ValueError for a field, or a pair of fields, that no model can have."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int:
-                least = 0 if field.name == "first_k_dense_replace" else 1
-                if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                    raise ValueError(f"{field.name} must be an integer >= {least}, got {value!r}.")
-            elif field.type is float and not 0 < value < float("inf"):
-                raise ValueError(f"{field.name} must be a positive finite number, got {value!r}.")
-        if self.qk_rope_head_dim % 2:
-            raise ValueError(
-                "qk_rope_head_dim must be even, because rope rotates pairs; "
-                f"got {self.qk_rope_head_dim}."
-            )
-        if self.num_experts_per_tok > self.n_routed_experts:
-            raise ValueError(
-                f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed "
-                f"n_routed_experts ({self.n_routed_experts})."
-            )
-        if self.first_k_dense_replace >= self.num_hidden_layers:
-            raise ValueError(
-                f"first_k_dense_replace ({self.first_k_dense_replace}) must leave at least one of "
-                f"the num_hidden_layers ({self.num_hidden_layers}) to the experts."
-            )
-        if self.experts not in EXPERT_ROUTES:
-            raise ValueError(f"experts must be one of {EXPERT_ROUTES}, got {self.experts!r}.")
-
-    @property
-    def qk_head_dim(self) -> int:
-        """Width of a query or key head, both parts."""
-        return self.qk_nope_head_dim + self.qk_rope_head_dim
-
-    @classmethod
-    def preset(cls, name: str) -> "MoonlightConfig":
-        """Returns a named configuration; change single fields with `dataclasses.replace`.
-
-        Args:
-            name: "moonlight-16b-a3b", the published model; "small" (197M parameters), for a
-                single GPU or TPU; "tiny" (2.1M parameters), for a few minutes on two CPU cores.
-
-        Raises:
-            ValueError: No preset has this name.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}.")
-        return PRESETS[name]
-
-
-# The gate scales are those printed with Figure 6 of arXiv 2502.16982; `gate_scale` derives them.
-PRESETS = {
-    "moonlight-16b-a3b": MoonlightConfig(
-        vocab_size=163_840,
-        hidden_size=2048,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        kv_lora_rank=512,
-        qk_nope_head_dim=128,
-        qk_rope_head_dim=64,
-        v_head_dim=128,
-        intermediate_size=11_264,
-        moe_intermediate_size=1408,
-        n_routed_experts=64,
-        num_experts_per_tok=6,
-        n_shared_experts=2,
-        first_k_dense_replace=1,
-        routed_scaling_factor=2.446,
-        max_position_embeddings=8192,
-        experts="ragged",
-    ),
-    "small": MoonlightConfig(
-        vocab_size=32_768,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        kv_lora_rank=256,
-        qk_nope_head_dim=64,
-        qk_rope_head_dim=32,
-        v_head_dim=64,
-        intermediate_size=2048,
-        moe_intermediate_size=256,
-        n_routed_experts=16,
-        num_experts_per_tok=4,
-        n_shared_experts=2,
-        first_k_dense_replace=1,
-        routed_scaling_factor=1.991,
-        max_position_embeddings=2048,
-        experts="ragged",
-    ),
-    "tiny": MoonlightConfig(
-        vocab_size=4096,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        kv_lora_rank=64,
-        qk_nope_head_dim=32,
-        qk_rope_head_dim=16,
-        v_head_dim=32,
-        intermediate_size=384,
-        moe_intermediate_size=64,
-        n_routed_experts=8,
-        num_experts_per_tok=2,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        routed_scaling_factor=1.409,
-        max_position_embeddings=128,
-    ),
-}
-
-
-def gate_scale(experts: int, top_k: int, *, samples: int = 50_000, seed: int = 0) -> float:
-    """Simulates the gate scale that gives routed experts the weight of one expert (Figure 6).
-
-    Normalised weights p over k independent experts of unit RMS sum to an output of RMS `|p|_2`, so
-    the scale is the mean of `1 / |p|_2` over Gaussian router logits (arXiv 2502.16982, App. C):
-    `sqrt(k)` if the chosen scores were equal, a little less because they are not.
-
-    Args:
-        experts: Routed experts per layer.
-        top_k: Experts chosen per token.
-        samples: Simulated tokens; the standard error is below 1e-4 for the presets.
-        seed: Seed of the NumPy generator, so that the result is deterministic.
-
-    Returns:
-        The scale, a Python float.
-
-    Raises:
-        ValueError: `top_k` is not between 1 and `experts`.
-    """
-    if not 1 <= top_k <= experts:
-        raise ValueError(f"top_k must be between 1 and experts ({experts}), got {top_k}.")
-    logits_ne = np.random.default_rng(seed).standard_normal((samples, experts))
-    score_nk = 1 / (1 + np.exp(-np.partition(logits_ne, experts - top_k, axis=1)[:, -top_k:]))
-    weight_nk = score_nk / score_nk.sum(axis=1, keepdims=True)
-    return float(np.mean(1 / np.linalg.norm(weight_nk, axis=1)))
-
-
-# --------------------------------------------------------------------------------------------------
-# Layers
-# --------------------------------------------------------------------------------------------------
-
-
-class RouterBias(nnx.Variable):
-    """The bias that steers expert choice: no `nnx.Param`, so no gradient and no weight decay."""
-
-
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
-    """A float32 parameter from N(0, stddev^2), the same bits eager, in jit and on any mesh."""
-    normal = jax.random.normal(rngs.params(), shape, jnp.float32)
-    # In jit, XLA would fold stddev into normal's own last factor, which rounds otherwise.
-    return nnx.Param(stddev * jax.lax.optimization_barrier(normal))
-
-
-class Linear(nnx.Module):
-    """`x @ kernel`, without bias, in the dtype of `x`; the kernel is float32 `[in, out]`."""
-
-    def __init__(self, rows: int, cols: int, *, stddev: float, rngs: nnx.Rngs):
-        self.kernel = _normal(rngs, (rows, cols), stddev)
-
-    def __call__(self, x: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
-        """Maps `[n, in]` to `[n, out]`; `out_dtype` float32 leaves the accumulator unrounded."""
-        return jnp.dot(x, self.kernel[...].astype(x.dtype), preferred_element_type=out_dtype)
-
-
-class RMSNorm(nnx.Module):
-    """`scale * x / sqrt(mean(x^2) + eps)`, in float32, returned in the dtype of `x`."""
-
-    def __init__(self, width: int, *, eps: float):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
-        self.eps = eps
-
-    def __call__(self, x_nd: jax.Array) -> jax.Array:
-        """Normalises the last axis of `[n, width]`."""
-        wide_nd = x_nd.astype(jnp.float32)
-        mean_n1 = jnp.mean(jnp.square(wide_nd), axis=-1, keepdims=True)
-        return (wide_nd * jax.lax.rsqrt(mean_n1 + self.eps) * self.scale[...][None]).astype(
-            x_nd.dtype
-        )
-
-
-def rope_table(time: int, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of `t * theta^(-2i / width)`, float32 `[time, width / 2]`."""
-    frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = jnp.arange(time, dtype=jnp.float32)[:, None] * frequency[None, :]
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def apply_rope(x_bthr: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates pairs (0, 1), (2, 3), ... of the last axis: the interleaved layout of the weights.
-
-    Args:
-        x_bthr: Queries or keys, `[batch, time, heads, rope width]`.
-        table: What `rope_table` returned for this time and width.
-
-    Returns:
-        The rotated array, in the dtype of `x_bthr`; the rotation itself is float32, because
-        bfloat16 could not tell positions beyond 256 apart.
-    """
-    cos, sin = (half[None, :, None, :] for half in table)
-    pairs = x_bthr.astype(jnp.float32).reshape(*x_bthr.shape[:-1], -1, 2)
-    even, odd = pairs[..., 0], pairs[..., 1]
-    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return rotated.reshape(x_bthr.shape).astype(x_bthr.dtype)
+    latent_lbsz: jax.Array
+    k_rope_lbsr: jax.Array
 
 
 class LatentAttention(nnx.Module):
@@ -312,10 +66,10 @@ class LatentAttention(nnx.Module):
 
     Keys and values are expanded per head from one normalised latent of width z. Position enters
     through separate "decoupled" components: r extra dimensions of each query head, and one rotated
-    key that all heads share. A decoder would cache only the latent and that key.
+    key that all heads share.
     """
 
-    def __init__(self, config: MoonlightConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MoonlightConfig, *, rngs: nnx.Rngs, execution: Execution):
         c, heads, std = config, config.num_attention_heads, config.initializer_range
         kv_width = c.qk_nope_head_dim + c.v_head_dim
         self.q_proj = Linear(c.hidden_size, heads * c.qk_head_dim, stddev=std, rngs=rngs)
@@ -326,8 +80,9 @@ class LatentAttention(nnx.Module):
         self.kv_b_proj = Linear(c.kv_lora_rank, heads * kv_width, stddev=std, rngs=rngs)
         self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size, stddev=std, rngs=rngs)
         self.config = config
+        self.execution = execution
 
-    def __call__(self, act_nd: jax.Array, batch: int) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, act_nd: jax.Array, batch: int) -> tuple[jax.Array, AttentionStats]:
         """Attends causally within each of `batch` sequences.
 
         Args:
@@ -335,239 +90,121 @@ class LatentAttention(nnx.Module):
             batch: Sequences in `act_nd`.
 
         Returns:
-            The output `[batch * time, hidden]`, and each head's largest attention logit, float32
-            `[heads]`: after scaling, before softmax, over causal positions.
+            The output `[batch * time, hidden]`, and what was measured.
         """
         c = self.config
         time, heads = act_nd.shape[0] // batch, c.num_attention_heads
-        table = rope_table(time, c.qk_rope_head_dim, c.rope_theta)
-
-        q_bthp = self.q_proj(act_nd).reshape(batch, time, heads, c.qk_head_dim)
-        q_nope, q_rope = jnp.split(q_bthp, [c.qk_nope_head_dim], axis=-1)
-        latent_nz, k_rope_nr = jnp.split(self.kv_a_proj(act_nd), [c.kv_lora_rank], axis=-1)
-        kv_nh = self.kv_b_proj(self.kv_a_layernorm(latent_nz))
+        q_nope, q_rope, latent_btz, k_rope = self._project(act_nd, jnp.arange(time)[None], batch)
+        kv_nh = self.kv_b_proj(latent_btz.reshape(batch * time, c.kv_lora_rank))
         kv_bsh = kv_nh.reshape(batch, time, heads, c.qk_nope_head_dim + c.v_head_dim)
         k_nope, v_bshw = jnp.split(kv_bsh, [c.qk_nope_head_dim], axis=-1)
-        k_rope = apply_rope(k_rope_nr.reshape(batch, time, 1, c.qk_rope_head_dim), table)
         k_rope = jnp.broadcast_to(k_rope, (batch, time, heads, c.qk_rope_head_dim))
-        q_bthp = jnp.concatenate([q_nope, apply_rope(q_rope, table)], axis=-1)
+        q_bthp = jnp.concatenate([q_nope, q_rope], axis=-1)
         k_bshp = jnp.concatenate([k_nope, k_rope], axis=-1)
+        out_bthw, stats = causal_attention(q_bthp, k_bshp, v_bshw, self.execution)
+        return self.o_proj(out_bthw.reshape(batch * time, heads * c.v_head_dim)), stats
 
-        logit_bhts = jnp.einsum(
-            "bthp,bshp->bhts", q_bthp, k_bshp, preferred_element_type=jnp.float32
-        )
-        causal_ts = jnp.tril(jnp.ones((time, time), bool))
-        logit_bhts = jnp.where(causal_ts[None, None], logit_bhts * c.qk_head_dim**-0.5, -jnp.inf)
-        max_logit_h = jax.lax.stop_gradient(logit_bhts).max(axis=(0, 2, 3))
-        prob_bhts = jax.nn.softmax(logit_bhts, axis=-1).astype(act_nd.dtype)
-        out_bthw = jnp.einsum("bhts,bshw->bthw", prob_bhts, v_bshw)
-        return self.o_proj(out_bthw.reshape(batch * time, heads * c.v_head_dim)), max_logit_h
+    def decode(
+        self, act_nd: jax.Array, cache: LatentCache, layer: jax.Array, position_bt: jax.Array
+    ) -> tuple[jax.Array, LatentCache]:
+        """The same for new tokens at `position_bt` behind what the cache holds.
 
+        Queries go to the space of the latent, and what attention reads comes back from it, so that
+        keys and values of the cached tokens are never expanded (DeepSeek-V2, arXiv 2405.04434,
+        section 2.1.2).
 
-class MLP(nnx.Module):
-    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
-
-    def __init__(self, hidden: int, inner: int, *, stddev: float, rngs: nnx.Rngs):
-        self.gate_proj = Linear(hidden, inner, stddev=stddev, rngs=rngs)
-        self.up_proj = Linear(hidden, inner, stddev=stddev, rngs=rngs)
-        self.down_proj = Linear(inner, hidden, stddev=stddev, rngs=rngs)
-
-    def __call__(self, act_nd: jax.Array) -> jax.Array:
-        """Maps `[n, hidden]` to `[n, hidden]`."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(act_nd)) * self.up_proj(act_nd))
-
-
-class Routing(NamedTuple):
-    """Where the tokens of one layer go.
-
-    Attributes:
-        expert_nk: Chosen experts, int32 `[tokens, k]`.
-        weight_ne: Weight of every expert's output, float32 `[tokens, experts]`, zero for those not
-            chosen.
-        load_e: Tokens that chose each expert, int32 `[experts]`.
-    """
-
-    expert_nk: jax.Array
-    weight_ne: jax.Array
-    load_e: jax.Array
-
-
-class Router(nnx.Module):
-    """Sigmoid routing with a bias for balance (DeepSeek-V3, Eq. 12-16; Moonlight, App. C)."""
-
-    def __init__(self, config: MoonlightConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None):
-        shape = (config.hidden_size, config.n_routed_experts)
-        self.kernel = _normal(rngs, shape, config.initializer_range)
-        self.bias = RouterBias(jnp.zeros((config.n_routed_experts,), jnp.float32))
-        self.config = config
-        self.mesh = mesh
-
-    def __call__(self, act_nd: jax.Array) -> Routing:
-        """Chooses by score plus bias, and weighs by the score alone.
-
-        Logits are float32 whatever the compute dtype, at full precision on every device: a rounded
-        logit does not perturb the output a little, it sends the token elsewhere.
+        Returns:
+            The output `[n, hidden]`, and the cache with the new tokens of this layer.
         """
         c = self.config
-        logit_ne = jnp.dot(act_nd.astype(jnp.float32), self.kernel[...], precision="highest")
-        score_ne = jax.nn.sigmoid(logit_ne)
-        expert_nk = self._choose(jax.lax.stop_gradient(score_ne) + self.bias[...][None])
-        # A comparison instead of gathers: it fuses, and so does its gradient.
-        chosen_ne = (expert_nk[:, :, None] == jnp.arange(c.n_routed_experts)[None, None, :]).any(
-            axis=1
+        batch, time = position_bt.shape
+        q_nope, q_rope, latent_btz, k_rope = self._project(act_nd, position_bt, batch)
+        cache = LatentCache(
+            write_cache(cache.latent_lbsz, layer, latent_btz, position_bt),
+            write_cache(cache.k_rope_lbsr, layer, k_rope[:, :, 0], position_bt),
         )
-        score_ne = jnp.where(chosen_ne, score_ne, 0.0)
-        weight_ne = (
-            score_ne / (score_ne.sum(axis=-1, keepdims=True) + 1e-20) * c.routed_scaling_factor
+        kv_b_zhx = (
+            self.kv_b_proj.kernel[...]
+            .astype(act_nd.dtype)
+            .reshape(c.kv_lora_rank, c.num_attention_heads, -1)
         )
-        return Routing(expert_nk, weight_ne, chosen_ne.sum(axis=0, dtype=jnp.int32))
+        k_zhp, v_zhw = jnp.split(kv_b_zhx, [c.qk_nope_head_dim], axis=-1)
+        q_latent = jnp.einsum("bthp,zhp->bthz", q_nope, k_zhp)
+        # One key head for all query heads: the latent, and beside it the rotated key.
+        latent_bs1z = cache.latent_lbsz[layer][:, :, None]
+        k_bs1x = jnp.concatenate([latent_bs1z, cache.k_rope_lbsr[layer][:, :, None]], axis=-1)
+        q_bthx = jnp.concatenate([q_latent, q_rope], axis=-1)
+        scale = c.qk_head_dim**-0.5
+        read_bthz = cached_attention(q_bthx, k_bs1x, latent_bs1z, position_bt, scale)
+        out_bthw = jnp.einsum("bthz,zhw->bthw", read_bthz, v_zhw)
+        return self.o_proj(out_bthw.reshape(batch * time, -1)), cache
 
-    def _choose(self, score_ne: jax.Array) -> jax.Array:
-        def choose(score_ne: jax.Array) -> jax.Array:
-            return jax.lax.top_k(score_ne, self.config.num_experts_per_tok)[1]
-
-        if self.mesh is None:
-            return choose(score_ne)
-        # Left to propagation, XLA's top-k gathers the scores of all tokens.
-        tokens = P(BATCH_AXES)
-        return jax.shard_map(choose, mesh=self.mesh, in_specs=tokens, out_specs=tokens)(score_ne)
-
-
-class Experts(nnx.Module):
-    """The routed experts, one SwiGLU each, as stacks of matrices `[experts, in, out]`."""
-
-    def __init__(self, config: MoonlightConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None):
-        c = config
-        into = (c.n_routed_experts, c.hidden_size, c.moe_intermediate_size)
-        out = (c.n_routed_experts, c.moe_intermediate_size, c.hidden_size)
-        self.gate_proj = _normal(rngs, into, c.initializer_range)
-        self.up_proj = _normal(rngs, into, c.initializer_range)
-        self.down_proj = _normal(rngs, out, c.initializer_range)
-        self.route = c.experts
-        self.mesh = mesh
-
-    def __call__(self, act_nd: jax.Array, routing: Routing) -> jax.Array:
-        """Weighted sum of the chosen experts' outputs, `[n, hidden]` in the dtype of `act_nd`."""
-        stacks = [
-            w[...].astype(act_nd.dtype) for w in (self.gate_proj, self.up_proj, self.down_proj)
-        ]
-        if self.route == "ragged":
-            return _ragged_experts(act_nd, routing, *stacks)
-        if self.mesh is None:
-            return _dense_experts(act_nd, routing.weight_ne, *stacks)
-        return _dense_experts_on_mesh(self.mesh, act_nd, routing.weight_ne, *stacks)
-
-
-def _dense_experts(
-    act_nd: jax.Array,
-    weight_ne: jax.Array,
-    gate_edf: jax.Array,
-    up_edf: jax.Array,
-    down_efd: jax.Array,
-) -> jax.Array:
-    """Runs every expert on every token, as one MLP of width e*f with weighted inner units.
-
-    Weighting before the down projection lets that product sum over experts and inner units at once,
-    so that three products of plain matrices remain and no `[n, e, d]` array appears.
-    """
-    experts, hidden, inner = gate_edf.shape
-
-    def widen(w_edf: jax.Array) -> jax.Array:
-        return w_edf.transpose(1, 0, 2).reshape(hidden, experts * inner)
-
-    inner_nf = jax.nn.silu(act_nd @ widen(gate_edf)) * (act_nd @ widen(up_edf))
-    inner_nef = inner_nf.reshape(-1, experts, inner) * weight_ne.astype(act_nd.dtype)[:, :, None]
-    return inner_nef.reshape(-1, experts * inner) @ down_efd.reshape(experts * inner, hidden)
-
-
-def _dense_experts_on_mesh(
-    mesh: Mesh, act_nd: jax.Array, weight_ne: jax.Array, *stacks: jax.Array
-) -> jax.Array:
-    """The dense route where experts lie over `expert` and their inner units over `tensor`.
-
-    Each device runs its part of its experts on the tokens of its `data` group: those are gathered
-    over `expert`, and the partial outputs summed where they came from. With propagation alone the
-    merged axis e*f has no sharding, and XLA gathers the weights instead.
-    """
-
-    def on_device(act_nd: jax.Array, weight_ne: jax.Array, *stacks: jax.Array) -> jax.Array:
-        group_nd = jax.lax.all_gather(act_nd, "expert", tiled=True)
-        weight_ne = jax.lax.all_to_all(weight_ne, "expert", 1, 0, tiled=True)
-        partial_nd = _dense_experts(group_nd, weight_ne, *stacks)
-        return jax.lax.psum(jax.lax.psum_scatter(partial_nd, "expert", tiled=True), "tensor")
-
-    tokens, into, out = P(BATCH_AXES), P("expert", None, "tensor"), P("expert", "tensor")
-    mapped = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(tokens, tokens, into, into, out), out_specs=tokens
-    )
-    return mapped(act_nd, weight_ne, *stacks)
-
-
-def _ragged_experts(
-    act_nd: jax.Array, routing: Routing, gate_edf: jax.Array, up_edf: jax.Array, down_efd: jax.Array
-) -> jax.Array:
-    """Runs each token's chosen experts only: sorts (token, choice) pairs by expert, and unsorts."""
-    top_k = routing.expert_nk.shape[1]
-    order = jnp.argsort(routing.expert_nk.reshape(-1), stable=True)
-    sorted_act = act_nd[order // top_k]
-    # ragged_dot has no rule for meshes with Explicit axes yet (jax 0.10). Elsewhere a no-op.
-    grouped_dot: Any = jax.sharding.auto_axes(jax.lax.ragged_dot, out_sharding=jax.P(None, None))
-    gate = grouped_dot(sorted_act, gate_edf, routing.load_e)
-    up = grouped_dot(sorted_act, up_edf, routing.load_e)
-    sorted_out = grouped_dot(jax.nn.silu(gate) * up, down_efd, routing.load_e)
-    out_nkd = sorted_out[jnp.argsort(order)].reshape(-1, top_k, act_nd.shape[1])
-    weight_nk = jnp.take_along_axis(routing.weight_ne, routing.expert_nk, axis=1)
-    return jnp.einsum("nkd,nk->nd", out_nkd, weight_nk.astype(act_nd.dtype))
-
-
-class MoE(nnx.Module):
-    """Routed experts, weighted, plus shared experts, which every token uses unweighted."""
-
-    def __init__(self, config: MoonlightConfig, *, rngs: nnx.Rngs, mesh: Mesh | None = None):
-        c = config
-        self.router = Router(c, rngs=rngs, mesh=mesh)
-        self.experts = Experts(c, rngs=rngs, mesh=mesh)
-        self.shared_experts = MLP(
-            c.hidden_size,
-            c.n_shared_experts * c.moe_intermediate_size,
-            stddev=c.initializer_range,
-            rngs=rngs,
+    def _project(self, act_nd: jax.Array, position_bt: jax.Array, batch: int):
+        """Queries without and with position, latent `[b, t, z]`, and the key with position."""
+        c = self.config
+        table = rope_table(position_bt, c.qk_rope_head_dim, c.rope_theta)
+        q_bthp = self.q_proj(act_nd).reshape(batch, -1, c.num_attention_heads, c.qk_head_dim)
+        q_nope, q_rope = jnp.split(q_bthp, [c.qk_nope_head_dim], axis=-1)
+        latent_nz, k_rope_nr = jnp.split(self.kv_a_proj(act_nd), [c.kv_lora_rank], axis=-1)
+        latent_btz = self.kv_a_layernorm(latent_nz).reshape(batch, -1, c.kv_lora_rank)
+        k_rope = k_rope_nr.reshape(batch, -1, 1, c.qk_rope_head_dim)
+        return (
+            q_nope,
+            apply_rope(q_rope, table, interleaved=True),
+            latent_btz,
+            apply_rope(k_rope, table, interleaved=True),
         )
 
-    def __call__(self, act_nd: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns the output `[n, hidden]` and the tokens per expert, int32 `[experts]`."""
-        routing = self.router(act_nd)
-        return self.experts(act_nd, routing) + self.shared_experts(act_nd), routing.load_e
+
+class LayerStats(NamedTuple):
+    """What one layer measured; see `ModelStats`."""
+
+    load_e: jax.Array | None
+    dropped: jax.Array | None
+    attention: AttentionStats
+    attention_square: jax.Array | None
+    mlp_square: jax.Array | None
 
 
 class DecoderLayer(nnx.Module):
     """Pre-norm residual attention, then a pre-norm residual MLP, dense or of experts."""
 
     def __init__(
-        self, config: MoonlightConfig, *, dense: bool, rngs: nnx.Rngs, mesh: Mesh | None = None
+        self, config: MoonlightConfig, *, dense: bool, rngs: nnx.Rngs, execution: Execution
     ):
         c = config
         self.input_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.self_attn = LatentAttention(c, rngs=rngs)
+        self.self_attn = LatentAttention(c, rngs=rngs, execution=execution)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.mlp = (
             MLP(c.hidden_size, c.intermediate_size, stddev=c.initializer_range, rngs=rngs)
             if dense
-            else MoE(c, rngs=rngs, mesh=mesh)
+            else MoE(c, rngs=rngs, execution=execution)
         )
+        self.monitor = execution.monitor
 
-    def __call__(
-        self, act_nd: jax.Array, batch: int
-    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-        """Returns activations `[n, hidden]`, experts' load (None if dense) and largest logits."""
-        out_nd, max_logit_h = self.self_attn(self.input_layernorm(act_nd), batch)
-        act_nd = act_nd + out_nd
+    def __call__(self, act_nd: jax.Array, batch: int) -> tuple[jax.Array, LayerStats]:
+        """Returns activations `[n, hidden]`, and what was measured."""
+        attention_nd, attention = self.self_attn(self.input_layernorm(act_nd), batch)
+        act_nd = act_nd + attention_nd
+        mlp_nd, load_e, dropped = self._mlp(act_nd)
+        squares = (mean_square(x) if self.monitor else None for x in (attention_nd, mlp_nd))
+        return act_nd + mlp_nd, LayerStats(load_e, dropped, attention, *squares)
+
+    def decode(
+        self, act_nd: jax.Array, cache: LatentCache, layer: jax.Array, position_bt: jax.Array
+    ) -> tuple[jax.Array, LatentCache]:
+        """The same for new tokens behind a cache."""
+        normed_nd = self.input_layernorm(act_nd)
+        attention_nd, cache = self.self_attn.decode(normed_nd, cache, layer, position_bt)
+        act_nd = act_nd + attention_nd
+        return act_nd + self._mlp(act_nd)[0], cache
+
+    def _mlp(self, act_nd: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
         normed_nd = self.post_attention_layernorm(act_nd)
         if isinstance(self.mlp, MoE):
-            out_nd, load_e = self.mlp(normed_nd)
-        else:
-            out_nd, load_e = self.mlp(normed_nd), None
-        return act_nd + out_nd, load_e, max_logit_h
+            return self.mlp(normed_nd)
+        return self.mlp(normed_nd), None, None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -575,38 +212,44 @@ class DecoderLayer(nnx.Module):
 # --------------------------------------------------------------------------------------------------
 
 
-class Embed(nnx.Module):
-    """Rows of a table by token id."""
-
-    def __init__(
-        self, vocab: int, hidden: int, *, stddev: float, rngs: nnx.Rngs, mesh: Mesh | None = None
-    ):
-        self.embedding = _normal(rngs, (vocab, hidden), stddev)
-        self.mesh = mesh
-
-    def __call__(self, tokens_n: jax.Array) -> jax.Array:
-        """Maps ids `[n]` to float32 `[n, hidden]`; an id outside the table gives NaN, not a row."""
-        table_vd = self.embedding[...]
-        if self.mesh is not None:
-            # For its gradient. Laid out as the optimizer's state at once, over more axes, that
-            # would take the tokens of all devices to each.
-            divides = table_vd.shape[0] % self.mesh.shape["tensor"] == 0
-            rows = NamedSharding(self.mesh, P("tensor" if divides else None))
-            table_vd = jax.lax.with_sharding_constraint(table_vd, rows)
-        return jnp.take(table_vd, tokens_n, axis=0)
-
-
 class ModelStats(NamedTuple):
-    """What training watches, measured in the forward pass.
+    """What training watches, measured in the forward pass; None where there is nothing to measure.
 
     Attributes:
         load_le: Tokens routed to each expert, int32 `[layers with experts, experts]`. Sums over
             replicas and micro-batches are again loads.
+        dropped_l: Choices that a capacity dropped, int32 `[layers with experts]`.
         max_logit_lh: Largest attention logit, float32 `[layers, heads]`.
+        hot_share_lh: Share of attention logits above 100, float32 `[layers, heads]`; monitored.
+        attention_rms_l: RMS of what attention adds to the stream, float32 `[layers]`; monitored.
+        mlp_rms_l: The same of the MLP, or of the experts.
     """
 
-    load_le: jax.Array
+    load_le: jax.Array | None
+    dropped_l: jax.Array | None
     max_logit_lh: jax.Array
+    hot_share_lh: jax.Array | None
+    attention_rms_l: jax.Array | None
+    mlp_rms_l: jax.Array | None
+
+
+def merge_stats(stats: ModelStats) -> ModelStats:
+    """The statistics of one step from those of its micro-batches, stacked along a leading axis."""
+
+    def rms(x_al: jax.Array | None) -> jax.Array | None:
+        return None if x_al is None else jnp.sqrt(jnp.mean(jnp.square(x_al), axis=0))
+
+    def total(x_a: jax.Array | None) -> jax.Array | None:
+        return None if x_a is None else x_a.sum(axis=0)
+
+    return ModelStats(
+        load_le=total(stats.load_le),
+        dropped_l=total(stats.dropped_l),
+        max_logit_lh=stats.max_logit_lh.max(axis=0),
+        hot_share_lh=None if stats.hot_share_lh is None else stats.hot_share_lh.mean(axis=0),
+        attention_rms_l=rms(stats.attention_rms_l),
+        mlp_rms_l=rms(stats.mlp_rms_l),
+    )
 
 
 class Moonlight(nnx.Module):
@@ -615,39 +258,39 @@ class Moonlight(nnx.Module):
     Args:
         config: The architecture.
         rngs: Source of the initial weights, stream `params`.
-        dtype: Compute dtype of everything between the embedding and the logits; norms, the softmax,
-            routing and the loss are float32 in any case, and so are the parameters.
-        mesh: Devices to run on, with the axes `MESH_AXES`, all `AxisType.Auto`. The batch must
-            divide by `BATCH_AXES` then, and the experts' route be dense. None is one device.
+        execution: How to run it; by default in float32 on one device. On a mesh the batch must
+            divide by `BATCH_AXES`.
 
     Raises:
-        ValueError: The experts' route is not dense on a mesh.
+        ValueError: A mesh axis does not divide what it shards.
     """
 
     def __init__(
-        self,
-        config: MoonlightConfig,
-        *,
-        rngs: nnx.Rngs,
-        dtype: DTypeLike = jnp.float32,
-        mesh: Mesh | None = None,
+        self, config: MoonlightConfig, *, rngs: nnx.Rngs, execution: Execution | None = None
     ):
-        c = config
-        if mesh is not None and c.experts != "dense":
-            raise ValueError(
-                f"on a mesh, experts are computed by the dense route only; got {c.experts!r}."
-            )
-        self.embed = Embed(
-            c.vocab_size, c.hidden_size, stddev=c.initializer_range, rngs=rngs, mesh=mesh
+        c, std = config, config.initializer_range
+        execution = execution or Execution()
+        execution.sharding.check_divides(
+            ("expert", "n_routed_experts", c.n_routed_experts),
+            ("tensor", "num_attention_heads", c.num_attention_heads),
+            ("tensor", "intermediate_size", c.intermediate_size),
+            ("tensor", "moe_intermediate_size", c.moe_intermediate_size),
+            ("fsdp", "hidden_size", c.hidden_size),
         )
-        self.layers = nnx.List(
-            DecoderLayer(c, dense=i < c.first_k_dense_replace, rngs=rngs, mesh=mesh)
-            for i in range(c.num_hidden_layers)
+        self.embed = Embed(c.vocab_size, c.hidden_size, stddev=std, rngs=rngs, execution=execution)
+        self.first_layers = nnx.List(
+            DecoderLayer(c, dense=True, rngs=rngs, execution=execution)
+            for _ in range(c.first_k_dense_replace)
+        )
+        self.layers = stack_layers(
+            lambda rngs: DecoderLayer(c, dense=False, rngs=rngs, execution=execution),
+            c.num_hidden_layers - c.first_k_dense_replace,
+            rngs,
         )
         self.norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
-        self.lm_head = Linear(c.hidden_size, c.vocab_size, stddev=c.initializer_range, rngs=rngs)
+        self.lm_head = Linear(c.hidden_size, c.vocab_size, stddev=std, rngs=rngs)
         self.config = config
-        self.dtype = dtype
+        self.execution = execution
 
     def __call__(self, tokens_bt: jax.Array) -> tuple[jax.Array, ModelStats]:
         """Logits for the token after each position.
@@ -662,78 +305,161 @@ class Moonlight(nnx.Module):
             ValueError: The tokens are not an integer matrix, longer than `max_position_embeddings`,
                 or sharded over Explicit mesh axes.
         """
-        if tokens_bt.ndim != 2 or not jnp.issubdtype(tokens_bt.dtype, jnp.integer):
-            raise ValueError(
-                "tokens must be an integer array [batch, time], "
-                f"got {tokens_bt.dtype}{list(tokens_bt.shape)}."
-            )
-        # Gathers and the split of [n] into [b, t] have no unique sharding on Explicit axes.
-        spec = jax.typeof(tokens_bt).sharding.spec
-        if any(spec):
-            raise ValueError(
-                f"tokens are sharded as {spec} over an Explicit mesh: "
-                "shard the batch over mesh axes of AxisType.Auto."
-            )
-        batch, time = tokens_bt.shape
-        if time > self.config.max_position_embeddings:
-            raise ValueError(
-                f"the sequence has {time} tokens, and max_position_embeddings is "
-                f"{self.config.max_position_embeddings}: shorten it, or replace the field."
-            )
-        act_nd = self.embed(tokens_bt.reshape(-1)).astype(self.dtype)
-        loads, max_logits = [], []
-        for layer in self.layers:
-            act_nd, load_e, max_logit_h = layer(act_nd, batch)
-            max_logits.append(max_logit_h)
-            if load_e is not None:
-                loads.append(load_e)
-        logits_nv = self.lm_head(self.norm(act_nd), out_dtype=jnp.float32)
-        logits_btv = logits_nv.reshape(batch, time, -1)
-        return logits_btv, ModelStats(jnp.stack(loads), jnp.stack(max_logits))
+        act_nd, stats = self.hidden(tokens_bt)
+        return self.logits(act_nd).reshape(*tokens_bt.shape, -1), stats
+
+    def hidden(self, tokens_bt: jax.Array) -> tuple[jax.Array, ModelStats]:
+        """What the head reads: activations behind the last norm, `[batch * time, hidden]`.
+
+        Args, statistics and errors are those of `__call__`.
+        """
+        check_tokens(tokens_bt, self.config.max_position_embeddings)
+        batch = tokens_bt.shape[0]
+
+        def run(layer: Any, act_nd: jax.Array, _: None) -> tuple[jax.Array, LayerStats]:
+            return layer(act_nd, batch)
+
+        act_nd = self.embed(tokens_bt.reshape(-1))
+        firsts = []
+        for layer in self.first_layers:
+            act_nd, measured = run_layer(layer, run, act_nd, None, self.execution)
+            firsts.append(measured)
+        act_nd, rest = scan_layers(self.layers, run, act_nd, None, self.execution)
+        return self.norm(act_nd), _collect(firsts, rest)
+
+    def logits(self, act_nd: jax.Array) -> jax.Array:
+        """The head: `[n, hidden]` to float32 `[n, vocab]`, accumulated and left in float32."""
+        kernel_dv = self.lm_head.kernel[...].astype(act_nd.dtype)
+        return jnp.dot(act_nd, kernel_dv, preferred_element_type=jnp.float32)
+
+    def loss(self, act_nd: jax.Array, target_n: jax.Array) -> jax.Array:
+        """Mean cross-entropy of predicting `target_n` from `[n, hidden]`, without all logits."""
+        return head_loss(act_nd, self.lm_head.kernel[...], target_n, self.execution)
+
+    def init_cache(self, batch: int, length: int) -> LatentCache:
+        """An empty cache for `batch` sequences of at most `length` tokens."""
+        c, shape = self.config, (self.config.num_hidden_layers, batch, length)
+        return LatentCache(
+            jnp.zeros((*shape, c.kv_lora_rank), self.execution.dtype),
+            jnp.zeros((*shape, c.qk_rope_head_dim), self.execution.dtype),
+        )
+
+    def decode(
+        self, tokens_bt: jax.Array, cache: LatentCache, start_b: jax.Array
+    ) -> tuple[jax.Array, LatentCache]:
+        """Runs new tokens behind those in the cache: prefill with many, decoding with one.
+
+        Args:
+            tokens_bt: New ids `[batch, new]`; what fills up a shorter row is written behind its
+                end, where the row's own next tokens replace it before anything reads it.
+            cache: What `init_cache` or the last call returned.
+            start_b: The position of each row's first new token.
+
+        Returns:
+            Activations behind the last norm, `[batch * new, hidden]`, and the cache.
+        """
+        position_bt = start_b[:, None] + jnp.arange(tokens_bt.shape[1])[None]
+        first = len(self.first_layers)
+
+        def run(layer: Any, carry: tuple[jax.Array, LatentCache], index: jax.Array):
+            act_nd, cache = carry
+            return layer.decode(act_nd, cache, index, position_bt), None
+
+        carry = (self.embed(tokens_bt.reshape(-1)), cache)
+        for index, layer in enumerate(self.first_layers):
+            carry, _ = run_layer(layer, run, carry, jnp.int32(index), self.execution)
+        index_l = jnp.arange(first, self.config.num_hidden_layers, dtype=jnp.int32)
+        (act_nd, cache), _ = scan_layers(self.layers, run, carry, index_l, self.execution)
+        return self.norm(act_nd), cache
 
 
-def next_token_loss(model: Moonlight, tokens_bt: jax.Array) -> tuple[jax.Array, ModelStats]:
+def check_tokens(tokens_bt: jax.Array, longest: int) -> None:
+    """Checks that tokens are an integer matrix of at most `longest` columns, on Auto axes.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if tokens_bt.ndim != 2 or not jnp.issubdtype(tokens_bt.dtype, jnp.integer):
+        raise ValueError(
+            "tokens must be an integer array [batch, time], "
+            f"got {tokens_bt.dtype}{list(tokens_bt.shape)}."
+        )
+    # Gathers and the split of [n] into [b, t] have no unique sharding on Explicit axes.
+    spec = jax.typeof(tokens_bt).sharding.spec
+    if any(spec):
+        raise ValueError(
+            f"tokens are sharded as {spec} over an Explicit mesh: "
+            "shard the batch over mesh axes of AxisType.Auto."
+        )
+    if tokens_bt.shape[1] > longest:
+        raise ValueError(
+            f"the sequence has {tokens_bt.shape[1]} tokens, and max_position_embeddings is "
+            f"{longest}: shorten it, or replace the field."
+        )
+
+
+def _collect(firsts: list[LayerStats], rest: LayerStats) -> ModelStats:
+    """Puts the statistics of the first layers before those of the stack."""
+
+    def joined(pick: Any) -> jax.Array | None:
+        if pick(rest) is None:
+            return None
+        return jnp.concatenate([*(pick(stats)[None] for stats in firsts), pick(rest)])
+
+    def root(square_l: jax.Array | None) -> jax.Array | None:
+        return None if square_l is None else jnp.sqrt(square_l)
+
+    return ModelStats(
+        load_le=rest.load_e,
+        dropped_l=rest.dropped,
+        max_logit_lh=joined(lambda stats: stats.attention.max_logit_h),
+        hot_share_lh=joined(lambda stats: stats.attention.hot_share_h),
+        attention_rms_l=root(joined(lambda stats: stats.attention_square)),
+        mlp_rms_l=root(joined(lambda stats: stats.mlp_square)),
+    )
+
+
+def next_token_loss(model: Any, tokens_bt: jax.Array) -> tuple[jax.Array, ModelStats]:
     """Mean cross-entropy of predicting each token from those before it.
 
     Args:
-        model: The model.
+        model: A `Moonlight`, or another model with its `hidden` and `loss`.
         tokens_bt: Integer array `[batch, time + 1]`: one column more than the model reads.
 
     Returns:
         The loss in nats per predicted token, a float32 scalar, and the forward pass's statistics.
     """
-    logits_btv, stats = model(tokens_bt[:, :-1])
-    target_bt1 = tokens_bt[:, 1:, None]
-    target_logit_bt = jnp.take_along_axis(logits_btv, target_bt1, axis=-1)[..., 0]
-    return jnp.mean(jax.nn.logsumexp(logits_btv, axis=-1) - target_logit_bt), stats
+    act_nd, stats = model.hidden(tokens_bt[:, :-1])
+    return model.loss(act_nd, tokens_bt[:, 1:].reshape(-1)), stats
 
 
-def update_router_bias(model: Moonlight, load_le: jax.Array, rate: float | jax.Array) -> None:
-    """Moves every router's bias towards balance, in place: once per optimizer step, also in jit.
+def update_router_bias(
+    bias_le: jax.Array, load_le: jax.Array, rate: float | jax.Array
+) -> jax.Array:
+    """Moves routers' biases towards balance: once per optimizer step.
 
     `e = mean(load) - load; b += rate * (sign(e) - mean(sign(e)))` (Moonlight, App. C). Subtracting
     the mean keeps the biases' sum constant, where DeepSeek-V3's rule lets all of them drift
     together.
 
     Args:
-        model: The model, mutated.
+        bias_le: The biases, float32 `[layers with experts, experts]`.
         load_le: Tokens routed to each expert during this optimizer step, summed over replicas and
-            micro-batches, `[layers with experts, experts]`.
+            micro-batches, of the same shape.
         rate: The bias update rate u: 1e-3 in Moonlight's pretraining, 0 in cooldown and
             fine-tuning.
 
+    Returns:
+        The new biases.
+
     Raises:
-        ValueError: `load_le` has not one row per layer with experts, or not one column per expert.
+        ValueError: The shapes differ.
     """
-    routers = [layer.mlp.router for layer in model.layers if isinstance(layer.mlp, MoE)]
-    expected = (len(routers), model.config.n_routed_experts)
-    if load_le.shape != expected:
-        raise ValueError(f"load_le must have the shape {expected}, got {load_le.shape}.")
+    if load_le.shape != bias_le.shape:
+        raise ValueError(f"load_le must have the shape {bias_le.shape}, got {load_le.shape}.")
     load_le = load_le.astype(jnp.float32)
     sign_le = jnp.sign(load_le.mean(axis=1, keepdims=True) - load_le)
-    step_le = rate * (sign_le - sign_le.mean(axis=1, keepdims=True))
-    for router, step_e in zip(routers, step_le, strict=True):
-        router.bias[...] = router.bias[...] + step_e.astype(jnp.float32)
+    return bias_le + rate * (sign_le - sign_le.mean(axis=1, keepdims=True))
 
 
 def max_violation(load_le: jax.Array) -> jax.Array:

@@ -1,62 +1,186 @@
 """How a Moonlight lies on a mesh of devices.
 
     data     shards the batch
+    fsdp     shards the batch, and stores a part of every matrix, which is gathered when it is used
     expert   shards the routed experts, and the batch everywhere else
     tensor   shards attention heads, the inner width of every MLP and expert, and the vocabulary
 
 `--mesh data=2,expert=2,tensor=2` names the sizes. An axis that is not named has one device, so that
 every mesh has the same axes. With Muon the optimizer state is ZeRO-1: sharded, besides, over every
 axis along which its parameter is replicated. With AdamW it lies as the parameters do.
-
-Functions take `mesh` None for one device without a mesh.
 """
 
+import dataclasses
 import math
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from examples.moonlight.model import BATCH_AXES, MESH_AXES, MoonlightConfig
-from examples.moonlight.steps import TrainState
-from muon_jax import opt_state_shardings
-
 PyTree = Any
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+
+# Outside of the experts, the axis that shards them shards the batch: no device repeats another's
+# attention.
+BATCH_AXES = ("data", "fsdp", "expert")
 
 # Columns, then rows: between the two products of attention or an MLP, nothing crosses `tensor`
 # (Shoeybi et al. 2019, arXiv 1909.08053, Section 3).
-COLUMNS, ROWS = P(None, "tensor"), P("tensor", None)
+COLUMNS, ROWS = P("fsdp", "tensor"), P("tensor", "fsdp")
 
-# By the last two names of a parameter's path.
+# What all heads, or all experts, read.
+SHARED = P("fsdp", None)
+
+# Of one layer, by the last two names of a parameter's path.
 PARAM_SPECS = {
     ("embed", "embedding"): ROWS,
-    ("input_layernorm", "scale"): P(),
+    ("input_layernorm", "scale"): P(None),
     ("q_proj", "kernel"): COLUMNS,
-    ("kv_a_proj", "kernel"): P(),  # the latent, which every head reads
-    ("kv_a_layernorm", "scale"): P(),
+    ("q_proj", "bias"): P("tensor"),
+    ("k_proj", "kernel"): COLUMNS,
+    ("k_proj", "bias"): P("tensor"),
+    ("v_proj", "kernel"): COLUMNS,
+    ("v_proj", "bias"): P("tensor"),
+    ("kv_a_proj", "kernel"): SHARED,
+    ("kv_a_layernorm", "scale"): P(None),
     ("kv_b_proj", "kernel"): COLUMNS,
     ("o_proj", "kernel"): ROWS,
-    ("post_attention_layernorm", "scale"): P(),
+    ("post_attention_layernorm", "scale"): P(None),
     ("gate_proj", "kernel"): COLUMNS,
     ("up_proj", "kernel"): COLUMNS,
     ("down_proj", "kernel"): ROWS,
-    ("router", "kernel"): P(),
-    ("experts", "gate_proj"): P("expert", None, "tensor"),
-    ("experts", "up_proj"): P("expert", None, "tensor"),
-    ("experts", "down_proj"): P("expert", "tensor", None),
-    ("norm", "scale"): P(),
+    ("router", "kernel"): SHARED,
+    ("router", "bias"): P(None),
+    ("experts", "gate_proj"): P("expert", "fsdp", "tensor"),
+    ("experts", "up_proj"): P("expert", "fsdp", "tensor"),
+    ("experts", "down_proj"): P("expert", "tensor", "fsdp"),
+    ("norm", "scale"): P(None),
     ("lm_head", "kernel"): COLUMNS,
 }
 
-# The tokenizer decides how large the vocabulary is: these are replicated where it does not divide.
-VOCABULARY = {("embed", "embedding"): 0, ("lm_head", "kernel"): 1}
 
+@dataclasses.dataclass(frozen=True)
+class ModelSharding:
+    """Where a model's arrays lie: on one device, or on a mesh with the axes `MESH_AXES`, all Auto.
 
-# --------------------------------------------------------------------------------------------------
-# The mesh
-# --------------------------------------------------------------------------------------------------
+    Attributes:
+        mesh: The devices; None is the first one, without a mesh.
+    """
+
+    mesh: Mesh | None = None
+
+    def __post_init__(self):
+        """Raises ValueError for a mesh with other axes."""
+        if self.mesh is not None and (
+            self.mesh.axis_names != MESH_AXES
+            or any(kind != AxisType.Auto for kind in self.mesh.axis_types)
+        ):
+            raise ValueError(
+                f"the mesh must have the axes {MESH_AXES}, all AxisType.Auto; got "
+                f"{self.mesh.axis_names} of {self.mesh.axis_types}: use make_mesh"
+            )
+
+    def __str__(self) -> str:
+        """The mesh as `make_mesh` takes it, axes of one device left out."""
+        if self.mesh is None:
+            return "one device"
+        sizes = ((axis, size) for axis, size in self.mesh.shape.items() if size > 1)
+        return ",".join(f"{axis}={size}" for axis, size in sizes) or "data=1"
+
+    def size(self, axis: str) -> int:
+        """Devices along an axis."""
+        return 1 if self.mesh is None else self.mesh.shape[axis]
+
+    @property
+    def batch_shards(self) -> int:
+        """Into how many parts a batch is divided."""
+        return math.prod(self.size(axis) for axis in BATCH_AXES)
+
+    def place(self, *spec: Any) -> Sharding:
+        """The sharding for a PartitionSpec's entries; without any, replicated."""
+        if self.mesh is None:
+            return SingleDeviceSharding(jax.devices()[0])
+        return NamedSharding(self.mesh, P(*spec))
+
+    def constrain(self, x: jax.Array, *spec: Any) -> jax.Array:
+        """`x`, laid out by a PartitionSpec's entries; on one device as it is."""
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*spec)))
+
+    def check_divides(self, *lengths: tuple[str, str, int]) -> None:
+        """Checks lengths `(axis, name, length)` that their mesh axis has to divide.
+
+        Raises:
+            ValueError: One is not divided; the message names it.
+        """
+        for axis, name, length in lengths:
+            count = self.batch_shards if axis == "batch" else self.size(axis)
+            if length % count:
+                axis = " x ".join(BATCH_AXES) if axis == "batch" else axis
+                raise ValueError(
+                    f"--mesh: {axis} = {count} does not divide {name} = {length}; change one of "
+                    "them"
+                )
+
+    def param_spec(self, path: tuple[Any, ...], shape: tuple[int, ...]) -> P:
+        """How a parameter lies: as `PARAM_SPECS` says, leading axes of stacked layers replicated.
+
+        A dimension that its mesh axis does not divide is replicated: a tokenizer decides how large
+        the vocabulary is.
+
+        Args:
+            path: Its key path, or its names.
+            shape: Its shape, stacked or not.
+
+        Raises:
+            ValueError: The parameter is not in `PARAM_SPECS`.
+        """
+        names = tuple(name for key in path if isinstance(name := getattr(key, "key", key), str))
+        if names[-2:] not in PARAM_SPECS:
+            raise ValueError(
+                f"PARAM_SPECS does not say how {'/'.join(names)} lies on a mesh: add it there"
+            )
+        spec = PARAM_SPECS[names[-2:]]
+        stacks = (None,) * (len(shape) - len(spec))
+        divided = (
+            axis if axis is None or length % self.size(axis) == 0 else None
+            for axis, length in zip(spec, shape[len(stacks) :], strict=True)
+        )
+        return P(*stacks, *divided)
+
+    def param_shardings(self, params: PyTree) -> PyTree:
+        """Where each of a model's parameters lies; they may be abstract.
+
+        Raises:
+            ValueError: A parameter is not in `PARAM_SPECS`.
+        """
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: self.place(*self.param_spec(path, leaf.shape)), params
+        )
+
+    def gather_weights(self, params: PyTree, dtype: Any) -> PyTree:
+        """A layer's parameters as its products use them: those stored in parts over `fsdp`, whole.
+
+        They travel in the compute dtype, but for the router's, which is float32 everywhere. Routed
+        experts stay in parts: `dispatch.py` gathers them.
+        """
+        if self.size("fsdp") == 1:
+            return params
+
+        def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+            spec = self.param_spec(path, leaf.shape)
+            names = [getattr(key, "key", None) for key in path]
+            if "fsdp" not in spec or "experts" in names:
+                return leaf
+            if "router" not in names:
+                # Pinned to its parts, or the cast could come after the gathering.
+                leaf = self.constrain(leaf.astype(dtype), *spec)
+            return self.constrain(leaf, *(axis if axis != "fsdp" else None for axis in spec))
+
+        return jax.tree_util.tree_map_with_path(whole, params)
 
 
 def make_mesh(text: str) -> Mesh:
@@ -84,100 +208,6 @@ def make_mesh(text: str) -> Mesh:
         raise ValueError(f"--mesh {text} needs {needed} devices, and JAX sees {there}: {advice}")
     shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-
-
-def check_divides(mesh: Mesh | None, config: MoonlightConfig, batch_size: int) -> None:
-    """Checks that every axis divides what it shards.
-
-    Raises:
-        ValueError: One does not.
-    """
-    if mesh is None:
-        return
-    c, batch_axes = config, " x ".join(BATCH_AXES)
-    experts, tensor = mesh.shape["expert"], mesh.shape["tensor"]
-    for axes, count, what, length in (
-        ("expert", experts, "n_routed_experts", c.n_routed_experts),
-        ("tensor", tensor, "num_attention_heads", c.num_attention_heads),
-        ("tensor", tensor, "intermediate_size", c.intermediate_size),
-        ("tensor", tensor, "moe_intermediate_size", c.moe_intermediate_size),
-        (batch_axes, batch_shards(mesh), "--batch-size", batch_size),
-    ):
-        if length % count:
-            raise ValueError(
-                f"--mesh: {axes} = {count} does not divide {what} = {length}; change one of them"
-            )
-
-
-def batch_shards(mesh: Mesh | None) -> int:
-    """Into how many parts a batch is divided."""
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-
-
-def describe(mesh: Mesh | None) -> str:
-    """The mesh as `--mesh` takes it, axes of one device left out."""
-    if mesh is None:
-        return "one device"
-    sizes = ((axis, size) for axis, size in mesh.shape.items() if size > 1)
-    return ",".join(f"{axis}={size}" for axis, size in sizes) or "data=1"
-
-
-# --------------------------------------------------------------------------------------------------
-# What lies where
-# --------------------------------------------------------------------------------------------------
-
-
-def place(mesh: Mesh | None, *spec: Any) -> Sharding:
-    """The sharding for a PartitionSpec's entries; without any, replicated."""
-    if mesh is None:
-        return SingleDeviceSharding(jax.devices()[0])
-    return NamedSharding(mesh, P(*spec))
-
-
-def param_shardings(params: PyTree, mesh: Mesh | None) -> PyTree:
-    """Where each of the model's parameters lies, which may be abstract.
-
-    Raises:
-        ValueError: A parameter is not in `PARAM_SPECS`.
-    """
-
-    def sharding(path: tuple[Any, ...], leaf: Any) -> Sharding:
-        names = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))[-2:]
-        if names not in PARAM_SPECS:
-            raise ValueError(f"PARAM_SPECS does not say how {names} lies on a mesh: add it there")
-        spec = PARAM_SPECS[names]
-        if mesh and names in VOCABULARY and leaf.shape[VOCABULARY[names]] % mesh.shape["tensor"]:
-            spec = P()
-        return place(mesh, *spec)
-
-    return jax.tree_util.tree_map_with_path(sharding, params)
-
-
-def state_shardings(
-    state: TrainState, optimizer: optax.GradientTransformation, name: str, mesh: Mesh | None
-) -> TrainState:
-    """Where everything that training changes lies.
-
-    Args:
-        state: Abstract or not.
-        optimizer: Whose state it is; on a mesh, a Muon that knows the mesh.
-        name: "muon" or "adamw".
-        mesh: The mesh.
-    """
-    one, params = place(mesh), param_shardings(state.params, mesh)
-    if mesh is None:
-        opt_state = jax.tree.map(lambda _: one, state.opt_state)
-    elif name == "muon":
-        opt_state = opt_state_shardings(optimizer, state.params)
-    else:
-        opt_state = optax.tree_map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            state.opt_state,
-            params,
-            transform_non_params=lambda _: one,
-        )
-    return TrainState(params, jax.tree.map(lambda _: one, state.bias), opt_state)
 
 
 def bytes_per_device(tree: PyTree, shardings: PyTree) -> int:

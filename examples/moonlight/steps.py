@@ -13,8 +13,8 @@ import optax
 from flax import nnx
 
 from examples.moonlight.model import (
-    RouterBias,
     max_violation,
+    merge_stats,
     next_token_loss,
     update_router_bias,
 )
@@ -92,13 +92,12 @@ def make_train_steps(
             (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
                 state.params, state.bias, tokens_bt
             )
-            return jax.tree.map(jnp.add, total, (grads, loss, stats.load_le)), stats.max_logit_lh
+            return jax.tree.map(jnp.add, total, (grads, loss)), stats
 
-        biases = jax.tree.leaves(state.bias)
-        no_load_le = jnp.zeros((len(biases), *biases[0].shape), jnp.int32)
-        zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()), no_load_le)
-        (grads, loss, load_le), max_logit_alh = jax.lax.scan(add_micro_batch, zeros, tokens_abt)
+        zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
+        (grads, loss), stats_a = jax.lax.scan(add_micro_batch, zeros, tokens_abt)
         grads, loss = jax.tree.map(lambda x: x / tokens_abt.shape[0], (grads, loss))
+        stats = merge_stats(stats_a)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         learning_rate = jnp.asarray(schedule(step), jnp.float32)
@@ -109,12 +108,13 @@ def make_train_steps(
             grad_norm=optax.tree.norm(grads),
             update_rms_muon=update_rms["muon"] / learning_rate,
             update_rms_adam=update_rms["adam"] / learning_rate,
-            max_violation=max_violation(load_le).max(),
-            max_attention_logit=max_logit_alh.max(),
+            max_violation=max_violation(stats.load_le).max(),
+            max_attention_logit=stats.max_logit_lh.max(),
         )
-        model = nnx.merge(graphdef, optax.apply_updates(state.params, updates), state.bias)
-        update_router_bias(model, load_le, bias_rate)
-        _, params, bias = nnx.split(model, nnx.Param, RouterBias)
+        bias = jax.tree.map(
+            lambda bias_le: update_router_bias(bias_le, stats.load_le, bias_rate), state.bias
+        )
+        params = optax.apply_updates(state.params, updates)
         return TrainState(params, bias, opt_state), measured
 
     def train_steps(

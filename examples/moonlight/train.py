@@ -35,19 +35,18 @@ from jax.sharding import Mesh
 from rich import progress
 from rich.console import Console
 
-from examples.moonlight import data, metrics, sharding
+from examples.moonlight import data, metrics
+from examples.moonlight.batches import train_batches, validation_windows
 from examples.moonlight.checkpoint import Checkpoints
+from examples.moonlight.config import Execution, MoonlightConfig
+from examples.moonlight.experts import RouterBias
 from examples.moonlight.files import write_atomically
-from examples.moonlight.model import (
-    BATCH_AXES,
-    Moonlight,
-    MoonlightConfig,
-    RouterBias,
-    parameter_counts,
-)
+from examples.moonlight.model import Moonlight, parameter_counts
+from examples.moonlight.placement import state_shardings
 from examples.moonlight.plots import draw_losses
 from examples.moonlight.run_folder import open_run_folder
 from examples.moonlight.sample import encode_prompt, sample_text
+from examples.moonlight.sharding import BATCH_AXES, ModelSharding, bytes_per_device, make_mesh
 from examples.moonlight.steps import TrainState, make_train_steps, make_validate
 from muon_jax import muon, sharding_report
 
@@ -112,10 +111,10 @@ class Args:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Activations and products; weights and optimizer states are float32 in any case."""
     experts: Literal["dense", "ragged"] | None = None
-    """How routed experts are computed; left out, dense on CPU and on a mesh, else as the preset."""
+    """How routed experts are computed; left out, dense on CPU, else ragged."""
     mesh: str | None = None
-    """Sizes of the mesh axes data, expert and tensor, such as data=2,expert=2,tensor=2; left out,
-    one device. A resumed run may change it."""
+    """Sizes of the mesh axes data, fsdp, expert and tensor, such as data=2,expert=2,tensor=2; left
+    out, one device. A resumed run may change it."""
     bias_rate: float = 1e-3
     """Step of the router biases that balance the experts, once per optimizer step."""
     data: Path | None = None
@@ -241,10 +240,13 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
 
     # Mesh
     config = config or MoonlightConfig.preset(args.preset)
-    mesh = None if args.mesh is None else sharding.make_mesh(args.mesh)
-    sharding.check_divides(mesh, config, recipe.batch_size)
-    if mesh is not None and args.experts == "ragged":
-        raise ValueError("--experts ragged runs on one device: on a mesh leave --experts out")
+    sharding = ModelSharding(None if args.mesh is None else make_mesh(args.mesh))
+    sharding.check_divides(("batch", "--batch-size", recipe.batch_size))
+    execution = Execution(
+        dtype=jnp.dtype(args.compute_dtype),
+        sharding=sharding,
+        experts=args.experts or ("dense" if jax.default_backend() == "cpu" else "ragged"),
+    )
 
     # Data
     corpus = data.load_corpus(args.data, vocab_size=config.vocab_size, cache_dir=args.cache_dir)
@@ -252,23 +254,24 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
         f"corpus {corpus.corpus_hash}: {len(corpus.train):,} training tokens, "
         f"{len(corpus.validation):,} held out, vocabulary {corpus.tokenizer.get_vocab_size()}"
     )
-    batches = data.train_batches(
-        corpus.train,
+    batches = train_batches(
+        {"": corpus.train},
+        (),
         sequence_length=recipe.sequence_length,
         batch_size=recipe.batch_size,
         seed=args.data_seed,
     )
-    windows_kbt = data.validation_windows(
-        corpus.validation,
+    windows_kbt = validation_windows(
+        {"": corpus.validation},
         sequence_length=recipe.sequence_length,
         batch_size=recipe.batch_size,
         count=args.eval_windows,
-    )
+    )[""]
     encode_prompt(corpus.tokenizer, args.prompt, recipe.sequence_length)  # Fails now or never.
-    if windows_kbt.shape[1] % sharding.batch_shards(mesh):
+    if windows_kbt.shape[1] % sharding.batch_shards:
         raise ValueError(
             f"--mesh {args.mesh}: the validation batch of {windows_kbt.shape[1]} windows cannot be "
-            f"divided by {sharding.batch_shards(mesh)}; give more data or more --eval-windows"
+            f"divided by {sharding.batch_shards}; give more data or more --eval-windows"
         )
 
     # Settings
@@ -276,12 +279,14 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
         config,
         vocab_size=corpus.tokenizer.get_vocab_size(),
         max_position_embeddings=max(config.max_position_embeddings, recipe.sequence_length),
-        experts=args.experts
-        or ("dense" if mesh or jax.default_backend() == "cpu" else config.experts),
     )
     settings = dataclasses.asdict(args) | recipe._asdict()
     settings = {name: value for name, value in settings.items() if name not in _FREE}
-    settings |= {"config": dataclasses.asdict(config), "corpus": corpus.corpus_hash}
+    settings |= {
+        "experts": execution.experts,
+        "config": dataclasses.asdict(config),
+        "corpus": corpus.corpus_hash,
+    }
     open_run_folder(args.output_dir, settings, resume=args.resume)
     if (args.output_dir / RESULTS).exists():
         console.print(f"{args.output_dir} holds a finished run: nothing left to train")
@@ -289,11 +294,10 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
         return _present(args.output_dir, results)
 
     # Model
-    def make_model(mesh: Mesh | None) -> Moonlight:
-        rngs, dtype = nnx.Rngs(args.seed), jnp.dtype(args.compute_dtype)
-        return Moonlight(config, rngs=rngs, dtype=dtype, mesh=mesh)
+    def make_model(execution: Execution) -> Moonlight:
+        return Moonlight(config, rngs=nnx.Rngs(args.seed), execution=execution)
 
-    abstract_model = nnx.eval_shape(lambda: make_model(mesh))
+    abstract_model = nnx.eval_shape(lambda: make_model(execution))
     graphdef, params, _ = nnx.split(abstract_model, nnx.Param, RouterBias)
     counts = parameter_counts(config)
     console.print(
@@ -304,20 +308,21 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
 
     # Optimizer
     schedule = make_schedule(recipe)
-    specs = None if mesh is None else sharding.param_shardings(params, mesh)
+    mesh = sharding.mesh
+    specs = None if mesh is None else sharding.param_shardings(params)
     optimizer = make_optimizer(args.optimizer, schedule, args.weight_decay, mesh, specs)
 
     def start() -> TrainState:
-        _, params, bias = nnx.split(make_model(mesh), nnx.Param, RouterBias)
+        _, params, bias = nnx.split(make_model(execution), nnx.Param, RouterBias)
         return TrainState(params, bias, optimizer.init(params))
 
     abstract = jax.eval_shape(start)
-    shardings = sharding.state_shardings(abstract, optimizer, args.optimizer, mesh)
-    state_bytes = sharding.bytes_per_device(abstract.opt_state, shardings.opt_state)
+    shardings = state_shardings(abstract, optimizer, args.optimizer, sharding)
+    state_bytes = bytes_per_device(abstract.opt_state, shardings.opt_state)
     if mesh is not None:
         console.print(
-            f"mesh {sharding.describe(mesh)}: "
-            f"{sharding.bytes_per_device(abstract.params, shardings.params) / 1e6:.2f} MB of "
+            f"mesh {sharding}: "
+            f"{bytes_per_device(abstract.params, shardings.params) / 1e6:.2f} MB of "
             f"parameters and {state_bytes / 1e6:.2f} MB of optimizer state on each device"
         )
         if args.optimizer == "muon":
@@ -345,22 +350,22 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
         state = start()  # eagerly: one compilation per shape, not one of all draws
     else:
         state = jax.jit(start, out_shardings=shardings)()
-    if step < recipe.steps and [*meshes.values()][-1:] != [sharding.describe(mesh)]:
-        meshes[str(step + 1)] = sharding.describe(mesh)
+    if step < recipe.steps and [*meshes.values()][-1:] != [str(sharding)]:
+        meshes[str(step + 1)] = str(sharding)
     earlier_seconds = clock["wall_seconds"]
 
     # Loop
     shape_abt = (recipe.gradient_accumulation, recipe.batch_size, recipe.sequence_length + 1)
     buffer_sabt = np.zeros((args.steps_per_call, *shape_abt), np.int32)
     compile_started = time.perf_counter()
-    replicated = sharding.place(mesh)
+    replicated = sharding.place()
     train_steps = (
         jax.jit(
             make_train_steps(graphdef, optimizer, schedule, bias_rate=args.bias_rate),
             donate_argnums=0,
             in_shardings=(
                 shardings,
-                sharding.place(mesh, None, None, BATCH_AXES),
+                sharding.place(None, None, BATCH_AXES),
                 *2 * [replicated],
             ),
             out_shardings=(shardings, replicated),
@@ -371,7 +376,7 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
     validate = (
         jax.jit(
             make_validate(graphdef),
-            in_shardings=(shardings.params, shardings.bias, sharding.place(mesh, None, BATCH_AXES)),
+            in_shardings=(shardings.params, shardings.bias, sharding.place(None, BATCH_AXES)),
         )
         .lower(state.params, state.bias, windows_kbt)
         .compile()
@@ -436,7 +441,9 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
     final_loss = validations[-1]["val_loss"]
     bytes_per_token = data.token_byte_lengths(corpus.tokenizer)[windows_kbt[..., 1:]].mean()
     sample = sample_text(
-        nnx.graphdef(nnx.eval_shape(lambda: make_model(None))),  # one text divides over no mesh
+        nnx.graphdef(
+            nnx.eval_shape(lambda: make_model(Execution()))
+        ),  # one text divides over no mesh
         nnx.merge_state(state.params, state.bias),
         corpus.tokenizer,
         args.prompt,

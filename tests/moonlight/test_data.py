@@ -123,45 +123,6 @@ def test_a_damaged_cache_is_repaired(folder: Path, tmp_path: Path, name: str, da
     np.testing.assert_array_equal(second.validation, first.validation)
 
 
-def windows_of(tokens: np.ndarray, **changes) -> data.grain.DatasetIterator:
-    settings = {"sequence_length": 4, "batch_size": 3, "seed": 0}
-    return data.train_batches(tokens, **(settings | changes))
-
-
-def test_an_epoch_visits_every_window_once_in_an_order_of_its_own():
-    tokens = np.arange(4 * 12 + 1)
-    batches = windows_of(tokens)
-    epochs = [np.concatenate([next(batches) for _ in range(4)]) for _ in range(2)]
-    for epoch in epochs:
-        assert epoch.dtype == np.int32
-        np.testing.assert_array_equal(np.sort(epoch[:, 0]), np.arange(0, 48, 4))
-        np.testing.assert_array_equal(epoch, epoch[:, :1] + np.arange(5)[None])
-    assert (epochs[0] != epochs[1]).any()
-    assert (next(windows_of(tokens, seed=1)) != epochs[0][:3]).any()
-
-
-def test_the_position_survives_json_and_continues_exactly():
-    tokens = np.arange(4 * 10 + 1)
-    batches = windows_of(tokens)
-    for _ in range(7):
-        next(batches)
-    position = json.loads(json.dumps(batches.get_state()))
-    expected = [next(batches) for _ in range(9)]
-    again = windows_of(tokens)
-    again.set_state(position)
-    np.testing.assert_array_equal([next(again) for _ in range(9)], expected)
-
-
-def test_validation_windows_are_fixed_spread_and_within_the_text():
-    tokens = np.arange(1000)
-    windows = data.validation_windows(tokens, sequence_length=9, batch_size=4, count=22)
-    assert windows.shape == (5, 4, 10)
-    assert windows[0, 0, 0] == 0
-    assert windows[-1, -1, -1] == 999
-    few = data.validation_windows(np.arange(21), sequence_length=9, batch_size=4, count=22)
-    assert few.shape == (1, 2, 10)
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -204,8 +165,51 @@ def test_data_that_cannot_be_split_is_refused():
         corpus.split_documents([corpus.Document("a", "same")] * 2)
 
 
-def test_too_little_text_or_vocabulary_is_refused(folder: Path, tmp_path: Path):
-    with pytest.raises(ValueError, match="fewer than one window of 4"):
-        data.train_batches(np.arange(4), sequence_length=4, batch_size=1, seed=0)
+def test_too_small_a_vocabulary_is_refused(folder: Path, tmp_path: Path):
     with pytest.raises(ValueError, match="at least 257"):
         data.load_corpus(folder, vocab_size=256, cache_dir=tmp_path)
+
+
+# --- several sources ------------------------------------------------------------------------------
+
+
+def write_sources(root: Path) -> dict[str, Path | None]:
+    """Two sources with one text in common, which the first of them holds out."""
+    general = write_folder(root)
+    quality = root / "quality.jsonl"
+    held_out = corpus.split_documents(corpus.load_documents(general))[1][0].text
+    texts = [held_out, *(f"proof {i} of {i * i}\n" * 9 for i in range(30))]
+    quality.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return {"general": general, "quality": quality}
+
+
+def test_sources_share_a_tokenizer_and_nothing_that_is_held_out(tmp_path: Path, monkeypatch):
+    paths = write_sources(tmp_path)
+    loaded = data.load_sources(paths, vocab_size=VOCAB, cache_dir=tmp_path / "cache")
+    alone = load(paths["general"], tmp_path / "cache")
+    assert loaded.corpus_hash != alone.corpus_hash
+    assert loaded.tokenizer.to_str() != alone.tokenizer.to_str()
+    texts = {
+        name: [
+            loaded.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+            for tokens in (loaded.train[name], loaded.validation[name])
+        ]
+        for name in paths
+    }
+    (text, *_), _ = corpus.split_documents(corpus.load_documents(paths["quality"]))
+    assert text.text in texts["general"][1]  # what the other source holds out
+    assert text.text not in texts["quality"][0]
+    assert "proof 3 of 9" in "".join(texts["quality"])
+
+    monkeypatch.setattr(data, "_build", lambda *_: pytest.fail("built again"))
+    again = data.load_sources(paths, vocab_size=VOCAB, cache_dir=tmp_path / "cache")
+    np.testing.assert_array_equal(again.train["quality"], loaded.train["quality"])
+
+
+def test_a_source_that_is_all_held_out_elsewhere_is_refused(tmp_path: Path):
+    paths = write_sources(tmp_path)
+    _, held_out = corpus.split_documents(corpus.load_documents(paths["general"]))
+    lines = [json.dumps({"text": text}) for text in (held_out[0].text, held_out[1].text)]
+    paths["quality"].write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="hold out every text that 'quality' has to train on"):
+        data.load_sources(paths, vocab_size=VOCAB, cache_dir=tmp_path / "cache")
