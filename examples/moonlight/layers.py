@@ -200,7 +200,7 @@ def causal_attention(
     hot_share_h = None
     if execution.monitor:
         logits = q_bthp.shape[0] * time * (time + 1) / 2
-        hot_share_h = sum(hot_h.astype(jnp.float32) for hot_h in hots) / logits
+        hot_share_h = jnp.stack(hots).astype(jnp.float32).sum(axis=0) / logits
     return jnp.concatenate(outs, axis=1), AttentionStats(jnp.stack(maxima).max(axis=0), hot_share_h)
 
 
@@ -258,7 +258,7 @@ def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.R
 
 def run_layer(
     layer: nnx.Module,
-    run: Callable[[Any, PyTree], tuple[PyTree, PyTree]],
+    run: Callable[[Any, PyTree, Any], tuple[PyTree, PyTree]],
     carry: PyTree,
     xs: Any,
     execution: Execution,
@@ -270,7 +270,7 @@ def run_layer(
 
 def scan_layers(
     layers: nnx.Module,
-    run: Callable[[Any, PyTree], tuple[PyTree, PyTree]],
+    run: Callable[[Any, PyTree, Any], tuple[PyTree, PyTree]],
     carry: PyTree,
     xs: Any,
     execution: Execution,
