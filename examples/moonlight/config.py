@@ -6,7 +6,7 @@ under one execution runs under any other, to rounding.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -74,14 +74,7 @@ class MoonlightConfig:
 
     def __post_init__(self):
         """Raises ValueError for a field, or a pair of fields, that no model can have."""
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is int:
-                least = 0 if field.name == "first_k_dense_replace" else 1
-                if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                    raise ValueError(f"{field.name} must be an integer >= {least}, got {value!r}.")
-            elif field.type is float and not 0 < value < float("inf"):
-                raise ValueError(f"{field.name} must be a positive finite number, got {value!r}.")
+        check_fields(self, may_be_zero=("first_k_dense_replace",))
         if self.qk_rope_head_dim % 2:
             raise ValueError(
                 "qk_rope_head_dim must be even, because rope rotates pairs; "
@@ -117,6 +110,28 @@ class MoonlightConfig:
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}.")
         return PRESETS[name]
+
+
+def check_fields(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
+    """Checks the fields of an architecture one by one, by their types.
+
+    Args:
+        config: A dataclass whose fields are integers, positive numbers, and booleans.
+        may_be_zero: Names of the integers that may.
+
+    Raises:
+        ValueError: One is not what its type says.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type is int:
+            least = 0 if field.name in may_be_zero else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{field.name} must be an integer >= {least}, got {value!r}.")
+        elif field.type is float and not 0 < value < float("inf"):
+            raise ValueError(f"{field.name} must be a positive finite number, got {value!r}.")
+        elif field.type is bool and not isinstance(value, bool):
+            raise ValueError(f"{field.name} must be true or false, got {value!r}.")
 
 
 # The gate scales are those printed with Figure 6 of arXiv 2502.16982; `gate_scale` derives them.
