@@ -129,8 +129,10 @@ def _run_group(
     sources: Sequence[Inexact[Array, "_ _ _"]],
 ) -> list[tuple[Member, Inexact[Array, "_ _ _"], Float[Array, "_"] | None]]:
     """Orthogonalize a group; return each member's results as the parameter's shard holds them."""
-    stack = jnp.concatenate([source.reshape(len(source), -1) for source in sources])
     runner = PartRunner(group, sizes, update)
+    stack = jnp.concatenate(
+        [source.reshape(len(source), *runner.source_piece) for source in sources]
+    )
     outcomes = [runner(part, stack[part.start : part.stop]) for part in group.parts]
 
     out, start = [], 0

@@ -107,9 +107,9 @@ class Cut(NamedTuple):
         return Cut(rows, cols)
 
     def join(
-        self, pieces: Inexact[Array, "_ batch _"], axes: Sequence[str], sizes: Sizes
+        self, pieces: Inexact[Array, "_ batch *piece"], axes: Sequence[str], sizes: Sizes
     ) -> Inexact[Array, "batch _ _"]:
-        """Put the pieces of all coordinates along `axes` (row-major) together."""
+        """Put the pieces of all coordinates along `axes` (row-major) together, flat or not."""
         count = pieces.shape[1]
         lengths = [length for side in self for _, length in side]
         x = pieces.reshape(*(sizes[axis] for axis in axes), count, *lengths)
@@ -119,15 +119,15 @@ class Cut(NamedTuple):
 
     def split(
         self, matrices: Inexact[Array, "batch _ _"], axes: Sequence[str], sizes: Sizes
-    ) -> Inexact[Array, "_ batch _"]:
-        """The inverse of `join`: the pieces of all coordinates along `axes`, flattened."""
+    ) -> Inexact[Array, "_ batch _ _"]:
+        """The inverse of `join`: the pieces of all coordinates along `axes`."""
         count = len(matrices)
         runs = [run for side in self for run in side]
         split = [n for named, length in runs for n in (*(sizes[a] for a in named), length)]
         order = self._order(axes)
         inverse = sorted(range(len(order)), key=order.__getitem__)
         x = matrices.reshape(count, *split).transpose(inverse)
-        return x.reshape(math.prod(sizes[axis] for axis in axes), count, -1)
+        return x.reshape(math.prod(sizes[axis] for axis in axes), count, *self.local)
 
     def _whole(self, sizes: Sizes) -> tuple[int, int]:
         rows, cols = (

@@ -2,6 +2,10 @@
 
 A part's matrices all take one route (`_plan`). The program is the same on all devices; what differs
 between them, such as which slots are empty, they look up in tables by their own coordinates.
+
+Pieces keep their rows and columns on the way. Flattened, they would move the same bytes; but the
+TPU keeps arrays in tiles of rows and columns, and its compiler takes minutes over the long vectors.
+Only where a group's matrices are cut in pieces of several shapes do they travel flat.
 """
 
 import math
@@ -29,10 +33,12 @@ class PartRunner:
         self.update = update
         self.sources = [m.source for m in group.members for _ in range(m.matrices)]
         self.targets = [m.target for m in group.members for _ in range(m.matrices)]
+        self.source_piece = _common_shape([m.source for m in group.members])
+        self.target_piece = _common_shape([m.target for m in group.members])
 
     def __call__(
-        self, part: Part, pieces: Inexact[Array, "count piece"]
-    ) -> tuple[Inexact[Array, "stacked count _"], Float[Array, "stacked count"] | None]:
+        self, part: Part, pieces: Inexact[Array, "count *piece"]
+    ) -> tuple[Inexact[Array, "stacked count *_"], Float[Array, "stacked count"] | None]:
         """The results as the parameter's shards cut them, and their measured factors."""
         with jax.named_scope("muon.exchange"):
             matrices = self.to_owners(part, pieces)
@@ -52,7 +58,7 @@ class PartRunner:
     # --- To the owners ---------------------------------------------------------------------------
 
     def to_owners(
-        self, part: Part, pieces: Inexact[Array, "count piece"]
+        self, part: Part, pieces: Inexact[Array, "count *piece"]
     ) -> Inexact[Array, "slots rows cols"]:
         axes = self.shape.pieces
         if part.owners is None:
@@ -64,16 +70,17 @@ class PartRunner:
         )
 
     def addressed(
-        self, part: Part, pieces: Inexact[Array, "count piece"]
-    ) -> Inexact[Array, "devices slots piece"]:
+        self, part: Part, pieces: Inexact[Array, "count *piece"]
+    ) -> Inexact[Array, "devices slots *piece"]:
         """For each coordinate along `pieces`, what goes there from this copy's point of view."""
         axes = self.shape.pieces
         copies = [axis for axis in self.shape.team if axis not in axes]
         table = self.arrange(part.owners, self.shape.team, [*copies, *axes], rest=1)
         table = table.reshape(self.length(copies), self.length(axes), part.slots)
         if not copies and np.array_equal(table.ravel(), np.arange(part.matrices)):
-            return pieces.reshape(*table.shape[1:], -1)
-        padded = jnp.pad(pieces, ((0, 1), (0, 0)))  # the last row is what empty slots hold
+            return pieces.reshape(*table.shape[1:], *pieces.shape[1:])
+        # The last is what empty slots hold.
+        padded = jnp.pad(pieces, ((0, 1), *[(0, 0)] * (pieces.ndim - 1)))
         index = jnp.asarray(np.where(table < 0, part.matrices, table))
         return padded[index[axes_index(copies)]]
 
@@ -98,46 +105,48 @@ class PartRunner:
 
     def from_everyone(
         self, part: Part, results: Inexact[Array, "count rows cols"]
-    ) -> Inexact[Array, "stacked count _"]:
+    ) -> Inexact[Array, "stacked count *_"]:
         kept = self.shape.kept
         with jax.named_scope("muon.gather"):
-            cut = self.cut_for(part, self.targets, kept, results)
+            cut = self.cut_for(part, self.targets, kept, self.target_piece, results)
             return all_gather(cut[axes_index(kept)], self.shape.stacked)
 
     def back(
         self, part: Part, results: Inexact[Array, "slots _ cols"]
-    ) -> Inexact[Array, "stacked count _"]:
+    ) -> Inexact[Array, "stacked count *_"]:
         kept, gathered = self.shape.kept, self.shape.gathered
         with jax.named_scope("muon.return"):
-            if kept:
-                returned = all_to_all(self.cut_for(part, self.targets, kept, results), kept)
-            else:
-                returned = results.reshape(1, part.slots, -1)
+            returned = all_to_all(
+                self.cut_for(part, self.targets, kept, self.target_piece, results), kept
+            )
         with jax.named_scope("muon.gather"):
+            rest = returned.ndim - 1
             out = all_gather(returned, gathered)
             have, want = (*gathered, *kept), (*self.shape.stacked, *self.shape.team)
-            out = self.arrange(out, have, want, rest=2)
+            out = self.arrange(out, have, want, rest)
             if self.returns_rows(part):
                 out = self.join_rows(part, out)
-            out = out.reshape(self.length(self.shape.stacked), -1, out.shape[-1])
+            out = out.reshape(self.length(self.shape.stacked), -1, *out.shape[1 - rest :])
             return self.in_order(part, out)
 
     def back_through_state(
         self, part: Part, results: Inexact[Array, "slots rows cols"]
-    ) -> Inexact[Array, "stacked count _"]:
+    ) -> Inexact[Array, "stacked count *_"]:
         pieces, gathered = self.shape.pieces, self.shape.gathered
         with jax.named_scope("muon.return"):
-            returned = all_to_all(self.cut_for(part, self.sources, pieces, results), pieces)
-            mine = self.in_order(part, returned.reshape(1, -1, returned.shape[-1]))[0]
+            returned = all_to_all(
+                self.cut_for(part, self.sources, pieces, self.source_piece, results), pieces
+            )
+            mine = self.in_order(part, returned.reshape(1, -1, *returned.shape[2:]))[0]
         with jax.named_scope("muon.gather"):
             out = all_gather(mine, gathered)
             stacked = self.length(self.shape.stacked)
             inner = gathered[len(self.shape.stacked) :]
-            out = out.reshape(stacked, -1, part.matrices, out.shape[-1])
+            out = out.reshape(stacked, -1, *mine.shape)
 
             def join(cut: Cut) -> jax.Array:
                 joined = [cut.only(inner).join(one, inner, self.sizes) for one in out]
-                return jnp.stack([one.reshape(part.matrices, -1) for one in joined])
+                return jnp.stack([one.reshape(part.matrices, *self.target_piece) for one in joined])
 
             return self.select(
                 [self.sources[i] for i in range(part.start, part.stop)], None, join, axis=1
@@ -153,18 +162,20 @@ class PartRunner:
             out = all_gather(measured, axes).reshape(self.length(self.shape.stacked), -1, 1)
             return self.in_order(part, out)[..., 0]
 
-    def join_rows(self, part: Part, out: Inexact[Array, "*devices _ _"]) -> Inexact[Array, "..."]:
+    def join_rows(
+        self, part: Part, out: Inexact[Array, "*devices slots own cols"]
+    ) -> Inexact[Array, "..."]:
         """Put each matrix's rows together, which neighbours along `part.axis` hold."""
         assert part.axis is not None
-        *devices, slots, length = out.shape
+        *devices, slots, own, cols = out.shape
         where = len(self.shape.stacked) + self.shape.team.index(part.axis)
         split = [*devices[:where], devices[where] // part.ways, part.ways, *devices[where + 1 :]]
-        out = jnp.moveaxis(out.reshape(*split, slots, length), where + 1, -2)
-        return out.reshape(*out.shape[:-2], part.ways * length)
+        out = jnp.moveaxis(out.reshape(*split, slots, own, cols), where + 1, -3)
+        return out.reshape(*out.shape[:-3], part.ways * own, cols)
 
     def in_order(
-        self, part: Part, slots: Inexact[Array, "stacked slots _"]
-    ) -> Inexact[Array, "stacked count _"]:
+        self, part: Part, slots: Inexact[Array, "stacked slots *_"]
+    ) -> Inexact[Array, "stacked count *_"]:
         """From all slots of all devices to the matrices in the group's order."""
         assert part.owners is not None
         owners = part.owners
@@ -207,12 +218,18 @@ class PartRunner:
         part: Part,
         cuts: Sequence[Cut],
         axes: Sequence[str],
+        piece: tuple[int, ...],
         matrices: Inexact[Array, "slots rows cols"],
-    ) -> Inexact[Array, "devices slots _"]:
+    ) -> Inexact[Array, "devices slots *piece"]:
         """Cut the matrices on this device into pieces along `axes`."""
         if not axes:
-            return matrices.reshape(1, part.slots, -1)
-        return self.by_cut(part, cuts, lambda c: c.split(matrices, axes, self.sizes), axis=1)
+            return matrices[None]
+
+        def split(cut: Cut) -> jax.Array:
+            pieces = cut.split(matrices, axes, self.sizes)
+            return pieces.reshape(*pieces.shape[:2], *piece)
+
+        return self.by_cut(part, cuts, split, axis=1)
 
     def by_cut(
         self, part: Part, cuts: Sequence[Cut], function: Callable[[Cut], jax.Array], axis: int
@@ -241,3 +258,9 @@ class PartRunner:
         for number, kind in enumerate(kinds[1:], start=1):
             out = jnp.where(mine.reshape(shape) == number, function(kind), out)
         return out
+
+
+def _common_shape(cuts: Sequence[Cut]) -> tuple[int, ...]:
+    """The rows and columns of the pieces of all these cuts; if they differ, that of flat ones."""
+    shapes = {cut.local for cut in cuts}
+    return shapes.pop() if len(shapes) == 1 else (-1,)

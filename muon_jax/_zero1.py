@@ -209,10 +209,16 @@ def gather_to_params(
     for (axes, *_), members in together.items():
         if not axes:
             continue
-        flat = [shards[i].reshape(-1) for i in members]
         with jax.named_scope("adamw.gather"):
-            pieces = all_gather(jnp.concatenate(flat) if len(flat) > 1 else flat[0], axes)
+            if len(members) == 1:  # a large one keeps its axes, see `_parts`
+                sending = shards[members[0]]
+            else:
+                sending = jnp.concatenate([shards[i].reshape(-1) for i in members])
+            pieces = all_gather(sending, axes)
         sent += pieces.nbytes * others(len(pieces))
+        if len(members) == 1:
+            out[members[0]] = _join(pieces, layouts[members[0]], axes, sizes)
+            continue
         start = 0
         for i in members:
             stop = start + shards[i].size
@@ -223,7 +229,7 @@ def gather_to_params(
 
 
 def _join(
-    pieces: Inexact[Array, "devices shard"], layout: Layout, axes: Sequence[str], sizes: Sizes
+    pieces: Inexact[Array, "devices *shard"], layout: Layout, axes: Sequence[str], sizes: Sizes
 ) -> Inexact[Array, "..."]:
     local = local_shape(layout.shape, layout.state, sizes)
     x = pieces.reshape(*(sizes[axis] for axis in axes), *local)
