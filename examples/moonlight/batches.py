@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from examples.moonlight.schedule import Plan
+
 # Weights become integers of this sum, so that counts are exact however long the run.
 _SHARES = 1_000_000
 
@@ -29,6 +31,14 @@ class Span(NamedTuple):
 
     windows: int
     weights: Mapping[str, float]
+
+
+def plan_spans(plan: Plan, sizes: Mapping[str, float]) -> list[Span]:
+    """The mixes of a plan; where a stage has none, by the sources' sizes."""
+    spans = ((segment.steps * segment.batch, segment.mix or sizes) for segment in plan.segments)
+    # A mix goes on as it is where only something else changes.
+    merged = itertools.groupby(spans, key=lambda span: span[1])
+    return [Span(sum(windows for windows, _ in group), mix) for mix, group in merged]
 
 
 def train_batches(
@@ -96,6 +106,12 @@ class StagedMix(grain.transforms.DatasetSelectionMap):
         for span, shares in zip(spans[:-1], self._shares, strict=False):
             counts = _counts(span.windows, shares)
             self._read.append([a + b for a, b in zip(self._read[-1], counts, strict=True)])
+
+    def read(self, windows: int) -> list[int]:
+        """How many of the first windows are of each source: where each of them goes on."""
+        place = bisect.bisect_right(self._starts, windows) - 1
+        counts = _counts(windows - self._starts[place], self._shares[place])
+        return [a + b for a, b in zip(self._read[place], counts, strict=True)]
 
     def __len__(self) -> int:
         return sys.maxsize

@@ -7,9 +7,14 @@ checkpoint is whole or absent. Three items lie side by side, so that whoever nee
   model      parameters and router bias, as pure nested dicts
   optimizer  the optax state
   progress   JSON: what the loop needs besides arrays (the position in the data, seconds spent)
+
+A run keeps its most recent checkpoints, the best by validation loss, the ends of its stages, and
+the first after every so many tokens: to any of them it can go back.
 """
 
-from collections.abc import Mapping
+import dataclasses
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +22,9 @@ import jax
 import orbax.checkpoint as ocp
 
 PyTree = Any
+
+# The folder of a run's checkpoints, in the run's.
+CHECKPOINTS = "checkpoints"
 
 _policies = ocp.checkpoint_managers
 
@@ -30,24 +38,56 @@ class Restored(NamedTuple):
     progress: dict[str, Any]
 
 
+@dataclasses.dataclass
+class EveryTokens:
+    """Orbax' policy that preserves the first checkpoint after every so many tokens.
+
+    It looks at no clock and no earlier decision: what is kept follows from the steps that are there.
+
+    Attributes:
+        interval: Tokens.
+        tokens_at: The tokens that are behind a run after so many steps.
+    """
+
+    interval: int
+    tokens_at: Callable[[int], int]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Whether each checkpoint, in order of steps, is preserved."""
+        del context
+        passed = [self.tokens_at(info.step) // self.interval for info in checkpoints]
+        return [now > before for before, now in zip([0, *passed], passed, strict=False)]
+
+
 class Checkpoints:
-    """The checkpoints of one run: its most recent ones, and the best by validation loss.
+    """The checkpoints of one run.
 
     Args:
         directory: absolute or relative; created when missing.
-        max_to_keep: how many of the most recent to keep; the best one comes on top.
+        max_to_keep: how many of the most recent to keep; what else is kept comes on top.
+        keep_steps: steps whose checkpoints are kept for good.
+        every_tokens: keeps the first checkpoint after every so many tokens; None for none.
     """
 
-    def __init__(self, directory: Path, *, max_to_keep: int):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        max_to_keep: int,
+        keep_steps: Collection[int] = (),
+        every_tokens: EveryTokens | None = None,
+    ):
         if max_to_keep < 1:
             raise ValueError(f"--max-to-keep must be at least 1, got {max_to_keep}")
-        keep = _policies.AnyPreservationPolicy(
-            [
-                _policies.LatestN(max_to_keep),
-                # The highest of the metric is kept, and the best loss is the lowest.
-                _policies.BestN(get_metric_fn=lambda metrics: -metrics["val_loss"], n=1),
-            ]
-        )
+        policies = [
+            _policies.LatestN(max_to_keep),
+            # The highest of the metric is kept, and the best loss is the lowest.
+            _policies.BestN(get_metric_fn=lambda metrics: -metrics["val_loss"], n=1),
+            _policies.CustomSteps([*keep_steps]),
+        ]
+        if every_tokens is not None:
+            policies.append(every_tokens)
+        keep = _policies.AnyPreservationPolicy(policies)
         self._manager = ocp.CheckpointManager(
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -92,6 +132,16 @@ class Checkpoints:
             metrics={"val_loss": val_loss},
         )
 
+    def delete_after(self, step: int) -> list[int]:
+        """Deletes every checkpoint after a step, and returns which.
+
+        The newest goes first: killed half-way, the run goes on from what is left.
+        """
+        later = [other for other in self.all_steps() if other > step]
+        for other in reversed(later):
+            self._manager.delete(other)
+        return later
+
     def restore(self, *, model: PyTree, optimizer: PyTree) -> Restored:
         """Reads the newest checkpoint into the structure, dtypes and shardings of the arguments.
 
@@ -115,6 +165,21 @@ class Checkpoints:
     def close(self) -> None:
         """Lets go of Orbax' threads."""
         self._manager.close()
+
+
+def kept_steps(directory: Path) -> list[int]:
+    """The steps that a run's folder of checkpoints keeps, in order; the folder is left as it is."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def copy_checkpoint(source: Path, step: int, target: Path) -> None:
+    """Copies one checkpoint of a run into another's folder of checkpoints, whole or not at all."""
+    target.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}-{step}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source / str(step), partial)
+    partial.rename(target / str(step))
 
 
 def read_model(directory: Path, target: PyTree, which: str | int = "last") -> tuple[int, PyTree]:

@@ -112,20 +112,30 @@ class ModelStats(NamedTuple):
     mlp_rms_l: jax.Array | None
 
 
-def merge_stats(stats: ModelStats) -> ModelStats:
-    """The statistics of one step from those of its micro-batches, stacked along a leading axis."""
+def merge_stats(stats: ModelStats, count: int | jax.Array) -> ModelStats:
+    """The statistics of one step from those of its micro-batches.
+
+    Args:
+        stats: Stacked along a leading axis.
+        count: How many there are; entries after them are 0.
+    """
+
+    def mean(x_a: jax.Array | None) -> jax.Array | None:
+        return None if x_a is None else x_a.sum(axis=0) / count
 
     def rms(x_al: jax.Array | None) -> jax.Array | None:
-        return None if x_al is None else jnp.sqrt(jnp.mean(jnp.square(x_al), axis=0))
+        return None if x_al is None else jnp.sqrt(jnp.square(x_al).sum(axis=0) / count)
 
     def total(x_a: jax.Array | None) -> jax.Array | None:
         return None if x_a is None else x_a.sum(axis=0)
 
+    there_a = jnp.arange(len(stats.max_logit_lh)) < count
+    logit_alh = jnp.where(there_a[:, None, None], stats.max_logit_lh, -jnp.inf)
     return ModelStats(
         load_le=total(stats.load_le),
         dropped_l=total(stats.dropped_l),
-        max_logit_lh=stats.max_logit_lh.max(axis=0),
-        hot_share_lh=None if stats.hot_share_lh is None else stats.hot_share_lh.mean(axis=0),
+        max_logit_lh=logit_alh.max(axis=0),
+        hot_share_lh=mean(stats.hot_share_lh),
         attention_rms_l=rms(stats.attention_rms_l),
         mlp_rms_l=rms(stats.mlp_rms_l),
     )

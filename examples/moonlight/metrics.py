@@ -5,7 +5,7 @@ killed run wrote after its last checkpoint is cut off on resume, so each step ap
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from tensorboardX import SummaryWriter
 from examples.moonlight.files import write_atomically
 
 FILE = "metrics.jsonl"
-TRAIN, VALIDATION = "train", "validation"
+TRAIN, VALIDATION, MONITOR = "train", "validation", "monitor"
 
 
 def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
-    """The records of one kind, `TRAIN` or `VALIDATION`, in order of their steps."""
+    """The records of one kind, `TRAIN`, `VALIDATION` or `MONITOR`, in order of their steps."""
     records = map(json.loads, path.read_text().splitlines())
     return [record for record in records if record["kind"] == kind]
 
@@ -37,16 +37,25 @@ class MetricsLog:
 
     def __init__(self, folder: Path, *, after_step: int):
         self._path = folder / FILE
-        _cut_off(self._path, after_step)
+        write_records(self._path, records_until(self._path, after_step))
         self._file = self._path.open("a", encoding="utf-8")
         # purge_step makes TensorBoard forget what a killed run wrote beyond its checkpoint.
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=after_step + 1)
 
-    def write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        """Adds one record; `step` counts finished optimizer steps, so the first is 1."""
+    def write(
+        self,
+        kind: str,
+        step: int,
+        values: Mapping[str, Any],
+        scalars: Mapping[str, float] | None = None,
+    ) -> None:
+        """Adds one record; `step` counts finished optimizer steps, so the first is 1.
+
+        TensorBoard gets the `scalars`: where they are left out, the values themselves.
+        """
         record = {"kind": kind, "step": step, **values}
         self._file.write(json.dumps(record) + "\n")
-        for name, value in values.items():
+        for name, value in (values if scalars is None else scalars).items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def flush(self) -> None:
@@ -60,7 +69,12 @@ class MetricsLog:
         self._board.close()
 
 
-def _cut_off(path: Path, step: int) -> None:
+def records_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """The records up to a step, of all kinds, in order.
+
+    Raises:
+        ValueError: Steps are missing.
+    """
     kept = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -76,4 +90,9 @@ def _cut_off(path: Path, step: int) -> None:
             f"{path} lacks steps that the checkpoint of step {step} has behind it: the file was "
             "changed; start again in another --output-dir"
         )
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    return kept
+
+
+def write_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces a file of records, whole or not at all."""
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records).encode())

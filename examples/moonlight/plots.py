@@ -1,4 +1,4 @@
-"""Loss curves: of one run, and of optimizers against each other."""
+"""Loss curves: of one run, and of optimizers against each other. And the plan of a run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +9,8 @@ matplotlib.use("Agg")  # No display is needed, and none is looked for.
 
 import matplotlib.pyplot as plt
 import numpy as np
+
+from examples.moonlight.schedule import Plan
 
 Curve = tuple[Sequence[int], Sequence[float]]
 
@@ -109,6 +111,63 @@ def draw_comparison(path: Path, curves: Mapping[str, Sequence[Curve]], *, title:
     axes.legend()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def draw_plan(path: Path, plan: Plan, *, title: str) -> None:
+    """Draws learning rate, batch size and bias rate of a plan over its tokens into a PNG.
+
+    Args:
+        path: The PNG to write.
+        plan: What to draw.
+        title: Whose plan it is.
+    """
+    total = plan.tokens(plan.steps)
+    unit, size = next(((u, s) for u, s in _UNITS if total >= s), ("", 1))
+    figure, rows = plt.subplots(
+        3, 1, figsize=(8, 6.4), sharex=True, height_ratios=(3, 1.4, 1.4), layout="constrained"
+    )
+    tokens, rates, batches, bias_rates = [], [], [], []
+    for start, segment in zip(plan.starts, plan.segments, strict=False):
+        # Enough points for a curve; the last step, not the next segment's first.
+        steps = np.unique(np.linspace(start, start + segment.steps - 1, 200).astype(int))
+        first, each = plan.tokens(start), segment.batch * plan.sequence_length
+        tokens += [first / size, *((first + (steps - start + 0.5) * each) / size)]
+        tokens += [(first + segment.steps * each) / size]
+        drawn = np.asarray(plan.learning_rate(steps)).tolist()
+        rates += [drawn[0], *drawn, drawn[-1]]
+        batches += [segment.batch] * (len(steps) + 2)
+        bias_rates += [segment.bias_rate] * (len(steps) + 2)
+    for axes, values, label in zip(
+        rows, (rates, batches, bias_rates), ("learning rate", "sequences", "bias rate"), strict=True
+    ):
+        axes.plot(tokens, values, color="tab:blue", linewidth=1.8)
+        axes.set_ylim(0, 1.15 * max(*values, 1e-12))
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        for end in plan.stage_ends().values():
+            axes.axvline(plan.tokens(end) / size, color="black", linestyle=":", linewidth=1)
+    rows[1].set_ylabel("sequences\nper step")
+    starts = [0, *plan.stage_ends().values()]
+    for start, end, (name, _) in zip(starts, starts[1:], plan.stage_ends().items(), strict=False):
+        low, high = plan.tokens(start) / total, plan.tokens(end) / total
+        # A stage too narrow for its name has it to the right of its end.
+        narrow = high - low < 0.1
+        rows[0].annotate(
+            name,
+            (high if narrow else (low + high) / 2, 1),
+            xycoords=("axes fraction", "axes fraction"),
+            xytext=(3 if narrow and high < 0.9 else 0, 3),
+            textcoords="offset points",
+            ha="left" if narrow and high < 0.9 else "right" if narrow else "center",
+        )
+    rows[0].set_xlim(0, total / size)
+    rows[-1].set_xlabel(f"tokens{f' ({unit})' if unit else ''}")
+    rows[0].set_title(f"{title}: {plan.steps:,} steps", pad=18)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+_UNITS = (("trillions", 10**12), ("billions", 10**9), ("millions", 10**6), ("thousands", 10**3))
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:

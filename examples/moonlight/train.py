@@ -368,7 +368,7 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
                 sharding.place(None, None, BATCH_AXES),
                 *2 * [replicated],
             ),
-            out_shardings=(shardings, replicated),
+            out_shardings=(shardings, replicated, replicated),
         )
         .lower(state, buffer_sabt, 0, 0)
         .compile()
@@ -397,7 +397,7 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
             for i in range(count):
                 for j in range(recipe.gradient_accumulation):
                     buffer_sabt[i, j] = next(batches)
-            state, measured = jax.block_until_ready(train_steps(state, buffer_sabt, step, count))
+            state, measured, _ = jax.block_until_ready(train_steps(state, buffer_sabt, step, count))
             call_seconds = time.perf_counter() - called
             clock["step_seconds"] += call_seconds
 
@@ -416,7 +416,7 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
 
             saves = step % args.checkpoint_every == 0 or step == recipe.steps
             if saves or step % args.eval_every == 0:
-                val_loss = float(validate(state.params, state.bias, windows_kbt))
+                val_loss = float(validate(state.params, state.bias, windows_kbt).mean())
                 log.write(metrics.VALIDATION, step, {"val_loss": val_loss})
                 bar.console.print(
                     f"step {step:>6}  loss {loss:.4f}  validation {val_loss:.4f}  "

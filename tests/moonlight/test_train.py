@@ -23,8 +23,9 @@ from tokenizers import Tokenizer
 
 from examples.moonlight import metrics, sample
 from examples.moonlight.checkpoint import Checkpoints, Restored
+from examples.moonlight.config import MoonlightConfig
 from examples.moonlight.files import write_atomically
-from examples.moonlight.model import Moonlight, MoonlightConfig, RouterBias
+from examples.moonlight.model import Moonlight, RouterBias
 from examples.moonlight.steps import StepMetrics, TrainState, make_train_steps
 from examples.moonlight.train import RECIPES, Args, make_optimizer, make_schedule, resolve, train
 
@@ -227,8 +228,8 @@ def test_accumulated_micro_batches_equal_one_batch():
     graphdef, state = split(toy.CONFIG, optimizer)
     steps = jax.jit(make_train_steps(graphdef, optimizer, schedule, bias_rate=1e-3))
     tokens = np.random.default_rng(0).integers(0, 300, (3, 1, 8, 17)).astype(np.int32)
-    whole, whole_metrics = steps(state, tokens, 0, 3)
-    parts, parts_metrics = steps(state, tokens.reshape(3, 4, 2, 17), 0, 3)
+    whole, whole_metrics, _ = steps(state, tokens, 0, 3)
+    parts, parts_metrics, _ = steps(state, tokens.reshape(3, 4, 2, 17), 0, 3)
     for ours, theirs in zip(
         jax.tree.leaves((parts.params, parts.opt_state, parts_metrics)),
         jax.tree.leaves((whole.params, whole.opt_state, whole_metrics)),
@@ -249,9 +250,9 @@ def test_calls_of_any_length_compute_the_same_bits():
     graphdef, state = split(toy.CONFIG, optimizer)
     steps = jax.jit(make_train_steps(graphdef, optimizer, schedule, bias_rate=1e-3))
     tokens = np.random.default_rng(0).integers(0, 300, (5, 1, 2, 17)).astype(np.int32)
-    once, measured = steps(state, tokens, 0, 5)
-    twice, first = steps(state, tokens, 0, 2)
-    twice, second = steps(twice, np.roll(tokens, -2, axis=0), 2, 3)
+    once, measured, _ = steps(state, tokens, 0, 5)
+    twice, first, _ = steps(state, tokens, 0, 2)
+    twice, second, _ = steps(twice, np.roll(tokens, -2, axis=0), 2, 3)
     for ours, theirs in zip(jax.tree.leaves(twice), jax.tree.leaves(once), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_array_equal(jnp.concatenate([first.loss[:2], second.loss[:3]]), measured.loss)

@@ -1,0 +1,260 @@
+"""What a training takes from the command line, and from its preset where that is silent."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+
+class Recipe(NamedTuple):
+    """What a preset trains with where the command line is silent; the names are those of `Args`."""
+
+    schedule: Literal["cosine", "moonlight"]
+    learning_rate: float
+    total_tokens: int
+    batch_size: int
+    sequence_length: int
+    gradient_accumulation: int
+    warmup_steps: int | None = None
+    cooldown_at: int | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of the largest optimizer step."""
+        return self.gradient_accumulation * self.batch_size * self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, if all are the largest."""
+        return self.total_tokens // self.tokens_per_step
+
+
+RECIPES = {
+    # About three minutes on two CPU cores: 1,200 steps. The rate is AdamW's best of `compare.py`'s
+    # grid.
+    "tiny": Recipe("cosine", 4e-3, 1_228_800, 8, 128, 1),
+    # A starting point for one accelerator: 10,000 steps.
+    "small": Recipe("cosine", 1e-3, 163_840_000, 16, 1024, 1),
+    # As published; without sharding it fits no single device.
+    "moonlight-16b-a3b": Recipe("moonlight", 4.2e-4, 5_700_000_000_000, 4, 8192, 1024),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Trains a Moonlight on real text. What is left out depends on the preset; see `RECIPES`."""
+
+    output_dir: Path
+    """Folder of the run: settings, metrics, checkpoints, results."""
+    preset: Literal["tiny", "small", "moonlight-16b-a3b"] = "tiny"
+    """Architecture of the model."""
+    optimizer: Literal["muon", "muonclip", "adamw"] = "muon"
+    """Muon (AdamW for embedding, head and norms); the same with QK-Clip behind it; or AdamW for
+    everything."""
+    qk_clip_threshold: float = 100.0
+    """Largest attention logit that muonclip allows; a head above it has its weights scaled."""
+    schedule: Literal["cosine", "moonlight"] | None = None
+    """Warmup and cosine; or the paper's three stages, with its batch ramp, at any size. See
+    `stages.py`, which prints them."""
+    learning_rate: float | None = None
+    """Peak of the schedule, for both optimizers and both of Muon's groups."""
+    weight_decay: float = 0.1
+    """Decoupled, times the learning rate; applied to every parameter."""
+    warmup_steps: int | None = None
+    """Optimizer steps of the first linear warmup; left out, the schedule's share of the tokens."""
+    total_tokens: int | None = None
+    """Tokens to train on, in all."""
+    steps: int | None = None
+    """The same in optimizer steps, where all are of one size (the cosine)."""
+    batch_size: int | None = None
+    """Sequences per micro-batch."""
+    sequence_length: int | None = None
+    """Predicted tokens per sequence."""
+    gradient_accumulation: int | None = None
+    """Micro-batches per optimizer step; the most, where the batch grows."""
+    cooldown_at: int | None = None
+    """Begin the schedule's last stage after this many optimizer steps, earlier than planned."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Activations and products; weights and optimizer states are float32 in any case."""
+    experts: Literal["dense", "ragged"] | None = None
+    """How routed experts are computed; left out, dense on CPU and on a mesh, else as the preset."""
+    mesh: str | None = None
+    """Sizes of the mesh axes data, expert and tensor, such as data=2,expert=2,tensor=2; left out,
+    one device. A resumed run may change it."""
+    bias_rate: float = 1e-3
+    """Step of the router biases that balance the experts, once per optimizer step; a cooldown holds
+    them still."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text file, .jsonl file or folder; left out, the Python standard library's own source. Several
+    sources have names: --data general=texts/ --data quality=best.jsonl."""
+    mix: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Weights of named sources, such as general=9,quality=1: once for the whole run, or once for
+    each stage in order; left out, by their sizes."""
+    cache_dir: Path = Path("runs/corpus")
+    """Where tokenized corpora are cached."""
+    seed: int = 0
+    """Seed of the initial weights."""
+    data_seed: int = 0
+    """Seed of the order of the training windows."""
+    eval_every: int = 200
+    """Optimizer steps between validations; the last step is always validated."""
+    eval_windows: int = 256
+    """Held-out windows of `sequence_length` tokens to validate on, of every source."""
+    checkpoint_every: int = 200
+    """Optimizer steps between checkpoints, which are validated; the last step of every stage is
+    always saved, and kept."""
+    max_to_keep: int = 2
+    """Most recent checkpoints to keep; the best by validation loss is kept besides."""
+    keep_every_tokens: int | None = None
+    """Keep besides, for good, the first checkpoint after every so many tokens."""
+    monitor_every: int = 0
+    """Optimizer steps between records of the stability monitors, which are drawn at the end; 0
+    measures nothing. See `monitors.py`."""
+    steps_per_call: int = 20
+    """Optimizer steps per call into XLA, which saves dispatch time on small models."""
+    prompt: str = "def "
+    """Text that the sample at the end continues."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Continue the run in `output_dir`; start it if nothing is there."""
+    resume_step: int | None = None
+    """Go back to the checkpoint of this step, and continue from there: every later checkpoint and
+    metric of the run is deleted."""
+    branch_from: str | None = None
+    """RUN@STEP: begin with everything that another run had at a checkpoint (weights, optimizer,
+    place in the data), in a new folder and perhaps with other settings. That run stays as it is."""
+
+
+# Arguments that leave the losses alone, so that a resumed run may change them. `data` counts by its
+# hash, wherever it lies.
+FREE = {
+    "output_dir",
+    "data",
+    "cache_dir",
+    "eval_every",
+    "checkpoint_every",
+    "max_to_keep",
+    "keep_every_tokens",
+    "mesh",
+    "monitor_every",
+    "steps_per_call",
+    "prompt",
+    "resume",
+    "resume_step",
+}
+
+_MAY_BE_ZERO = {
+    "weight_decay",
+    "warmup_steps",
+    "bias_rate",
+    "seed",
+    "data_seed",
+    "monitor_every",
+}
+
+
+def resolve(args: Args) -> Recipe:
+    """Takes the preset's recipe where the command line is silent, and rejects what no run can have.
+
+    Raises:
+        ValueError: An argument is out of its range, or does not go with another one.
+    """
+    for name, value in dataclasses.asdict(args).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        least = "not be negative" if name in _MAY_BE_ZERO else "be positive"
+        if not 0 <= value < float("inf") or (value == 0 and name not in _MAY_BE_ZERO):
+            raise ValueError(f"--{name.replace('_', '-')} must {least}, got {value}")
+    asked = {name: x for name in Recipe._fields if (x := getattr(args, name)) is not None}
+    recipe = RECIPES[args.preset]._replace(**asked)
+    if recipe.schedule == "moonlight":
+        if recipe.gradient_accumulation % 2 and args.gradient_accumulation is None:
+            # The batch starts at half its size: smaller micro-batches, and more of them.
+            half = recipe.batch_size if args.batch_size else recipe.batch_size // 2
+            recipe = recipe._replace(
+                batch_size=half, gradient_accumulation=2 * recipe.gradient_accumulation
+            )
+        if recipe.gradient_accumulation % 2:
+            raise ValueError(
+                "--schedule moonlight begins with half of the micro-batches: "
+                f"--gradient-accumulation must be even, got {recipe.gradient_accumulation}"
+            )
+    if args.steps is not None:
+        if recipe.schedule != "cosine" or args.total_tokens is not None:
+            raise ValueError(
+                "--steps goes with --schedule cosine, and not with --total-tokens: elsewhere steps "
+                "differ in size. Give --total-tokens alone"
+            )
+        recipe = recipe._replace(total_tokens=args.steps * recipe.tokens_per_step)
+    if recipe.schedule == "cosine" and (recipe.warmup_steps or 0) >= max(recipe.steps, 1):
+        raise ValueError(
+            f"--warmup-steps ({recipe.warmup_steps}) must be fewer than --steps ({recipe.steps})"
+        )
+    return recipe
+
+
+# A path may hold "=", but then it has a slash or a dot before.
+_NAMED = re.compile(r"([A-Za-z0-9_-]+)=(.+)", re.DOTALL)
+
+
+def parse_sources(data: Sequence[str]) -> dict[str, Path | None]:
+    """The sources' paths by name; a lone one without a name has "".
+
+    Raises:
+        ValueError: Two sources have one name, or one of several has none.
+    """
+    if not data:
+        return {"": None}
+    if len(data) == 1 and not _NAMED.fullmatch(data[0]):
+        return {"": Path(data[0])}
+    sources: dict[str, Path | None] = {}
+    for text in data:
+        match = _NAMED.fullmatch(text)
+        if not match or match[1] in sources:
+            raise ValueError(
+                f"--data {text}: several sources need a name each, of letters, digits, - and _, "
+                "such as --data general=texts/ --data quality=best.jsonl"
+            )
+        sources[match[1]] = Path(match[2])
+    return sources
+
+
+def parse_mixes(mix: Sequence[str], sources: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The weights of every `--mix`.
+
+    Raises:
+        ValueError: One cannot be read, or names a source that is not there, or has no weight.
+    """
+    mixes = []
+    for text in mix:
+        weights: dict[str, float] = {}
+        for part in text.split(","):
+            name, _, weight = (word.strip() for word in part.partition("="))
+            try:
+                value = float(weight)
+            except ValueError:
+                value = -1.0
+            if name not in sources or name in weights or not 0 <= value < float("inf"):
+                raise ValueError(
+                    f"--mix {text}: cannot read {part!r}. Write the weight of each source once, "
+                    f"such as general=9,quality=1; the sources are {', '.join(sources) or 'none'}"
+                )
+            weights[name] = value
+        if not any(weights.values()):
+            raise ValueError(f"--mix {text}: no source has a weight above 0")
+        mixes.append(weights)
+    return mixes
+
+
+def parse_branch(text: str) -> tuple[Path, int]:
+    """The folder and the step of RUN@STEP.
+
+    Raises:
+        ValueError: It is not of that form.
+    """
+    folder, at, step = text.rpartition("@")
+    if not at or not folder or not step.isdecimal():
+        raise ValueError(f"--branch-from {text}: write RUN@STEP, such as runs/moonlight@1000")
+    return Path(folder), int(step)
