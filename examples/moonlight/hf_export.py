@@ -1,0 +1,318 @@
+"""Weights into a Hugging Face directory that transformers loads without any code of ours.
+
+    python -m examples.moonlight.hf_export --run runs/moonlight --output hf/
+    AutoModelForCausalLM.from_pretrained("hf/"), AutoTokenizer.from_pretrained("hf/")
+
+Written are the layout and the keys of the published weights: one tensor per expert, `rope_theta`,
+`torch_dtype`. Tensors are fetched one by one from the devices on which they lie, and only one
+shard's are on the host at a time. The directory gets its name when everything in it is written.
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import ml_dtypes
+import numpy as np
+import rich
+import tyro
+from flax import nnx
+from rich.console import Console
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from examples.moonlight import hf_names
+from examples.moonlight.config import Execution
+from examples.moonlight.data import END_OF_TEXT
+from examples.moonlight.hf_config import CONFIG_FILE, ModelConfig, config_fields, read_json
+from examples.moonlight.hf_files import INDEX_FILE, SINGLE_FILE
+from examples.moonlight.hf_import import bounds_of, byte_bar, path_names
+from examples.moonlight.model_folder import open_model
+from examples.moonlight.sharding import ModelSharding, make_mesh
+from examples.moonlight.tokenizer import load_tokenizer
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+# Of each shard, in bytes: what the host needs besides the devices' memory.
+MAX_SHARD_SIZE = 2_000_000_000
+
+TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+
+# What a model's folder may have besides, and what comes along from one to the next.
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    TOKENIZER_CONFIG_FILE,
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+
+
+def export_pretrained(
+    folder: Path,
+    config: ModelConfig,
+    params: nnx.State,
+    bias: nnx.State,
+    *,
+    tokenizer: Path | None = None,
+    dtype: str = "bfloat16",
+    max_shard_size: int = MAX_SHARD_SIZE,
+    console: Console | None = None,
+) -> None:
+    """Writes a model as a Hugging Face directory, whole or not at all.
+
+    Args:
+        folder: Where to; it must not exist, or be empty.
+        config: The architecture.
+        params: The parameters, on any devices of this process.
+        bias: The routers' biases.
+        tokenizer: A `tokenizer.json`, or the folder of a model or run that has one, from which
+            chat template and token ids come along. None writes none.
+        dtype: "bfloat16" as the published weights, or "float32", which loses nothing. Router biases
+            are float32 in any case, as transformers keeps them.
+        max_shard_size: Bytes of tensors in a file; more only where one tensor alone has more.
+        console: Shows a progress bar; None shows none.
+
+    Raises:
+        FileExistsError: The folder is in use.
+        FileNotFoundError: There is no such tokenizer.
+        ValueError: The dtype or the shard size is none, the tokenizer has more tokens than the
+            model, or parts of the parameters lie in other processes.
+    """
+    folder = folder.absolute()
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if max_shard_size < 1:
+        raise ValueError(f"max_shard_size must be positive, got {max_shard_size}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is in use: choose another folder, or remove it")
+    leaves = {
+        path_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path((params, bias))
+    }
+    if not all(leaf.is_fully_addressable for leaf in leaves.values()):
+        raise ValueError(
+            "parts of the parameters lie in other processes: export from a checkpoint, in one "
+            "process"
+        )
+    ids = _token_ids(tokenizer, config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        _write_weights(temporary, config, leaves, DTYPES[dtype], max_shard_size, console)
+        if tokenizer is not None:
+            _write_tokenizer(temporary, tokenizer, config)
+        generation = {name: value for name, value in ids.items() if value is not None}
+        _write_json(temporary / GENERATION_CONFIG_FILE, generation)
+        # Last, because without it nobody takes the folder for a model.
+        _write_json(temporary / CONFIG_FILE, config_fields(config, dtype=dtype, **ids))
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights
+# --------------------------------------------------------------------------------------------------
+
+
+def plan_shards(
+    rows: list[hf_names.Row], dtype: np.dtype, max_shard_size: int
+) -> list[list[hf_names.Row]]:
+    """Fills files in the table's order, each until the next tensor would be too much."""
+    shards, size = [[]], 0
+    for row in rows:
+        row_size = _size(row, dtype)
+        if shards[-1] and size + row_size > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(row)
+        size += row_size
+    return shards
+
+
+def fetch(row: hf_names.Row, leaf: jax.Array) -> np.ndarray:
+    """Copies one tensor to the host, as it is on disk, from the devices that hold its parts.
+
+    Indexing the sharded array would gather it on every device first.
+    """
+    tensor = np.empty(row.param_shape, leaf.dtype)
+    for shard in leaf.addressable_shards:
+        bounds = bounds_of(shard.index, leaf.shape)
+        stack, inner = bounds[: len(row.at)], bounds[len(row.at) :]
+        here = all(a <= i < b for i, (a, b) in zip(row.at, stack, strict=True))
+        if shard.replica_id == 0 and here:
+            local = tuple(np.int32(i - a) for i, (a, _) in zip(row.at, stack, strict=True))
+            # Memory of a CPU device is the host's: NumPy looks into it without a copy.
+            on_host = shard.device.platform == "cpu"
+            part = np.asarray(shard.data)[local] if on_host else _take(shard.data, local)
+            tensor[tuple(slice(*axis) for axis in inner)] = part
+    return np.swapaxes(tensor, -1, -2) if row.transposed else tensor
+
+
+@jax.jit
+def _take(stack: jax.Array, index: tuple[np.int32, ...]) -> jax.Array:
+    """One matrix of a stack, compiled once for all: indexing with numbers compiles for each."""
+    for i in index:
+        stack = jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
+    return stack
+
+
+def _write_weights(
+    folder: Path,
+    config: ModelConfig,
+    leaves: dict[hf_names.Path, jax.Array],
+    dtype: np.dtype,
+    max_shard_size: int,
+    console: Console | None,
+) -> None:
+    rows = hf_names.table(config)
+    shards = plan_shards(rows, dtype, max_shard_size)
+    total = sum(_size(row, dtype) for row in rows)
+    weight_map = {}
+    with byte_bar(console) as bar:
+        task = bar.add_task("writing", total=total)
+        for i, shard in enumerate(shards):
+            file = SINGLE_FILE
+            if len(shards) > 1:
+                file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+            tensors = {}
+            for row in shard:
+                tensor = fetch(row, leaves[row.path]).astype(_dtype(row, dtype))
+                tensors[row.name] = np.ascontiguousarray(tensor)
+                weight_map[row.name] = file
+                bar.advance(task, tensor.nbytes)
+            # transformers asks for the format, and takes no other word than this.
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_json(folder / INDEX_FILE, index)
+
+
+def _dtype(row: hf_names.Row, dtype: np.dtype) -> np.dtype:
+    return DTYPES["float32"] if row.path[-2:] == ("router", "bias") else dtype
+
+
+def _size(row: hf_names.Row, dtype: np.dtype) -> int:
+    return math.prod(row.shape) * _dtype(row, dtype).itemsize
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizer
+# --------------------------------------------------------------------------------------------------
+
+
+def _token_ids(source: Path | None, config: ModelConfig) -> dict[str, Any]:
+    """The ids that config.json names: those of the source's config, or our own end of text."""
+    ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if source is None:
+        return ids
+    tokenizer = _read_tokenizer(source)
+    tokens = tokenizer.get_vocab_size()
+    if tokens > config.vocab_size:
+        raise ValueError(
+            f"{source} has {tokens} tokens, and the model's vocab_size is {config.vocab_size}: "
+            "give the tokenizer that the model was trained with"
+        )
+    ids["eos_token_id"] = tokenizer.token_to_id(END_OF_TEXT)
+    for name in (CONFIG_FILE, GENERATION_CONFIG_FILE):
+        if (source / name).is_file():
+            found = read_json(source / name)
+            ids |= {key: found[key] for key in ids if key in found}
+    return ids
+
+
+def _read_tokenizer(source: Path) -> Tokenizer:
+    if source.is_dir():
+        return load_tokenizer(source)
+    if not source.is_file():
+        raise FileNotFoundError(f"{source} does not exist: give a tokenizer.json or a folder")
+    return Tokenizer.from_file(str(source))
+
+
+def _write_tokenizer(folder: Path, source: Path, config: ModelConfig) -> None:
+    for name in TOKENIZER_FILES if source.is_dir() else ():
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    tokenizer = _read_tokenizer(source)
+    if not (folder / TOKENIZER_FILE).exists():
+        tokenizer.save(str(folder / TOKENIZER_FILE))
+    if not (folder / TOKENIZER_CONFIG_FILE).exists():
+        has_end = tokenizer.token_to_id(END_OF_TEXT) is not None
+        fields = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": config.max_position_embeddings,
+            "clean_up_tokenization_spaces": False,
+        } | ({"eos_token": END_OF_TEXT} if has_end else {})
+        _write_json(folder / TOKENIZER_CONFIG_FILE, fields)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Writes a trained model as a Hugging Face directory."""
+
+    run: Path
+    """Output folder of a training run; or a Hugging Face directory, to write it anew."""
+    output: Path
+    """Directory to write; it must not exist, or be empty."""
+    checkpoint: str = "last"
+    """Of a run: last, best by validation loss, or a step."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the weights: as the published ones, or without any loss."""
+    max_shard_gb: float = MAX_SHARD_SIZE / 1e9
+    """Largest file, in units of 10^9 bytes."""
+    mesh: str | None = None
+    """Sizes of mesh axes such as fsdp=8, for a model that one device cannot hold."""
+
+
+def export(args: Args) -> None:
+    """Reads the model onto the devices, and writes it from there.
+
+    Raises:
+        FileNotFoundError: There is no such run, checkpoint or tokenizer.
+        ValueError: An argument is none, or the model is of another version.
+    """
+    console = rich.get_console()
+    mesh = None if args.mesh is None else make_mesh(args.mesh)
+    checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
+    model = open_model(
+        args.run,
+        Execution(sharding=ModelSharding(mesh)),
+        checkpoint=checkpoint,
+        console=console,
+    )
+    export_pretrained(
+        args.output,
+        model.config,
+        model.params,
+        model.bias,
+        tokenizer=args.run,
+        dtype=args.dtype,
+        max_shard_size=round(args.max_shard_gb * 1e9),
+        console=console,
+    )
+    size = sum(path.stat().st_size for path in args.output.glob("*.safetensors"))
+    console.print(
+        f"{hf_names.total_size(model.config):,} numbers, {size / 1e9:,.3f} GB in {args.dtype}: "
+        f'transformers.AutoModelForCausalLM.from_pretrained("{args.output}")',
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    export(tyro.cli(Args))
