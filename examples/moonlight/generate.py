@@ -1,0 +1,232 @@
+"""Text from a model: prompts, or a conversation.
+
+    python -m examples.moonlight.generate --model runs/moonlight --prompt "def " --prompt "class "
+    python -m examples.moonlight.generate --model Moonlight-16B-A3B-Instruct --chat
+
+A model is a Hugging Face directory or the folder of a training run. The text goes to the standard
+output as it is drawn, what else there is to say to the standard error.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import tyro
+from rich.console import Console
+
+from examples.moonlight.chat import Message, load_chat_template
+from examples.moonlight.config import Execution
+from examples.moonlight.decoding import Generator
+from examples.moonlight.model_folder import open_model
+from examples.moonlight.sampling import Sampling
+from examples.moonlight.sharding import ModelSharding, make_mesh
+from examples.moonlight.texts import continue_texts, converse
+
+# A conversation's cache where --max-length is silent: more would be memory that few of them use.
+CHAT_LENGTH = 8192
+
+# The shortest cache; longer ones double, so that few lengths are ever compiled.
+LEAST_LENGTH = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Writes text with a model."""
+
+    model: Path
+    """Hugging Face directory, or the output folder of a training run."""
+    prompt: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text to continue; may be repeated."""
+    prompts_file: Path | None = None
+    """Texts to continue: one a line, or in a .jsonl file one {"prompt": "..."} a line."""
+    message: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A user's message to answer, by the model's chat template; may be repeated."""
+    chat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Talk: one message after the other, until the end of the input (Ctrl-D). Ctrl-C stops an
+    answer."""
+    system: str | None = None
+    """System message of --message and --chat."""
+    checkpoint: str = "last"
+    """Of a run: last, best by validation loss, or a step."""
+    max_new_tokens: int = 512
+    """Tokens to write, at most, per text or answer."""
+    max_length: int | None = None
+    """Tokens of the longest text, prompt included: the size of the cache. Left out, as long as the
+    prompts ask for, and for --chat up to 8192."""
+    temperature: float = 0.8
+    """Divides the logits: below 1 the likely becomes likelier; 0 takes the likeliest."""
+    top_k: int | None = None
+    """Draw from that many of the likeliest tokens."""
+    top_p: float = 1.0
+    """Draw from the fewest likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the draws. A text's draws depend on it and on the text's number, not on the batch."""
+    batch_size: int = 8
+    """Texts that go through the model together."""
+    prefill_chunk: int = 128
+    """Tokens of a prompt that go through the model together."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of activations, products and the cache; left out, float32 on CPU, else bfloat16."""
+    experts: Literal["dense", "ragged"] | None = None
+    """How routed experts are computed; left out, dense on CPU, else ragged."""
+    mesh: str | None = None
+    """Sizes of the mesh axes, such as data=2,tensor=4, as in training; left out, one device."""
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Reads a file of prompts.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It has no prompt, or a line does not hold one.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts-file {path}: no such file")
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        if path.suffix == ".jsonl":
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
+            if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
+                raise ValueError(
+                    f'{path}, line {number}: expected {{"prompt": "..."}}, got {line[:80]!r}'
+                )
+            line = record["prompt"]
+        prompts.append(line)
+    if not prompts:
+        raise ValueError(f"--prompts-file {path}: no prompt in it")
+    return prompts
+
+
+def cache_length(asked: int | None, needed: int, longest: int) -> int:
+    """The tokens of the cache: what was asked for, or a power of two from what is needed.
+
+    Raises:
+        ValueError: What was asked for is more than the model's longest text.
+    """
+    if asked is None:
+        return min(max(LEAST_LENGTH, 1 << (needed - 1).bit_length()), longest)
+    if not 1 < asked <= longest:
+        raise ValueError(
+            f"--max-length must be from 2 to the model's {longest} positions, got {asked}"
+        )
+    return asked
+
+
+def generate(args: Args, console: Console | None = None) -> list[str]:
+    """Writes what was asked for, and returns it: continuations, or the answers of a conversation.
+
+    Args:
+        args: The command line's arguments.
+        console: Where the text goes; None is the standard output.
+
+    Raises:
+        FileNotFoundError: The model's folder, or the file of prompts, is not there.
+        ValueError: An argument is out of its range, or does not fit the others or the model.
+    """
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    prompts = list(args.prompt) + (read_prompts(args.prompts_file) if args.prompts_file else [])
+    if [bool(prompts), bool(args.message), args.chat].count(True) != 1:
+        raise ValueError("give one of --prompt (or --prompts-file), --message and --chat")
+    if prompts and args.system is not None:
+        raise ValueError("--system goes with --message or --chat: a prompt is continued as it is")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size must be positive, got {args.batch_size}")
+
+    console, aside = console or Console(highlight=False), Console(stderr=True, highlight=False)
+    on_cpu = jax.default_backend() == "cpu"
+    execution = Execution(
+        dtype=jnp.dtype(args.compute_dtype or ("float32" if on_cpu else "bfloat16")),
+        experts=args.experts or ("dense" if on_cpu else "ragged"),
+        sharding=ModelSharding(None if args.mesh is None else make_mesh(args.mesh)),
+    )
+    checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
+    opened = open_model(args.model, execution, checkpoint=checkpoint, console=aside)
+
+    def prepare(rows: int, length: int) -> Generator:
+        return Generator(
+            opened.graphdef,
+            opened.params,
+            opened.bias,
+            batch=rows,
+            length=length,
+            chunk=args.prefill_chunk,
+            sampling=sampling,
+            sharding=execution.sharding,
+        )
+
+    tokenizer, longest = opened.tokenizer, opened.config.max_position_embeddings
+    if args.chat:
+        generator = prepare(1, cache_length(args.max_length, min(CHAT_LENGTH, longest), longest))
+        said = converse(
+            generator,
+            tokenizer,
+            load_chat_template(args.model, tokenizer),
+            system=args.system,
+            max_new_tokens=args.max_new_tokens,
+            stop_ids=opened.stop_ids,
+            read=lambda: _ask(console),
+            tell=lambda piece: console.out(piece, end="", highlight=False),
+            note=lambda text: aside.print(f"[dim]({text})[/]"),
+        )
+        aside.print(str(generator.speed))
+        return [content for role, content in said if role == "assistant"]
+    if args.message:
+        encode = load_chat_template(args.model, tokenizer)
+        system = [] if args.system is None else [Message("system", args.system)]
+        ids = [encode([*system, Message("user", text)]) for text in args.message]
+    else:
+        ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+    needed = max(map(len, ids)) + args.max_new_tokens
+    length = cache_length(args.max_length, needed, longest)
+    if length < needed:
+        aside.print(f"texts end at {length} tokens, prompt included: that is what the cache holds")
+    generator = prepare(min(args.batch_size, len(ids)), length)
+    texts = continue_texts(
+        generator,
+        tokenizer,
+        ids,
+        max_new_tokens=args.max_new_tokens,
+        stop_ids=opened.stop_ids,
+        tell=_teller(console, prompts or args.message, inline=bool(prompts)),
+    )
+    console.out()
+    aside.print(str(generator.speed))
+    return texts
+
+
+def _teller(
+    console: Console, prompts: Sequence[str], *, inline: bool
+) -> Callable[[int, str], object]:
+    """Prints each prompt, and its continuation behind it, or below it."""
+
+    def tell(number: int, piece: str) -> None:
+        if piece:
+            console.out(piece, end="", highlight=False)
+            return
+        if len(prompts) > 1:
+            console.out("\n" if number else "", end="")
+            console.rule(f"{number + 1} of {len(prompts)}")
+        console.out(prompts[number], end="" if inline else "\n\n", style="bold", highlight=False)
+
+    return tell
+
+
+def _ask(console: Console) -> str | None:
+    """The user's next message; None at the end of the input."""
+    try:
+        return console.input("\n[bold]> [/]")
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+if __name__ == "__main__":
+    generate(tyro.cli(Args))
