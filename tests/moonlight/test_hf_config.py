@@ -192,3 +192,55 @@ def test_the_published_model_has_the_published_tensors():
     assert shapes["model.layers.13.self_attn.kv_a_proj_with_mqa.weight"] == (576, 2048)
     assert shapes["model.layers.13.self_attn.kv_b_proj.weight"] == (4096, 512)
     assert shapes["lm_head.weight"] == (163_840, 2048)
+
+
+# Of the config.json of Qwen/Qwen2.5-0.5B and HuggingFaceTB/SmolLM-135M, what a model depends on.
+DENSE = {
+    "qwen2.5-0.5b": (
+        {
+            "model_type": "qwen2",
+            "hidden_size": 896,
+            "intermediate_size": 4864,
+            "max_position_embeddings": 32768,
+            "max_window_layers": 24,
+            "num_attention_heads": 14,
+            "num_hidden_layers": 24,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-06,
+            "rope_theta": 1000000.0,
+            "sliding_window": 32768,
+            "tie_word_embeddings": True,
+            "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        290,
+        494_032_768,
+    ),
+    "smollm-135m": (
+        {
+            "model_type": "llama",
+            "attention_bias": False,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "max_position_embeddings": 2048,
+            "num_attention_heads": 9,
+            "num_hidden_layers": 30,
+            "num_key_value_heads": 3,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "tie_word_embeddings": True,
+            "vocab_size": 49152,
+        },
+        272,
+        134_515_008,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_published_dense_models_have_their_numbers(name):
+    fields, tensors, numbers = DENSE[name]
+    config = parse_config(fields)
+    assert len(hf_names.table(config)) == tensors
+    assert hf_names.total_size(config) == numbers
