@@ -80,10 +80,22 @@ class Args:
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Activations and products; weights and optimizer states are float32 in any case."""
     experts: Literal["dense", "ragged"] | None = None
-    """How routed experts are computed; left out, dense on CPU and on a mesh, else as the preset."""
+    """How routed experts are computed; left out, dense on CPU, else ragged."""
+    expert_capacity: float | None = None
+    """Of the ragged route on a mesh: take at most this multiple of an even share of tokens per
+    expert, and drop the rest; left out, none is dropped."""
     mesh: str | None = None
-    """Sizes of the mesh axes data, expert and tensor, such as data=2,expert=2,tensor=2; left out,
-    one device. A resumed run may change it."""
+    """Sizes of the mesh axes data, fsdp, expert and tensor, such as data=2,expert=2,tensor=2; left
+    out, one device. A resumed run may change it."""
+    remat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compute each layer's inside again in the backward pass: less memory, a third more time."""
+    attention_block: int | None = None
+    """Queries whose attention is held in memory at a time; left out, all."""
+    loss_block: int | None = None
+    """Tokens per device whose logits are held in memory at a time; left out, all."""
+    unroll: bool | None = None
+    """Write the layers one after the other in the program, which is faster on CPU, instead of a
+    loop over them, which compiles faster; left out, on CPU."""
     bias_rate: float = 1e-3
     """Step of the router biases that balance the experts, once per optimizer step; a cooldown holds
     them still."""
@@ -138,6 +150,11 @@ FREE = {
     "max_to_keep",
     "keep_every_tokens",
     "mesh",
+    "experts",
+    "remat",
+    "attention_block",
+    "loss_block",
+    "unroll",
     "monitor_every",
     "steps_per_call",
     "prompt",
@@ -193,6 +210,12 @@ def resolve(args: Args) -> Recipe:
             f"--warmup-steps ({recipe.warmup_steps}) must be fewer than --steps ({recipe.steps})"
         )
     return recipe
+
+
+def settings_of(args: Args, recipe: Recipe, steps: int) -> dict[str, Any]:
+    """What a resumed run has to have in common with the one that was started."""
+    settings = dataclasses.asdict(args) | recipe._asdict() | {"steps": steps}
+    return {name: value for name, value in settings.items() if name not in FREE}
 
 
 # A path may hold "=", but then it has a slash or a dot before.

@@ -34,11 +34,28 @@ class Span(NamedTuple):
 
 
 def plan_spans(plan: Plan, sizes: Mapping[str, float]) -> list[Span]:
-    """The mixes of a plan; where a stage has none, by the sources' sizes."""
-    spans = ((segment.steps * segment.batch, segment.mix or sizes) for segment in plan.segments)
+    """The mixes of a plan, with a weight for every source; without a mix, the sources' sizes."""
+    spans = (
+        (
+            segment.steps * segment.batch,
+            {name: segment.mix.get(name, 0) for name in sizes} if segment.mix else dict(sizes),
+        )
+        for segment in plan.segments
+    )
     # A mix goes on as it is where only something else changes.
     merged = itertools.groupby(spans, key=lambda span: span[1])
     return [Span(sum(windows for windows, _ in group), mix) for mix, group in merged]
+
+
+def windows_read(spans: Sequence[Span], windows: int) -> dict[str, int]:
+    """How many of the first windows of a run are of each source: where each of them goes on.
+
+    Args:
+        spans: The mixes, from `plan_spans`.
+        windows: How many are behind the run.
+    """
+    names = list(spans[0].weights)
+    return dict(zip(names, StagedMix(spans, names).read(windows), strict=True))
 
 
 def train_batches(
@@ -108,7 +125,7 @@ class StagedMix(grain.transforms.DatasetSelectionMap):
             self._read.append([a + b for a, b in zip(self._read[-1], counts, strict=True)])
 
     def read(self, windows: int) -> list[int]:
-        """How many of the first windows are of each source: where each of them goes on."""
+        """How many of the first windows are of each source."""
         place = bisect.bisect_right(self._starts, windows) - 1
         counts = _counts(windows - self._starts[place], self._shares[place])
         return [a + b for a, b in zip(self._read[place], counts, strict=True)]

@@ -42,7 +42,7 @@ class Restored(NamedTuple):
 class EveryTokens:
     """Orbax' policy that preserves the first checkpoint after every so many tokens.
 
-    It looks at no clock and no earlier decision: what is kept follows from the steps that are there.
+    It looks at no clock and no earlier decision: what is kept follows from the steps alone.
 
     Attributes:
         interval: Tokens.
@@ -171,6 +171,14 @@ def kept_steps(directory: Path) -> list[int]:
     """The steps that a run's folder of checkpoints keeps, in order; the folder is left as it is."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     return sorted(int(name) for name in names if name.isdecimal())
+
+
+def read_progress(directory: Path, step: int) -> dict[str, Any]:
+    """Reads the `progress` item of a checkpoint that is there, and leaves the folder as it is."""
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
+        item = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        return manager.restore(step, args=item)["progress"]
 
 
 def copy_checkpoint(source: Path, step: int, target: Path) -> None:

@@ -31,10 +31,11 @@ import tyro
 from rich.table import Table
 
 from examples.moonlight import data, metrics
+from examples.moonlight.args import RECIPES
 from examples.moonlight.files import write_atomically
 from examples.moonlight.model import MoonlightConfig
 from examples.moonlight.plots import draw_comparison
-from examples.moonlight.train import RECIPES, RESULTS
+from examples.moonlight.results import RESULTS
 
 PRESET = "tiny"
 GRID = (2e-3, 4e-3, 8e-3, 16e-3)
@@ -162,6 +163,7 @@ def _train_in_process(run: Run, args: Args, core: int | None) -> dict[str, Any]:
     command = [sys.executable, "-m", "examples.moonlight.train", "--resume"]
     values = {
         "preset": PRESET,
+        "schedule": "cosine",
         "optimizer": run.optimizer,
         "learning-rate": run.learning_rate,
         "seed": run.seed,

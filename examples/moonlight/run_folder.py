@@ -10,20 +10,26 @@ from examples.moonlight.files import write_atomically
 SETTINGS = "settings.json"
 
 
-def open_run_folder(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
+def open_run_folder(
+    folder: Path, settings: Mapping[str, Any], *, resume: bool, must_exist: bool = False
+) -> None:
     """Creates a run's folder, or enters one that was created with the same settings.
 
     Args:
         folder: Where the run keeps everything.
         settings: Whatever changes the run's numbers, as JSON can hold it.
         resume: Continue what is there. Nothing there, or only an empty folder, is a fresh start.
+        must_exist: It is not: there has to be a run.
 
     Raises:
         FileExistsError: The folder is not empty and `resume` is False, or what it holds is no run.
+        FileNotFoundError: There is no run, and `must_exist` is True.
         ValueError: The run there was started with other settings.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS
+    if must_exist and not path.exists():
+        raise FileNotFoundError(f"--resume-step: no run was started in {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
     # A hidden file is what a kill in the middle of an atomic write leaves behind.
     occupied = any(not entry.name.startswith(".") for entry in folder.iterdir())
     if occupied and not resume:

@@ -1,13 +1,16 @@
 """Windows and their order, and the mix of sources: every position follows from one integer."""
 
 import json
+from pathlib import Path
 
 import grain
 import numpy as np
 import pytest
 
 from examples.moonlight import batches
+from examples.moonlight.args import Args, resolve
 from examples.moonlight.batches import Span
+from examples.moonlight.stages import make_plan
 
 GENERAL, QUALITY = np.arange(4 * 12 + 1), np.arange(1000, 1000 + 4 * 7 + 1)
 
@@ -56,6 +59,22 @@ def test_every_source_goes_on_through_the_stages_where_it_stopped():
         expected = np.concatenate([next(alone) for _ in range(10)])
         np.testing.assert_array_equal(read[rows], expected[: rows.sum()])
     assert (next(mixed(seed=1)) != read[:3]).any()
+
+
+def test_a_plans_mixes_go_on_where_only_the_batch_changes():
+    recipe = resolve(Args(output_dir=Path(), schedule="moonlight"))
+    mixes = [{"b": 1.0}, {"b": 1.0}, {"a": 0.5, "b": 0.5}]
+    plan = make_plan(recipe, bias_rate=1e-3, mixes=mixes)
+    first, second = batches.plan_spans(plan, {"a": 7, "b": 9})
+    assert first == (plan.sequences(plan.stage_ends()["decay"]), {"a": 0, "b": 1.0})
+    assert second.weights == {"a": 0.5, "b": 0.5}
+    assert first.windows + second.windows == plan.sequences(plan.steps)
+    read = batches.windows_read([first, second], first.windows + 10)
+    assert read == {"a": 5, "b": first.windows + 5}
+    by_size = make_plan(recipe, bias_rate=1e-3)
+    assert [span.weights for span in batches.plan_spans(by_size, {"a": 7, "b": 9})] == [
+        {"a": 7, "b": 9}
+    ]
 
 
 @pytest.mark.parametrize("start", [lambda: windows_of(GENERAL), mixed])

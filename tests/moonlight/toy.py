@@ -33,7 +33,7 @@ def arguments(folder: Path, **changes) -> Args:
     corpus = folder / "corpus.txt"
     settings = {
         "output_dir": folder / "run",
-        "data": corpus if corpus.exists() else write_corpus(corpus),
+        "data": (str(corpus if corpus.exists() else write_corpus(corpus)),),
         "cache_dir": folder / "cache",
         "steps": 12,
         "batch_size": 2,
