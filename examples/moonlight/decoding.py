@@ -214,12 +214,21 @@ class Generator:
             raise ValueError(f"--max-new-tokens must be positive, got {max_new_tokens}")
         if not 0 < len(prompts) <= self.batch:
             raise ValueError(f"expected 1 to {self.batch} prompts, got {len(prompts)}")
-        for number, prompt in enumerate(prompts, start=1):
-            if not 0 < len(prompt) < self.length:
-                raise ValueError(
-                    f"prompt {number} has {len(prompt)} tokens; it needs at least one and fewer "
-                    f"than the cache's {self.length}: shorten it, or raise --max-length"
-                )
+        check_lengths(prompts, self.length)
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], length: int) -> None:
+    """Checks that every prompt fits into a cache, with room for one token more.
+
+    Raises:
+        ValueError: One is empty or too long.
+    """
+    for number, prompt in enumerate(prompts, start=1):
+        if not 0 < len(prompt) < length:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens; it needs at least one and fewer than "
+                f"the cache's {length}: shorten it, or raise --max-length"
+            )
 
 
 def _common(held: Sequence[int], prompt: Sequence[int]) -> int:

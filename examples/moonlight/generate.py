@@ -20,7 +20,7 @@ from rich.console import Console
 
 from examples.moonlight.chat import Message, load_chat_template
 from examples.moonlight.config import Execution
-from examples.moonlight.decoding import Generator
+from examples.moonlight.decoding import Generator, check_lengths
 from examples.moonlight.model_folder import open_model
 from examples.moonlight.sampling import Sampling
 from examples.moonlight.sharding import ModelSharding, make_mesh
@@ -187,6 +187,7 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
         ids = [tokenizer.encode(prompt).ids for prompt in prompts]
     needed = max(map(len, ids)) + args.max_new_tokens
     length = cache_length(args.max_length, needed, longest)
+    check_lengths(ids, length)
     if length < needed:
         aside.print(f"texts end at {length} tokens, prompt included: that is what the cache holds")
     generator = prepare(min(args.batch_size, len(ids)), length)

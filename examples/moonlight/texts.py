@@ -128,17 +128,20 @@ def converse(
         if not text.strip():
             continue
         turns.append(Message("user", text))
-        while len(ids := encode([*first, *turns])) + room > generator.length and len(turns) > 1:
-            # A question and its answer.
-            del turns[:2]
-            note("the conversation is longer than the cache: its beginning is forgotten")
+        ids = encode([*first, *turns])
         if len(ids) + room > generator.length:
-            turns.pop()
-            note(
-                f"that message takes {len(ids)} tokens, with what goes before it, and leaves no "
-                f"room for an answer in {generator.length}: shorten it, or raise --max-length"
-            )
-            continue
+            alone = len(encode([*first, turns[-1]]))
+            if alone + room > generator.length:
+                turns.pop()
+                note(
+                    f"that message makes {alone} tokens and leaves no room for an answer in the "
+                    f"cache's {generator.length}: shorten it, or raise --max-length"
+                )
+                continue
+            while len(ids) + room > generator.length:
+                del turns[:2]  # a question and its answer
+                ids = encode([*first, *turns])
+            note("the conversation outgrows the cache: its beginning is forgotten")
         stream, pieces = TextStream(tokenizer, ids), []
         try:
             for (token,) in generator.stream(
