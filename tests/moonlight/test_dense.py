@@ -18,11 +18,13 @@ from examples.moonlight.dense import Dense, DenseConfig
 from examples.moonlight.experts import RouterBias
 from examples.moonlight.language_model import count_parameters, next_token_loss
 from examples.moonlight.sharding import BATCH_AXES, ModelSharding, make_mesh
-from muon_jax import routing_report
+from examples.moonlight.steps import TrainState, make_train_steps
+from muon_jax import muon, routing_report
 
 # Logits reach 27; measured 2.0e-5.
 LOGITS_TOLERANCE = 1e-4
-# float32 sums in another order: of the loss, measured 1.2e-7, and of the largest entry of a gradient; measured 2.6e-6.
+# float32 sums in another order: of the loss, measured 1.2e-7; of a gradient's largest
+# entry, 2.6e-6.
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-6, 1e-5
 
 # Every width differs from every other, so that no exchange of two goes unnoticed. Queries are
@@ -206,6 +208,22 @@ def test_sizes_are_those_of_the_formula():
 
 def test_a_head_is_a_share_of_the_stream_unless_it_is_given():
     assert dataclasses.replace(TOY, head_dim=0, num_attention_heads=4).head_dim == 8
+
+
+def test_the_training_steps_do_without_routers():
+    graphdef, params, bias = split(TOY, Execution(monitor=True))
+    optimizer = muon(3e-2)
+    take = jax.jit(
+        make_train_steps(graphdef, optimizer, lambda _: 3e-2, bias_rate=1e-3, monitor=True),
+        compiler_options=OPTIONS,
+    )
+    state = TrainState(params, bias, optimizer.init(params))
+    tokens_sabt = np.broadcast_to(TOKENS.reshape(2, 4, 13), (8, 2, 4, 13))
+    state, measured, watched = take(state, tokens_sabt, jnp.int32(0), jnp.int32(8))
+    losses = np.asarray(measured.loss)
+    assert losses[-1] < losses[0] - 2 and (np.diff(losses) < 0).all()
+    assert measured.max_violation is None and watched.stats.load_le is None
+    assert not jax.tree.leaves(state.bias)
 
 
 # --- refusals -------------------------------------------------------------------------------------
