@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.moonlight.corpus import Document, hash_documents, load_documents, split_documents
 from examples.moonlight.files import write_atomically
+from examples.moonlight.tokenizer import load_tokenizer, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -73,7 +74,11 @@ def load_corpus(path: Path | None, *, vocab_size: int, cache_dir: Path) -> Token
 
 
 def load_sources(
-    paths: Mapping[str, Path | None], *, vocab_size: int, cache_dir: Path
+    paths: Mapping[str, Path | None],
+    *,
+    vocab_size: int,
+    cache_dir: Path,
+    pretrained: Path | None = None,
 ) -> TokenizedSources:
     """Reads, tokenizes and caches sources; the second call for the same text reads the cache.
 
@@ -87,23 +92,30 @@ def load_sources(
             the name "".
         vocab_size: tokens to learn, at most; 256 bytes and ``END_OF_TEXT`` are always among them.
         cache_dir: holds one folder per corpus and vocabulary.
+        pretrained: Folder of a model whose tokenizer is taken, in the place of one trained on these
+            texts; ``vocab_size`` is not used then.
 
     Raises:
-        ValueError: ``vocab_size`` cannot hold the 256 bytes and ``END_OF_TEXT``; or a source has
-            nothing to train on but what another one holds out.
+        FileNotFoundError: ``pretrained`` has no tokenizer.
+        ValueError: ``vocab_size`` cannot hold the 256 bytes and ``END_OF_TEXT``; the pretrained
+            tokenizer is malformed, or has no token that ends a text; or a source has nothing to
+            train on but what another one holds out.
     """
-    if vocab_size < 257:
+    if vocab_size < 257 and pretrained is None:
         raise ValueError(f"vocab_size must be at least 257 (256 bytes + 1), got {vocab_size}")
+    given = None if pretrained is None else _read_vocabulary(pretrained)
     documents = {name: load_documents(path) for name, path in paths.items()}
     settings: list[Any] = [_FORMAT, vocab_size]
     if list(paths) != [""]:
         settings.append({name: len(texts) for name, texts in documents.items()})
+    if given is not None:
+        settings[1:2] = [_digest(given.tokenizer.to_str().encode()), given.end]
     corpus_hash = hash_documents(
         [Document("settings", json.dumps(settings)), *itertools.chain(*documents.values())]
     )
     folder = cache_dir / corpus_hash
     if not _is_complete(folder, documents):
-        _build(folder, documents, vocab_size)
+        _build(folder, documents, given or vocab_size)
     return TokenizedSources(
         corpus_hash,
         Tokenizer.from_file(str(folder / _TOKENIZER)),
@@ -113,29 +125,60 @@ def load_sources(
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
-    """Bytes of text behind each token id, int32 [vocab]; 0 for ``END_OF_TEXT``.
+    """Bytes of text behind each token id, int32 [largest id + 1]; 0 for special tokens.
 
     A byte-level BPE writes one printable character per byte, so a token's length is its bytes. They
     turn a loss per token, which depends on the tokenizer, into one per byte, which does not.
     """
-    lengths = np.zeros(tokenizer.get_vocab_size(), np.int32)
-    for piece, index in tokenizer.get_vocab().items():
-        lengths[index] = 0 if piece == END_OF_TEXT else len(piece)
+    special = tokenizer.get_added_tokens_decoder()
+    vocab = tokenizer.get_vocab()
+    lengths = np.zeros(max(vocab.values()) + 1, np.int32)
+    for piece, index in vocab.items():
+        lengths[index] = 0 if index in special else len(piece)
     return lengths
 
 
-def _build(folder: Path, documents: Mapping[str, list[Document]], vocab_size: int) -> None:
+class _Vocabulary(NamedTuple):
+    """A tokenizer, and the token that it has behind every document."""
+
+    tokenizer: Tokenizer
+    end: int
+
+
+def _read_vocabulary(folder: Path) -> _Vocabulary:
+    """A model's tokenizer; a text ends in ``END_OF_TEXT``, or in what its config names."""
+    tokenizer = load_tokenizer(folder)
+    end: Any = tokenizer.token_to_id(END_OF_TEXT)
+    if end is None:
+        end = read_json(folder / "config.json").get("eos_token_id")
+        end = end[0] if isinstance(end, list) and end else end
+    if type(end) is not int or tokenizer.id_to_token(end) is None:
+        raise ValueError(
+            f"{folder}: its tokenizer has no {END_OF_TEXT}, and its config.json names no token of "
+            f"it as eos_token_id (got {end!r}): say there which token ends a text"
+        )
+    return _Vocabulary(tokenizer, end)
+
+
+def _build(
+    folder: Path, documents: Mapping[str, list[Document]], vocabulary: int | _Vocabulary
+) -> None:
+    """Tokenizes; a vocabulary that is a size is trained first."""
     train, validation = {}, {}
     for name, texts in documents.items():
         train[name], validation[name] = split_documents(texts)
     if len(documents) > 1:
         train = _without_held_out(train, validation)
-    texts = (document.text for document in itertools.chain(*train.values()))
-    tokenizer = _train_tokenizer(texts, vocab_size)
-    contents = {_TOKENIZER: tokenizer.to_str().encode()}
+    if isinstance(vocabulary, int):
+        texts = (document.text for document in itertools.chain(*train.values()))
+        tokenizer = _train_tokenizer(texts, vocabulary)
+        end = tokenizer.token_to_id(END_OF_TEXT)
+        assert end is not None
+        vocabulary = _Vocabulary(tokenizer, end)
+    contents = {_TOKENIZER: vocabulary.tokenizer.to_str().encode()}
     for kind, sources in ((_TRAIN, train), (_VALIDATION, validation)):
         for name, chosen in sources.items():
-            contents[_file(kind, name)] = _npy(_encode(tokenizer, chosen))
+            contents[_file(kind, name)] = _npy(_encode(vocabulary, chosen))
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in contents.items():
         write_atomically(folder / name, content)
@@ -189,10 +232,13 @@ def _train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def _encode(tokenizer: Tokenizer, documents: list[Document]) -> np.ndarray:
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    encodings = tokenizer.encode_batch_fast([document.text for document in documents])
-    return np.concatenate([np.array([*encoding.ids, end], np.uint32) for encoding in encodings])
+def _encode(vocabulary: _Vocabulary, documents: list[Document]) -> np.ndarray:
+    encodings = vocabulary.tokenizer.encode_batch_fast(
+        [document.text for document in documents], add_special_tokens=False
+    )
+    return np.concatenate(
+        [np.array([*encoding.ids, vocabulary.end], np.uint32) for encoding in encodings]
+    )
 
 
 def _npy(array: np.ndarray) -> bytes:

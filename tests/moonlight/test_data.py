@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, processors
 
 from examples.moonlight import corpus, data
 
@@ -213,3 +214,30 @@ def test_a_source_that_is_all_held_out_elsewhere_is_refused(tmp_path: Path):
     paths["quality"].write_text("\n".join(lines))
     with pytest.raises(ValueError, match="hold out every text that 'quality' has to train on"):
         data.load_sources(paths, vocab_size=VOCAB, cache_dir=tmp_path / "cache")
+
+
+def test_a_models_own_tokenizer_is_taken(folder: Path, tmp_path: Path):
+    tokenizer = Tokenizer(models.BPE({"a": 0, "i": 1, "[END]": 2, "[BEGIN]": 3}, []))
+    tokenizer.add_special_tokens(["[END]", "[BEGIN]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BEGIN] $A", special_tokens=[("[BEGIN]", 3)]
+    )
+    model = tmp_path / "model"
+    model.mkdir()
+    tokenizer.save(str(model / "tokenizer.json"))
+
+    def load_with(eos):
+        (model / "config.json").write_text(json.dumps({"eos_token_id": eos}))
+        return data.load_sources(
+            {"": folder}, vocab_size=0, cache_dir=tmp_path / "cache", pretrained=model
+        )
+
+    for eos in (None, 4, []):
+        with pytest.raises(ValueError, match=r"names no token of it as eos_token_id \(got"):
+            load_with(eos)
+    loaded = load_with([2, 3])
+    train, _ = corpus.split_documents(corpus.load_documents(folder))
+    expected = "".join("".join(c for c in d.text if c in "ai") + "." for d in train)
+    assert "".join("ai."[token] for token in loaded.train[""]) == expected
+    assert data.token_byte_lengths(loaded.tokenizer).tolist() == [1, 1, 0, 0]
+    assert load_with(2).corpus_hash == loaded.corpus_hash != load_with(3).corpus_hash
