@@ -17,8 +17,10 @@ from examples.moonlight.dense import Dense, DenseConfig
 from examples.moonlight.experts import RouterBias
 from examples.moonlight.model import Moonlight
 from examples.moonlight.muonclip import attention_heads, logits_by_module
+from examples.moonlight.results import STABILITY
 from examples.moonlight.stability_plot import draw_stability
 from examples.moonlight.steps import TrainState, make_train_steps
+from examples.moonlight.train import train
 from muon_jax import GroupedQuery, muon, qk_clip, routing_report
 
 RATE = 1e-6  # so small that the logits of a step are those of the weights before it
@@ -222,3 +224,22 @@ def test_a_dense_model_has_grouped_queries():
     qk_clip(heads).init(params)
     largest = logits_by_module(params, jnp.ones((2, 4)))
     assert {name: x.shape for name, x in largest.items()} == {"layers/self_attn": (2, 4)}
+
+
+def test_a_run_of_muonclip_with_monitors(tmp_path: Path):
+    """Records where they are asked for, among the other lines, and a picture at the end."""
+    args = toy.arguments(
+        tmp_path, optimizer="muonclip", qk_clip_threshold=0.01, monitor_every=2, steps=4
+    )
+    results = train(args, toy.CONFIG)
+    assert results["settings"]["optimizer"] == "muonclip"
+    records = metrics.read_metrics(args.output_dir / metrics.FILE, metrics.MONITOR)
+    steps = metrics.read_metrics(args.output_dir / metrics.FILE, metrics.TRAIN)
+    assert [record["step"] for record in records] == [2, 4]
+    for record in records:
+        step = steps[record["step"] - 1]
+        assert record["grad_norm"] == step["grad_norm"]
+        assert np.max(record["max_logit"]) == step["max_attention_logit"]
+    # Clipped by then, and moved on by at most what a step does to logits of the threshold's size.
+    assert steps[-1]["max_attention_logit"] < steps[0]["max_attention_logit"]
+    assert (args.output_dir / STABILITY).stat().st_size > 10_000
