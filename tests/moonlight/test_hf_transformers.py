@@ -17,13 +17,16 @@ import torch
 import transformers
 from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from examples.moonlight import hf_config, hf_export, hf_import, hf_names
 from examples.moonlight.config import Execution, MoonlightConfig
 from examples.moonlight.data import END_OF_TEXT
+from examples.moonlight.decoding import Generator
 from examples.moonlight.hf_export import export_pretrained
 from examples.moonlight.hf_import import load_pretrained
 from examples.moonlight.model import next_token_loss
+from examples.moonlight.sampling import Sampling, likeliest
 
 TOKENS = np.random.default_rng(3).integers(0, 62, (2, 14))
 
@@ -348,3 +351,39 @@ def test_the_tokenizer_comes_along(case, tmp_path):
     small = dataclasses.replace(case.config, vocab_size=10)
     with pytest.raises(ValueError, match=r"tokens, and the model's vocab_size is 10"):
         export_pretrained(tmp_path / "x", small, params, bias, tokenizer=tmp_path / "one")
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+def test_greedy_texts_are_those_of_transformers(case):
+    prompts = [TOKENS[0, :3].tolist(), TOKENS[1, :7].tolist(), TOKENS[0, 3:5].tolist()]
+    split = nnx.split(case.ours, nnx.Param, hf_import.RouterBias)
+    generator = Generator(*split, batch=3, length=16, chunk=4, sampling=Sampling(temperature=0))
+    rows = list(zip(*generator.stream(prompts, max_new_tokens=9), strict=True))
+    for prompt, row in zip(prompts, rows, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = case.theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=9, do_sample=False
+        )
+        assert [*prompt, *row] == theirs[0].tolist()
+    assert len(set(rows)) == 3 and len({token for row in rows for token in row}) > 6
+
+
+def test_filters_keep_what_those_of_transformers_keep():
+    logits = 3 * np.random.default_rng(0).standard_normal((20, 300)).astype(np.float32)
+    for sampling in (
+        Sampling(0.7, top_p=0.9),
+        Sampling(0.8, top_k=50, top_p=0.6),
+        Sampling(1.0, top_p=1e-4),
+    ):
+        warpers = transformers.LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+        if sampling.top_k is not None:
+            warpers.append(TopKLogitsWarper(sampling.top_k))
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+        theirs = warpers(torch.LongTensor(), torch.tensor(logits)).numpy()
+        kept, ids = likeliest(jnp.asarray(logits), sampling)
+        ours = np.full_like(logits, -np.inf)
+        np.put_along_axis(ours, np.asarray(ids), np.asarray(kept), axis=1)
+        np.testing.assert_array_equal(np.isfinite(ours), np.isfinite(theirs))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
