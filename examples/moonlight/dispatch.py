@@ -31,7 +31,7 @@ from jax.typing import DTypeLike
 # Slots of a round, in even shares of the tokens: routing that is balanced to this takes one round.
 SLACK = 1.25
 
-Stacks = tuple[jax.Array, jax.Array, jax.Array]  # gate [e, d, f], up [e, d, f], down [e, f, d]
+Stacks = tuple[jax.Array, ...]  # gate [e, d, f], up [e, d, f], down [e, f, d]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,23 @@ def _scatter(layout: Layout, grads: Stacks) -> Stacks:
         jax.lax.psum_scatter(g, layout.store, scatter_dimension=axis, tiled=True)
         for g, axis in zip(grads, _STORED, strict=True)
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def gather(layout: Layout, stacks: Stacks) -> Stacks:
+    """This device's experts, whole and in the compute dtype; gradients leave in float32."""
+    return _gather(layout, stacks)
+
+
+def _gather_forward(layout: Layout, stacks: Stacks):
+    return _gather(layout, stacks), None
+
+
+def _gather_backward(layout: Layout, _: None, grads: Stacks):
+    return (_scatter(layout, tuple(g.astype(jnp.float32) for g in grads)),)
+
+
+gather.defvjp(_gather_forward, _gather_backward)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -302,7 +319,8 @@ def with_capacity(
 
     received = _exchange(layout, act_ecd.reshape(layout.devices, local * slots, hidden))
     act_pecd = received.reshape(layout.devices, local, slots, hidden)
-    gate_edf, up_edf, down_efd = _gather_differentiable(layout, stacks)
+    whole: Any = gather(layout, stacks)  # What custom_vjp returns has no useful type.
+    gate_edf, up_edf, down_efd = whole
     inner_pecf = jax.nn.silu(jnp.einsum("pecd,edf->pecf", act_pecd, gate_edf)) * jnp.einsum(
         "pecd,edf->pecf", act_pecd, up_edf
     )
@@ -315,19 +333,3 @@ def with_capacity(
     )
     dropped = jnp.maximum(plan.count_g - slots, 0).sum(dtype=jnp.int32)
     return weighted_nkd.sum(axis=1), dropped
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gather_differentiable(layout: Layout, stacks: Stacks) -> Stacks:
-    return _gather(layout, stacks)
-
-
-def _gather_forward(layout: Layout, stacks: Stacks):
-    return _gather(layout, stacks), None
-
-
-def _gather_backward(layout: Layout, _: None, grads: Stacks):
-    return (_scatter(layout, tuple(g.astype(jnp.float32) for g in grads)),)
-
-
-_gather_differentiable.defvjp(_gather_forward, _gather_backward)

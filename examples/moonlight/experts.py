@@ -1,6 +1,6 @@
 """A layer of experts: the router, the routed experts' routes, and the shared experts."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ class Experts(nnx.Module):
         if run.experts == "dense" or (mesh is None and run.sharding.mesh is not None):
             if mesh is None:
                 return _dense_experts(act_nd, routing.weight_ne, *_cast(stacks, act_nd)), None
-            return _dense_experts_on_mesh(mesh, act_nd, routing.weight_ne, *stacks), None
+            return _dense_experts_on_mesh(mesh, act_nd, routing.weight_ne, stacks), None
         weight_nk = jnp.take_along_axis(routing.weight_ne, routing.expert_nk, axis=1)
         args = (act_nd, routing.expert_nk, weight_nk, stacks)
         if mesh is None:
@@ -146,8 +146,15 @@ _TOKENS = P(BATCH_AXES)
 _STACKS = tuple(PARAM_SPECS["experts", name] for name in ("gate_proj", "up_proj", "down_proj"))
 
 
+def _layout(mesh: Mesh, act_nd: jax.Array) -> dispatch.Layout:
+    """Where the experts lie, over axes with more than one device."""
+    expert, store = (axis if mesh.shape[axis] > 1 else None for axis in ("expert", "fsdp"))
+    rest = tuple(axis for axis in ("data", "fsdp", "tensor") if mesh.shape[axis] > 1)
+    return dispatch.Layout(expert, store, rest, mesh.shape["expert"], act_nd.dtype)
+
+
 def _dense_experts_on_mesh(
-    mesh: Mesh, act_nd: jax.Array, weight_ne: jax.Array, *stacks: jax.Array
+    mesh: Mesh, act_nd: jax.Array, weight_ne: jax.Array, stacks: dispatch.Stacks
 ) -> jax.Array:
     """The dense route where experts lie over `expert` and their inner units over `tensor`.
 
@@ -155,23 +162,23 @@ def _dense_experts_on_mesh(
     gathered over `expert`, and the partial outputs summed where they came from. With propagation
     alone the merged axis e*f has no sharding, and XLA gathers the weights instead.
     """
+    stored = _layout(mesh, act_nd)
 
-    def on_device(act_nd: jax.Array, weight_ne: jax.Array, *stacks: jax.Array) -> jax.Array:
-        gate_edf, up_edf, down_efd = _cast(stacks, act_nd)
-        whole = (
-            jax.lax.all_gather(gate_edf, "fsdp", axis=1, tiled=True),
-            jax.lax.all_gather(up_edf, "fsdp", axis=1, tiled=True),
-            jax.lax.all_gather(down_efd, "fsdp", axis=2, tiled=True),
-        )
+    def on_device(act_nd: jax.Array, weight_ne: jax.Array, stacks: dispatch.Stacks) -> jax.Array:
+        whole: Any = dispatch.gather(stored, stacks)
         group_nd = jax.lax.all_gather(act_nd, "expert", tiled=True)
         weight_ne = jax.lax.all_to_all(weight_ne, "expert", 1, 0, tiled=True)
         partial_nd = _dense_experts(group_nd, weight_ne, *whole)
         return jax.lax.psum(jax.lax.psum_scatter(partial_nd, "expert", tiled=True), "tensor")
 
     mapped = jax.shard_map(
-        on_device, mesh=mesh, in_specs=(_TOKENS, _TOKENS, *_STACKS), out_specs=_TOKENS
+        on_device,
+        mesh=mesh,
+        in_specs=(_TOKENS, _TOKENS, _STACKS),
+        out_specs=_TOKENS,
+        check_vma=False,
     )
-    return mapped(act_nd, weight_ne, *stacks)
+    return mapped(act_nd, weight_ne, stacks)
 
 
 def _ragged_experts(
@@ -200,9 +207,7 @@ def _dispatched(
     stacks: dispatch.Stacks,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The ragged route on a mesh: tokens travel to their experts, see `dispatch.py`."""
-    layout = dispatch.Layout(
-        "expert", "fsdp", ("data", "fsdp", "tensor"), mesh.shape["expert"], act_nd.dtype
-    )
+    layout = _layout(mesh, act_nd)
 
     def on_device(
         act_nd: jax.Array, expert_nk: jax.Array, weight_nk: jax.Array, stacks: dispatch.Stacks

@@ -11,6 +11,7 @@ stored.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,14 +54,16 @@ def head_loss(
         A float32 scalar.
     """
     sharding, tokens = execution.sharding, act_nd.shape[0]
+    summed_loss: Any = _summed_loss  # What custom_vjp returns has no useful type.
     if sharding.mesh is None:
         plan = _Plan(execution.dtype, execution.loss_block, None, None)
-        return _summed_loss(plan, act_nd, kernel_dv, target_n) / tokens
+        return summed_loss(plan, act_nd, kernel_dv, target_n) / tokens
     store_axis, vocab_axis = spec = sharding.param_spec(("lm_head", "kernel"), kernel_dv.shape)
-    plan = _Plan(execution.dtype, execution.loss_block, vocab_axis, store_axis)
+    used = (axis if axis and sharding.size(axis) > 1 else None for axis in (vocab_axis, store_axis))
+    plan = _Plan(execution.dtype, execution.loss_block, *used)
     batch = P(BATCH_AXES)
     summed = jax.shard_map(
-        lambda *args: _summed_loss(plan, *args)[None],
+        lambda *args: summed_loss(plan, *args)[None],
         mesh=sharding.mesh,
         in_specs=(batch, spec, batch),
         out_specs=batch,
@@ -76,7 +79,7 @@ def _summed_loss(
     """The sum over a device's tokens. `kernel_dv` is this device's part of the head."""
     head_dv = _gather(plan, kernel_dv)
     losses = jax.lax.map(
-        lambda block: _block_loss(plan, *block, head_dv)[0], _blocks(plan, act_nd, target_n)
+        lambda block: _block_loss(plan, block, head_dv)[0], _blocks(plan, act_nd, target_n)
     )
     return losses.sum()
 
@@ -85,8 +88,8 @@ def _forward(plan: _Plan, act_nd: jax.Array, kernel_dv: jax.Array, target_n: jax
     head_dv = _gather(plan, kernel_dv)
 
     def step(grad_dv: jax.Array, block: tuple[jax.Array, ...]):
-        act_nd, target_n, weight_n = block
-        loss, prob_nv, hit_nv = _block_loss(plan, act_nd, target_n, weight_n, head_dv)
+        act_nd, _, weight_n = block
+        loss, prob_nv, hit_nv = _block_loss(plan, block, head_dv)
         grad_nv = ((prob_nv - hit_nv) * weight_n[:, None]).astype(plan.dtype)
         grad_dv += jnp.dot(act_nd.T, grad_nv, preferred_element_type=jnp.float32)
         return grad_dv, (loss, grad_nv @ head_dv.T)
@@ -130,9 +133,10 @@ def _blocks(plan: _Plan, act_nd: jax.Array, target_n: jax.Array) -> tuple[jax.Ar
 
 
 def _block_loss(
-    plan: _Plan, act_nd: jax.Array, target_n: jax.Array, weight_n: jax.Array, head_dv: jax.Array
+    plan: _Plan, block: tuple[jax.Array, ...], head_dv: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A block's summed loss, its probabilities, and 1.0 at each target; both `[n, v]`."""
+    act_nd, target_n, weight_n = block
     logit_nv = jnp.dot(act_nd, head_dv, preferred_element_type=jnp.float32)
     first = 0
     max_n1 = logit_nv.max(axis=1, keepdims=True)

@@ -34,7 +34,7 @@ COLUMNS, ROWS = P("fsdp", "tensor"), P("tensor", "fsdp")
 SHARED = P("fsdp", None)
 
 # Of one layer, by the last two names of a parameter's path.
-PARAM_SPECS = {
+PARAM_SPECS: dict[tuple[str, ...], P] = {
     ("embed", "embedding"): ROWS,
     ("input_layernorm", "scale"): P(None),
     ("q_proj", "kernel"): COLUMNS,
@@ -139,11 +139,10 @@ class ModelSharding:
             ValueError: The parameter is not in `PARAM_SPECS`.
         """
         names = tuple(name for key in path if isinstance(name := getattr(key, "key", key), str))
-        if names[-2:] not in PARAM_SPECS:
+        if (spec := PARAM_SPECS.get(names[-2:])) is None:
             raise ValueError(
                 f"PARAM_SPECS does not say how {'/'.join(names)} lies on a mesh: add it there"
             )
-        spec = PARAM_SPECS[names[-2:]]
         stacks = (None,) * (len(shape) - len(spec))
         divided = (
             axis if axis is None or length % self.size(axis) == 0 else None

@@ -7,9 +7,10 @@ turns single rules wrong, so that a test can show that its comparison would noti
 
 import dataclasses
 
+import jax
 import numpy as np
 
-from examples.moonlight.model import MoonlightConfig
+from examples.moonlight.config import MoonlightConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +127,19 @@ def moe(x_nd, p, c: MoonlightConfig, rules: Conventions = PUBLISHED):
     return out, load
 
 
+def layer(params, i, c: MoonlightConfig):
+    """The parameters of one layer: of the first ones, or cut out of the stack of the others."""
+    if i < c.first_k_dense_replace:
+        return params["first_layers"][i]
+    return jax.tree.map(lambda x: x[i - c.first_k_dense_replace], params["layers"])
+
+
 def forward(params, c: MoonlightConfig, tokens_bt, rules: Conventions = PUBLISHED):
     """Returns logits, loads per layer and largest logits per layer, for float64 nested `params`."""
     act = params["embed"]["embedding"][tokens_bt]
     loads, largest = [], []
     for i in range(c.num_hidden_layers):
-        p = params["layers"][i]
+        p = layer(params, i, c)
         normed = rms_norm(act, p["input_layernorm"]["scale"], c.rms_norm_eps)
         per_sequence = [attention(x_td, p["self_attn"], c, rules) for x_td in normed]
         act = act + np.stack([out for out, _ in per_sequence])

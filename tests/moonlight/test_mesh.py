@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,16 +15,14 @@ import pytest
 import toy
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from examples.moonlight import metrics, sharding
-from examples.moonlight.model import (
-    BATCH_AXES,
-    Moonlight,
-    MoonlightConfig,
-    RouterBias,
-    next_token_loss,
-)
+from examples.moonlight import metrics
+from examples.moonlight.config import Execution, MoonlightConfig
+from examples.moonlight.experts import RouterBias
+from examples.moonlight.model import Moonlight, next_token_loss
+from examples.moonlight.sharding import BATCH_AXES, MESH_AXES, ModelSharding, make_mesh
 from examples.moonlight.train import train
 
 CUBE, FLAT = "data=2,expert=2,tensor=2", "data=8"
@@ -54,18 +53,18 @@ def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def test_a_mesh_has_every_axis():
-    mesh = sharding.make_mesh("tensor=4, data=2")
-    assert dict(mesh.shape) == {"data": 2, "expert": 1, "tensor": 4}
-    assert sharding.describe(mesh) == "data=2,tensor=4"
-    assert sharding.describe(None) == "one device"
-    assert sharding.batch_shards(mesh) == 2
-    assert sharding.batch_shards(sharding.make_mesh(CUBE)) == 4
+    where = ModelSharding(make_mesh("tensor=4, data=2"))
+    assert dict(where.mesh.shape) == {"data": 2, "fsdp": 1, "expert": 1, "tensor": 4}
+    assert str(where) == "data=2,tensor=4"
+    assert str(ModelSharding()) == "one device"
+    assert where.batch_shards == 2
+    assert ModelSharding(make_mesh(CUBE)).batch_shards == 4
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mesh": "model=8"}, "cannot read 'model=8'.*the axes are data, expert, tensor"),
+        ({"mesh": "model=8"}, "cannot read 'model=8'.*the axes are data, fsdp, expert, tensor"),
         ({"mesh": "data=4,data=2"}, "cannot read 'data=2'. Write the size of each axis once"),
         ({"mesh": "data=8,"}, "cannot read ''"),
         ({"mesh": "data"}, "cannot read 'data'"),
@@ -73,10 +72,7 @@ def test_a_mesh_has_every_axis():
         ({"mesh": "data=0"}, "cannot read 'data=0'"),
         ({"mesh": "data=4"}, "needs 4 devices, and JAX sees 8: choose sizes whose product is 8"),
         ({"mesh": "data=16"}, "XLA_FLAGS=--xla_force_host_platform_device_count=16"),
-        ({"mesh": "expert=8"}, "expert = 8 does not divide n_routed_experts = 4"),
-        ({"mesh": "data=2,tensor=4"}, "tensor = 4 does not divide num_attention_heads = 2"),
-        ({"mesh": FLAT}, "data x expert = 8 does not divide --batch-size = 2"),
-        ({"mesh": CUBE, "batch_size": 4, "experts": "ragged"}, "--experts ragged runs on one"),
+        ({"mesh": FLAT}, "data x fsdp x expert = 8 does not divide --batch-size = 2"),
         ({"mesh": FLAT, "batch_size": 8}, "the validation batch of 4 windows cannot be divided"),
     ],
 )
@@ -88,95 +84,118 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("field", ["intermediate_size", "moe_intermediate_size"])
-def test_widths_that_do_not_divide_are_refused(field: str):
-    config = dataclasses.replace(toy.CONFIG, **{field: 9})
-    with pytest.raises(ValueError, match=f"tensor = 2 does not divide {field} = 9"):
-        sharding.check_divides(sharding.make_mesh(CUBE), config, batch_size=8)
+@pytest.mark.parametrize(
+    ("mesh", "field", "value"),
+    [
+        ("data=2,tensor=4", "num_attention_heads", 2),
+        ("expert=8", "n_routed_experts", 4),
+        (CUBE, "intermediate_size", 9),
+        (CUBE, "moe_intermediate_size", 9),
+        ("fsdp=8", "hidden_size", 12),
+    ],
+)
+def test_widths_that_do_not_divide_are_refused(mesh: str, field: str, value: int):
+    config = dataclasses.replace(toy.CONFIG, **{field: value})
+    with pytest.raises(ValueError, match=f"= . does not divide {field} = {value}; change one"):
+        abstract_params(config, ModelSharding(make_mesh(mesh)))
 
 
-def test_the_model_computes_its_experts_densely_on_a_mesh():
-    config = dataclasses.replace(toy.CONFIG, experts="ragged")
-    with pytest.raises(ValueError, match="by the dense route only; got 'ragged'"):
-        Moonlight(config, rngs=nnx.Rngs(0), mesh=sharding.make_mesh(CUBE))
+def test_another_mesh_is_refused():
+    for names, kind in ((("data",), AxisType.Auto), (MESH_AXES, AxisType.Explicit)):
+        mesh = jax.make_mesh((8, 1, 1, 1)[: len(names)], names, axis_types=(kind,) * len(names))
+        with pytest.raises(ValueError, match=r"must have the axes .* all AxisType\.Auto; got"):
+            ModelSharding(mesh)
 
 
 # --- what lies where ------------------------------------------------------------------------------
 
 
-def abstract_params(config: MoonlightConfig) -> nnx.State:
-    return nnx.state(nnx.eval_shape(lambda: Moonlight(config, rngs=nnx.Rngs(0))), nnx.Param)
+def abstract_params(config: MoonlightConfig, where: ModelSharding | None = None) -> nnx.State:
+    execution = Execution(sharding=where or ModelSharding())
+    model = nnx.eval_shape(lambda: Moonlight(config, rngs=nnx.Rngs(0), execution=execution))
+    return nnx.state(model, nnx.Param)
 
 
-@pytest.mark.parametrize("config", [toy.CONFIG, MoonlightConfig.preset("moonlight-16b-a3b")])
-def test_every_parameter_has_its_place(config: MoonlightConfig):
-    mesh, params = sharding.make_mesh(CUBE), abstract_params(config)
-    shardings = sharding.param_shardings(params, mesh)
+@pytest.mark.parametrize("mesh", [CUBE, "fsdp=2,expert=2,tensor=2"])
+def test_every_parameter_has_its_place(mesh: str):
+    params = abstract_params(MoonlightConfig.preset("moonlight-16b-a3b"))
+    shardings = ModelSharding(make_mesh(mesh)).param_shardings(params)
     assert jax.tree.structure(shardings) == jax.tree.structure(params)
-    replicated, names = set(), set()
+    whole, eighths = set(), set()
     for (path, _), param, where in zip(
         nnx.to_flat_state(params), jax.tree.leaves(params), jax.tree.leaves(shardings), strict=True
     ):
-        names.add(path[-2:])
-        if where.shard_shape(param.shape) == param.shape:
-            replicated.add(path[-2:])
-    assert names == {*sharding.PARAM_SPECS}
-    small = {("kv_a_proj", "kernel"), ("router", "kernel")}
-    assert replicated == {path for path in names if path[-1] == "scale"} | small
+        parts = param.size // math.prod(where.shard_shape(param.shape))
+        if parts == 1:
+            whole.add(path[-2:])
+        elif parts == 8:
+            eighths.add(path[-2:])
+    gains = {path[-2:] for path, _ in nnx.to_flat_state(params) if path[-1] == "scale"}
+    if mesh == CUBE:
+        assert whole == gains | {("kv_a_proj", "kernel"), ("router", "kernel")} and not eighths
+    else:
+        assert whole == gains
+        assert eighths == {("experts", name) for name in ("gate_proj", "up_proj", "down_proj")}
 
 
 def test_a_vocabulary_that_does_not_divide_is_replicated():
-    mesh = sharding.make_mesh(CUBE)
-    params = abstract_params(dataclasses.replace(toy.CONFIG, vocab_size=301))
-    shardings = sharding.param_shardings(params, mesh)
-    assert shardings["embed"]["embedding"].get_value().spec == P()
-    assert shardings["lm_head"]["kernel"].get_value().spec == P()
-    assert shardings["layers"][0]["self_attn"]["q_proj"]["kernel"].get_value().spec == P(
-        None, "tensor"
+    where = ModelSharding(make_mesh(CUBE))
+    assert where.param_spec(("embed", "embedding"), (301, 16)) == P(None, "fsdp")
+    assert where.param_spec(("lm_head", "kernel"), (16, 301)) == P("fsdp", None)
+    assert where.param_spec(("layers", "q_proj", "kernel"), (3, 16, 24)) == P(
+        None, "fsdp", "tensor"
     )
 
 
 def test_an_unknown_parameter_is_refused():
-    with pytest.raises(ValueError, match=r"how \('mtp', 'kernel'\) lies on a mesh: add it there"):
-        sharding.param_shardings({"mtp": {"kernel": jnp.ones(2)}}, None)
+    with pytest.raises(ValueError, match="how mtp/kernel lies on a mesh: add it there"):
+        ModelSharding().param_shardings({"mtp": {"kernel": jnp.ones(2)}})
 
 
 # --- one batch ------------------------------------------------------------------------------------
 
 
 # A vocabulary that eight devices divide.
-WIDE = dataclasses.replace(toy.CONFIG, vocab_size=320)
+WIDE = dataclasses.replace(toy.CONFIG, vocab_size=320, n_routed_experts=8)
 
 
-def loss_and_grads(text: str | None) -> tuple[tuple, jax.stages.Compiled]:
-    """Of a batch of eight, and the program."""
-    mesh = None if text is None else sharding.make_mesh(text)
+def start(execution: Execution) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """The model, laid out; its router prefers two experts of one device to all others."""
 
-    def start() -> tuple[nnx.State, nnx.State]:
-        model = Moonlight(WIDE, rngs=nnx.Rngs(0), mesh=mesh)
+    def draw() -> tuple[nnx.State, nnx.State]:
+        model = Moonlight(WIDE, rngs=nnx.Rngs(0), execution=execution)
+        model.layers.mlp.router.bias[...] += jnp.where(jnp.arange(8) < 2, 1.0, 0.0)[None]
         return nnx.split(model, nnx.Param, RouterBias)[1:]
+
+    abstract = nnx.eval_shape(lambda: Moonlight(WIDE, rngs=nnx.Rngs(0), execution=execution))
+    graphdef, params, bias = nnx.split(abstract, nnx.Param, RouterBias)
+    where = execution.sharding
+    shardings = where.param_shardings(params), jax.tree.map(lambda _: where.place(), bias)
+    return graphdef, *jax.jit(draw, out_shardings=shardings)()
+
+
+def loss_and_grads(execution: Execution) -> tuple[tuple, jax.stages.Compiled]:
+    """Of a batch of eight, and the program."""
+    where = execution.sharding
+    graphdef, params, bias = start(execution)
 
     def loss_fn(params: nnx.State, bias: nnx.State, tokens_bt: jax.Array):
         return next_token_loss(nnx.merge(graphdef, params, bias), tokens_bt)
 
-    model = nnx.eval_shape(lambda: Moonlight(WIDE, rngs=nnx.Rngs(0), mesh=mesh))
-    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)
-    one = sharding.place(mesh)
-    where = sharding.param_shardings(params, mesh), jax.tree.map(lambda _: one, bias)
-    params, bias = start() if mesh is None else jax.jit(start, out_shardings=where)()
+    shardings = where.param_shardings(params)
     # The embedding's gradient as ZeRO-1 wants it.
-    table = sharding.place(mesh, ("tensor", "data", "expert"))
+    table = where.place(("tensor", "data", "fsdp", "expert"))
     grads = jax.tree.map(
         lambda p, s: table if p.shape == (WIDE.vocab_size, WIDE.hidden_size) else s,
         params,
-        where[0],
+        shardings,
     )
     tokens = np.random.default_rng(0).integers(0, 320, (8, 17)).astype(np.int32)
     program = (
         jax.jit(
             jax.value_and_grad(loss_fn, has_aux=True),
-            in_shardings=(*where, sharding.place(mesh, BATCH_AXES)),
-            out_shardings=(one, grads),
+            in_shardings=(shardings, where.place(), where.place(BATCH_AXES)),
+            out_shardings=(where.place(), grads),
         )
         .lower(params, bias, tokens)
         .compile()
@@ -185,27 +204,59 @@ def loss_and_grads(text: str | None) -> tuple[tuple, jax.stages.Compiled]:
     return (params, loss, stats, grads), program
 
 
-def test_a_batch_has_the_same_loss_and_gradients_on_every_mesh():
-    (params, loss, stats, grads), _ = loss_and_grads(None)
-    for text in (CUBE, FLAT):
-        (params_there, loss_there, stats_there, grads_there), program = loss_and_grads(text)
-        for ours, theirs in zip(
-            jax.tree.leaves((params_there, stats_there.load_le)),
-            jax.tree.leaves((params, stats.load_le)),
-            strict=True,
-        ):
-            np.testing.assert_array_equal(ours, theirs)
-        assert abs(float(loss_there) - float(loss)) <= LOSS_TOLERANCE
-        for ours, theirs in zip(jax.tree.leaves(grads_there), jax.tree.leaves(grads), strict=True):
-            error = np.abs(np.asarray(ours) - np.asarray(theirs)).max()
-            assert error <= GRADIENT_TOLERANCE * np.abs(theirs).max()
-        assert_only_tokens_of_the_experts_group_are_gathered(program.as_text(), text)
+@pytest.fixture(scope="module", name="one_device")
+def _one_device() -> tuple:
+    return loss_and_grads(Execution(monitor=True))[0]
+
+
+RAGGED = {"experts": "ragged", "remat": True, "loss_block": 3}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "run"),
+    [
+        (CUBE, {}),
+        ("fsdp=2,expert=2,tensor=2", RAGGED),
+        ("data=2,fsdp=2,expert=2", {"experts": "ragged", "expert_capacity": 8.0}),
+        ("expert=8", RAGGED),
+        ("fsdp=8", {}),
+    ],
+    ids=str,
+)
+def test_a_batch_has_the_same_loss_and_gradients_on_every_mesh(
+    mesh: str, run: dict, one_device: tuple
+):
+    """Even where the router sends most tokens to one device: they take several rounds."""
+    params, loss, stats, grads = one_device
+    execution = Execution(sharding=ModelSharding(make_mesh(mesh)), monitor=True, **run)
+    (params_there, loss_there, stats_there, grads_there), program = loss_and_grads(execution)
+    for ours, theirs in zip(
+        jax.tree.leaves((params_there, stats_there.load_le)),
+        jax.tree.leaves((params, stats.load_le)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    assert stats.load_le[0, :2].sum() == stats.load_le.sum()
+    assert abs(float(loss_there) - float(loss)) <= LOSS_TOLERANCE
+    for ours, theirs in zip(
+        jax.tree.leaves((grads_there, stats_there._replace(dropped_l=None))),
+        jax.tree.leaves((grads, stats)),
+        strict=True,
+    ):
+        error = np.abs(np.asarray(ours) - np.asarray(theirs)).max()
+        assert error <= GRADIENT_TOLERANCE * np.abs(theirs).max()
+    if "expert_capacity" in run:
+        np.testing.assert_array_equal(stats_there.dropped_l, 0)
+    if run is RAGGED:
+        assert "all-to-all" in program.as_text()
+    if mesh == CUBE:
+        assert_only_tokens_of_the_experts_group_are_gathered(program.as_text(), mesh)
 
 
 def assert_only_tokens_of_the_experts_group_are_gathered(program: str, text: str) -> None:
     """No device holds weights, logits or tokens of others, but for the tokens of its experts."""
     gathered = {*re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", program)}
-    c, tokens = WIDE, 8 * 16 // sharding.make_mesh(text).shape["data"]
+    c, tokens = WIDE, 8 * 16 // make_mesh(text).shape["data"]
     statistics = f"{c.num_hidden_layers},{c.num_attention_heads}"
     assert gathered - {statistics} == {f"{tokens},{c.hidden_size}"}
 
