@@ -49,8 +49,9 @@ def write_results(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _REPORTED_PACKAGES},
     }
-    write_atomically(folder / RESULTS, (json.dumps(results, indent=2) + "\n").encode())
-    return results
+    text = json.dumps(results, indent=2)
+    write_atomically(folder / RESULTS, f"{text}\n".encode())
+    return json.loads(text)  # as a later call will read it
 
 
 def present(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +70,9 @@ def present(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
         title=title,
     )
     if records := metrics.read_metrics(folder / metrics.FILE, metrics.MONITOR):
-        draw_stability(folder / STABILITY, records, title=title)
+        clips = settings["optimizer"] == "muonclip"
+        threshold = settings["qk_clip_threshold"] if clips else None
+        draw_stability(folder / STABILITY, records, title=title, threshold=threshold)
     console = rich.get_console()
     console.rule("a sample")
     console.print(results["sample"], markup=False, highlight=False)

@@ -33,7 +33,9 @@ _STYLES = {
 _MOST_LABELLED = (16, 6)
 
 
-def draw_stability(path: Path, records: Sequence[Record], *, title: str) -> None:
+def draw_stability(
+    path: Path, records: Sequence[Record], *, title: str, threshold: float | None = None
+) -> None:
     """Draws a run's monitors over its optimizer steps into a PNG.
 
     What differs by layer has a curve for each, from dark (first) to light (last); what differs by
@@ -43,6 +45,7 @@ def draw_stability(path: Path, records: Sequence[Record], *, title: str) -> None
         path: The PNG to write.
         records: The run's records, one at least, as `metrics.jsonl` has them.
         title: What was trained, and how.
+        threshold: The largest logit that QK-Clip allowed, where it was used.
 
     Raises:
         ValueError: There is no record.
@@ -88,10 +91,16 @@ def draw_stability(path: Path, records: Sequence[Record], *, title: str) -> None
 
     axes = by_layer("largest attention logit", lambda r: np.max(r["max_logit"], axis=1))
     axes.axhline(HOT_LOGIT, color="tab:red", linestyle="--", linewidth=1)
+    if threshold is not None:
+        axes.axhline(threshold, color="black", linestyle=":", linewidth=1.3, label="QK-Clip")
+        axes.legend(fontsize=8)
     # Logits of a young model are near 0, and those of one that diverges in the thousands.
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=min(0, axes.dataLim.y0))
-    by_layer(f"share of logits above {HOT_LOGIT:g}", lambda r: np.max(r["hot_share"], axis=1))
+    axes = by_layer(
+        f"share of logits above {HOT_LOGIT:g}", lambda r: np.max(r["hot_share"], axis=1)
+    )
+    axes.set_ylim(bottom=0)
     draw(panel("gradient norm before clipping"), [r["grad_norm"] for r in records], color="0.3")
     by_layer("output RMS of attention", lambda r: r["attention_rms"])
     by_layer("output RMS of the MLP or experts", lambda r: r["mlp_rms"])
