@@ -14,7 +14,7 @@ from examples.moonlight.checkpoint import read_model
 from examples.moonlight.config import Execution, MoonlightConfig
 from examples.moonlight.data import END_OF_TEXT
 from examples.moonlight.dense import DenseConfig
-from examples.moonlight.hf_config import CONFIG_FILE, ModelConfig
+from examples.moonlight.hf_config import CONFIG_FILE, ModelConfig, read_config
 from examples.moonlight.hf_import import abstract_model, load_pretrained
 from examples.moonlight.run_folder import SETTINGS
 from examples.moonlight.tokenizer import CONFIG, load_tokenizer, read_json
@@ -65,30 +65,26 @@ def open_model(
         FileNotFoundError: The folder holds neither, or lacks a file.
         ValueError: A file is malformed, or the tokenizer has more tokens than the model.
     """
-    if (folder / CONFIG_FILE).is_file():
-        half = jnp.dtype(execution.dtype) == jnp.bfloat16
-        config, params, bias = load_pretrained(
-            folder,
-            execution,
-            param_dtype=jnp.bfloat16 if half else jnp.float32,
-            console=console,
-        )
-        graphdef, *_ = abstract_model(config, execution)
-    elif (folder / SETTINGS).is_file():
-        config = _run_config(folder / SETTINGS)
-        graphdef, *abstract = abstract_model(config, execution)
-        params, bias = _read_run(folder, abstract, execution, checkpoint)
-    else:
+    published = (folder / CONFIG_FILE).is_file()
+    if not published and not (folder / SETTINGS).is_file():
         raise FileNotFoundError(
             f"--model {folder}: found neither {CONFIG_FILE}, of a Hugging Face directory, nor "
             f"{SETTINGS}, of a training run"
         )
+    config = read_config(folder) if published else _run_config(folder / SETTINGS)
     tokenizer = load_tokenizer(folder)
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, and the model's "
             f"vocabulary {config.vocab_size}: they do not belong together"
         )
+    graphdef, *abstract = abstract_model(config, execution)
+    if published:
+        half = jnp.dtype(execution.dtype) == jnp.bfloat16
+        dtype = jnp.bfloat16 if half else jnp.float32
+        _, params, bias = load_pretrained(folder, execution, param_dtype=dtype, console=console)
+    else:
+        params, bias = _read_run(folder, abstract, execution, checkpoint)
     return OpenModel(config, graphdef, params, bias, tokenizer, stop_tokens(folder, tokenizer))
 
 
