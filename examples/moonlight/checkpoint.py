@@ -206,8 +206,9 @@ def read_model(directory: Path, target: PyTree, which: str | int = "last") -> tu
     """
     steps: list[int] = []
     if directory.is_dir():
+        # Without read_only, of which Orbax warns: what is never saved to deletes nothing.
         options = ocp.CheckpointManagerOptions(
-            read_only=True, best_fn=lambda metrics: metrics["val_loss"], best_mode="min"
+            create=False, best_fn=lambda metrics: metrics["val_loss"], best_mode="min"
         )
         with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
             steps = sorted(manager.all_steps())

@@ -177,7 +177,7 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
             tell=lambda piece: console.out(piece, end="", highlight=False),
             note=lambda text: aside.print(f"[dim]({text})[/]"),
         )
-        aside.print(str(generator.speed))
+        aside.print(str(generator.speed), soft_wrap=True)
         return [content for role, content in said if role == "assistant"]
     if args.message:
         encode = load_chat_template(args.model, tokenizer)
@@ -200,7 +200,7 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
         tell=_teller(console, prompts or args.message, inline=bool(prompts)),
     )
     console.out()
-    aside.print(str(generator.speed))
+    aside.print(str(generator.speed), soft_wrap=True)
     return texts
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from examples.moonlight.chat import END, special_token
-from examples.moonlight.checkpoint import read_model
+from examples.moonlight.checkpoint import CHECKPOINTS, read_model
 from examples.moonlight.config import Execution, MoonlightConfig
 from examples.moonlight.data import END_OF_TEXT
 from examples.moonlight.dense import DenseConfig
@@ -131,5 +131,5 @@ def _read_run(folder: Path, abstract: Any, execution: Execution, checkpoint: str
         shardings,
     )
     target = {"params": params, "router_bias": bias}
-    _, model = read_model(folder / "checkpoints", target, checkpoint)
+    _, model = read_model(folder / CHECKPOINTS, target, checkpoint)
     return model["params"], model["router_bias"]

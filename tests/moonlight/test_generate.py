@@ -96,10 +96,13 @@ def test_a_run_and_a_directory_with_the_same_weights_write_the_same(run, greedy,
     assert texts == [greedy[0][1]]
     assert out == f"a longer prompt{texts[0]}\n"
     assert "prefill 15 tokens, " in capsys.readouterr().err
-    # The last checkpoint is another: zeros, whose every logit is the same.
+    # The last checkpoint is another: zeros. One that is being written is left to its run.
+    half_written = run / "checkpoints" / "3.orbax-checkpoint-tmp-7"
+    half_written.mkdir()
     opened = [open_model(run, Execution(), checkpoint=which) for which in ("last", "best", 1)]
     largest = [max(float(x.max()) for x in jax.tree.leaves(model.params)) for model in opened]
     assert largest[0] == 0 < largest[1] == largest[2]
+    assert half_written.is_dir()
 
 
 def test_a_talk_and_a_message_get_the_same_answer(folder, monkeypatch):
