@@ -50,7 +50,10 @@ class Args:
     output_dir: Path
     """Folder of the run: settings, metrics, checkpoints, results."""
     preset: Literal["tiny", "small", "moonlight-16b-a3b"] = "tiny"
-    """Architecture of the model."""
+    """Architecture of the model, and what is trained with where nothing else is said."""
+    init_from: str | None = None
+    """Folder of a Hugging Face model that takes the place of the preset's architecture: its
+    weights, as float32, and its tokenizer are what the run begins with."""
     optimizer: Literal["muon", "muonclip", "adamw"] = "muon"
     """Muon (AdamW for embedding, head and norms); the same with QK-Clip behind it; or AdamW for
     everything."""
@@ -184,6 +187,10 @@ def resolve(args: Args) -> Recipe:
         least = "not be negative" if name in _MAY_BE_ZERO else "be positive"
         if not 0 <= value < float("inf") or (value == 0 and name not in _MAY_BE_ZERO):
             raise ValueError(f"--{name.replace('_', '-')} must {least}, got {value}")
+    if args.init_from is not None and args.branch_from is not None:
+        raise ValueError(
+            "--init-from and --branch-from both say with which weights to begin: give one"
+        )
     asked = {name: x for name in Recipe._fields if (x := getattr(args, name)) is not None}
     recipe = RECIPES[args.preset]._replace(**asked)
     if recipe.schedule == "moonlight":

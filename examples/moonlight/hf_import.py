@@ -111,15 +111,17 @@ def load_pretrained(
     return Pretrained(config, *jax.tree.unflatten(treedef, arrays))
 
 
+def make_model(config: ModelConfig, *, rngs: nnx.Rngs, execution: Execution) -> Moonlight | Dense:
+    """A model of either family with new weights."""
+    if isinstance(config, MoonlightConfig):
+        return Moonlight(config, rngs=rngs, execution=execution)
+    return Dense(config, rngs=rngs, execution=execution)
+
+
 def abstract_model(config: ModelConfig, execution: Execution) -> tuple[Any, nnx.State, nnx.State]:
     """The model's graphdef, parameters and router biases, with shapes only."""
-
-    def make() -> Moonlight | Dense:
-        if isinstance(config, MoonlightConfig):
-            return Moonlight(config, rngs=nnx.Rngs(0), execution=execution)
-        return Dense(config, rngs=nnx.Rngs(0), execution=execution)
-
-    graphdef, params, bias = nnx.split(nnx.eval_shape(make), nnx.Param, RouterBias)
+    model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0), execution=execution))
+    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)
     return graphdef, params, bias
 
 

@@ -15,6 +15,12 @@ trains through the paper's three stages (see `stages.py`), each with its own mix
 `--resume-step` such a run goes back to any checkpoint that it kept, and with `--branch-from
 RUN@STEP` another run begins there, with another cooldown, say.
 
+    python -m examples.moonlight.train --init-from hf/ --bias-rate 0 --data texts/ \
+        --output-dir runs/continued
+
+goes on with the weights of a Hugging Face directory, on its own tokenizer: a Moonlight, or a dense
+Qwen2 or Llama (`hf_import.py`).
+
     XLA_FLAGS=--xla_force_host_platform_device_count=8 \
         python -m examples.moonlight.train --mesh data=2,expert=2,tensor=2 --output-dir runs/mesh
 
@@ -27,6 +33,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,8 +50,11 @@ from examples.moonlight.batches import plan_spans, train_batches
 from examples.moonlight.branching import copy_branch, find_branch, go_back
 from examples.moonlight.checkpoint import CHECKPOINTS, Checkpoints, EveryTokens
 from examples.moonlight.config import Execution, MoonlightConfig
+from examples.moonlight.dense import Dense
 from examples.moonlight.experts import RouterBias
 from examples.moonlight.files import write_atomically
+from examples.moonlight.hf_config import ModelConfig, read_config
+from examples.moonlight.hf_import import load_pretrained, make_model
 from examples.moonlight.loop import Clock, compile_programs, run_to_the_end, token_buffer
 from examples.moonlight.model import Moonlight, count_parameters
 from examples.moonlight.muonclip import attention_heads
@@ -80,7 +90,7 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(1.0), optimizer, *clip)
 
 
-def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
+def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
     """Trains, or finishes a training, and returns what `results.json` holds.
 
     Args:
@@ -90,8 +100,10 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
 
     Raises:
         FileExistsError: The output folder is in use and `resume` is off.
-        FileNotFoundError: A text, or the checkpoint to go back to or to branch from, is not there.
-        ValueError: An argument is out of range, or differs from the run that is to be resumed.
+        FileNotFoundError: A text, the checkpoint to go back to or to branch from, or the model to
+            begin with, is not there.
+        ValueError: An argument is out of range, or differs from the run that is to be resumed; or
+            the model to begin with cannot be read.
         FloatingPointError: The loss is no longer finite.
     """
     clock, console = Clock(), rich.get_console()
@@ -101,6 +113,9 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
     plan = make_plan(recipe, bias_rate=args.bias_rate, mixes=mixes)
 
     # Mesh
+    pretrained = None if args.init_from is None else Path(args.init_from)
+    if pretrained is not None:
+        config = read_config(pretrained)
     config = config or MoonlightConfig.preset(args.preset)
     sharding = ModelSharding(None if args.mesh is None else make_mesh(args.mesh))
     sharding.check_divides(("batch", "--batch-size", recipe.batch_size))
@@ -118,13 +133,21 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
     )
 
     # Data
-    corpus = data.load_sources(sources, vocab_size=config.vocab_size, cache_dir=args.cache_dir)
+    corpus = data.load_sources(
+        sources, vocab_size=config.vocab_size, cache_dir=args.cache_dir, pretrained=pretrained
+    )
     sizes = {name: len(tokens) for name, tokens in corpus.train.items()}
     console.print(
         f"corpus {corpus.corpus_hash}: {sum(sizes.values()):,} training tokens, "
         f"{sum(map(len, corpus.validation.values())):,} held out, vocabulary "
         f"{corpus.tokenizer.get_vocab_size()}"
     )
+    if pretrained is not None and corpus.tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(
+            f"--init-from {pretrained}: its tokenizer has {corpus.tokenizer.get_vocab_size()} "
+            f"tokens, and its model a vocab_size of {config.vocab_size}: they do not belong "
+            "together"
+        )
     spans = plan_spans(plan, sizes)
     batches = train_batches(
         corpus.train,
@@ -149,9 +172,10 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
 
     # Settings
     folder = args.output_dir
+    if pretrained is None:
+        config = dataclasses.replace(config, vocab_size=corpus.tokenizer.get_vocab_size())
     config = dataclasses.replace(
         config,
-        vocab_size=corpus.tokenizer.get_vocab_size(),
         max_position_embeddings=max(config.max_position_embeddings, recipe.sequence_length),
     )
     settings = settings_of(args, recipe, plan.steps)
@@ -177,20 +201,21 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
             console.print(f"{folder} holds a finished run: nothing left to train")
             return present(folder, json.loads((folder / RESULTS).read_text()))
         console.print(plan_table(plan, recipe))
-        title = f"Moonlight {args.preset}, {recipe.schedule} schedule"
+        title = f"{args.init_from or f'Moonlight {args.preset}'}, {recipe.schedule} schedule"
         draw_plan(folder / SCHEDULE, plan, title=title)
 
         # Model
-        def make_model(execution: Execution) -> Moonlight:
-            return Moonlight(config, rngs=nnx.Rngs(args.seed), execution=execution)
+        def build(execution: Execution) -> Moonlight | Dense:
+            return make_model(config, rngs=nnx.Rngs(args.seed), execution=execution)
 
-        model = nnx.eval_shape(lambda: make_model(execution))
+        model = nnx.eval_shape(lambda: build(execution))
         graphdef, params, _ = nnx.split(model, nnx.Param, RouterBias)
         counts = count_parameters(model)
         console.print(
-            f"{args.preset}: {counts.total:,} parameters, {counts.body:,} without embedding and "
-            f"head, {counts.active:,} of those active per token; {args.optimizer}, peak rate "
-            f"{recipe.learning_rate:g}, {args.compute_dtype} on {jax.devices()[0].device_kind}"
+            f"{args.init_from or args.preset}: {counts.total:,} parameters, {counts.body:,} "
+            f"without embedding and head, {counts.active:,} of those active per token; "
+            f"{args.optimizer}, peak rate {recipe.learning_rate:g}, {args.compute_dtype} on "
+            f"{jax.devices()[0].device_kind}"
         )
 
         # Optimizer
@@ -204,7 +229,7 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
         )
 
         def start() -> TrainState:
-            _, params, bias = nnx.split(make_model(execution), nnx.Param, RouterBias)
+            _, params, bias = nnx.split(build(execution), nnx.Param, RouterBias)
             return TrainState(params, bias, optimizer.init(params))
 
         abstract = jax.eval_shape(start)
@@ -236,6 +261,10 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
             meshes = saved["meshes"]
             batches.set_state(saved["data"])
             console.print(f"continuing after step {step}, in the stage {plan.segment(step).stage}")
+        elif pretrained is not None:
+            _, params, bias = load_pretrained(pretrained, execution, console=console)
+            init = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
+            state = TrainState(params, bias, init(params))
         elif mesh is None:
             state = start()  # eagerly: one compilation per shape, not one of all draws
         else:
@@ -282,7 +311,7 @@ def train(args: Args, config: MoonlightConfig | None = None) -> dict[str, Any]:
 
     # Results
     sample = sample_text(
-        nnx.graphdef(nnx.eval_shape(lambda: make_model(Execution()))),  # one text, one device
+        nnx.graphdef(nnx.eval_shape(lambda: build(Execution()))),  # one text, one device
         nnx.merge_state(state.params, state.bias),
         corpus.tokenizer,
         args.prompt,
