@@ -53,7 +53,7 @@ class Family(NamedTuple):
 
 _FIXED = {
     "hidden_act": Fixed(("silu",), absent="silu"),
-    "attention_dropout": Fixed((0,), absent=0),
+    "attention_dropout": Fixed((0.0,), absent=0.0),
     "partial_rotary_factor": Fixed((None, 1)),
     "quantization_config": Fixed((None,)),
 }

@@ -109,6 +109,9 @@ def export_pretrained(
             _write_tokenizer(temporary, tokenizer, config)
         generation = {name: value for name, value in ids.items() if value is not None}
         _write_json(temporary / GENERATION_CONFIG_FILE, generation)
+        for file in temporary.glob("*.safetensors"):
+            # safetensors lets nobody else read what it writes.
+            shutil.copymode(temporary / GENERATION_CONFIG_FILE, file)
         # Last, because without it nobody takes the folder for a model.
         _write_json(temporary / CONFIG_FILE, config_fields(config, dtype=dtype, **ids))
         temporary.rename(folder)

@@ -82,8 +82,10 @@ def test_export_after_import_is_the_same_file(tmp_path, tensors, sharded):
     config, params, bias = load_pretrained(source)
     assert config == TOY
     assert {leaf.dtype.name for leaf in jax.tree.leaves((params, bias))} == {"float32"}
+    (tmp_path / "one").mkdir()  # empty
     export_pretrained(tmp_path / "one", config, params, bias, dtype="float32")
     assert_bitwise_equal(all_tensors(tmp_path / "one"), tensors)
+    assert len({path.stat().st_mode for path in (tmp_path / "one").iterdir()}) == 1
 
     config, params, bias = load_pretrained(tmp_path / "one", sharded)
     export_pretrained(
