@@ -10,6 +10,21 @@ from examples.moonlight.decoding import Generator
 from examples.moonlight.tokenizer import TextStream
 
 
+def encode_prompt(tokenizer: Tokenizer, prompt: str, window: int) -> list[int]:
+    """The prompt's tokens, if a window has room for them and at least one more.
+
+    Raises:
+        ValueError: The prompt is empty or fills the window.
+    """
+    ids = tokenizer.encode(prompt).ids
+    if not 0 < len(ids) < window:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens; it needs at least 1 and fewer than the window's "
+            f"{window}"
+        )
+    return ids
+
+
 class InOrder:
     """Tells texts that grow at the same time one after the other.
 

@@ -50,22 +50,25 @@ from examples.moonlight.batches import plan_spans, train_batches
 from examples.moonlight.branching import copy_branch, find_branch, go_back
 from examples.moonlight.checkpoint import CHECKPOINTS, Checkpoints, EveryTokens
 from examples.moonlight.config import Execution, MoonlightConfig
+from examples.moonlight.decoding import Generator
 from examples.moonlight.dense import Dense
 from examples.moonlight.experts import RouterBias
 from examples.moonlight.files import write_atomically
 from examples.moonlight.hf_config import ModelConfig, read_config
-from examples.moonlight.hf_import import load_pretrained, make_model
+from examples.moonlight.hf_import import abstract_model, load_pretrained, make_model
 from examples.moonlight.loop import Clock, compile_programs, run_to_the_end, token_buffer
 from examples.moonlight.model import Moonlight, count_parameters
+from examples.moonlight.model_folder import stop_tokens
 from examples.moonlight.muonclip import attention_heads
 from examples.moonlight.placement import state_shardings
 from examples.moonlight.plots import draw_plan
 from examples.moonlight.results import RESULTS, SCHEDULE, SHARDING, present, write_results
 from examples.moonlight.run_folder import open_run_folder
-from examples.moonlight.sample import encode_prompt, sample_text
+from examples.moonlight.sampling import Sampling
 from examples.moonlight.sharding import ModelSharding, bytes_per_device, make_mesh
 from examples.moonlight.stages import make_plan, plan_table
 from examples.moonlight.steps import TrainState, make_train_steps, make_validate
+from examples.moonlight.texts import continue_texts, encode_prompt
 from examples.moonlight.tokenizer import TOKENIZER
 from examples.moonlight.validation import make_validation
 from muon_jax import muon, qk_clip, sharding_report
@@ -163,7 +166,7 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
         batch_size=recipe.batch_size,
         count=args.eval_windows,
     )
-    encode_prompt(corpus.tokenizer, args.prompt, recipe.sequence_length)  # Fails now or never.
+    prompt = encode_prompt(corpus.tokenizer, args.prompt, recipe.sequence_length)
     if (windows := validation.windows_kbt.shape[1]) % sharding.batch_shards:
         raise ValueError(
             f"--mesh {args.mesh}: the validation batch of {windows} windows cannot be divided by "
@@ -310,13 +313,23 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
                 )
 
     # Results
-    sample = sample_text(
-        nnx.graphdef(nnx.eval_shape(lambda: build(Execution()))),  # one text, one device
-        nnx.merge_state(state.params, state.bias),
+    dropless = dataclasses.replace(execution, expert_capacity=None)
+    generator = Generator(
+        abstract_model(config, dropless)[0],
+        state.params,
+        state.bias,
+        batch=1,
+        length=recipe.sequence_length,
+        chunk=1,  # one program to compile: the prompt is short
+        sampling=Sampling(seed=args.seed),
+        sharding=sharding,
+    )
+    [continuation] = continue_texts(
+        generator,
         corpus.tokenizer,
-        args.prompt,
-        window=recipe.sequence_length,
-        seed=args.seed,
+        [prompt],
+        max_new_tokens=recipe.sequence_length,
+        stop_ids=stop_tokens(folder, corpus.tokenizer),
     )
     results = {
         "steps": plan.steps,
@@ -329,7 +342,7 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
         "settings": settings,
         "meshes": meshes,
         "optimizer_state_bytes_per_device": state_bytes,
-        "sample": sample,
+        "sample": args.prompt + continuation,
     }
     return present(folder, write_results(folder, results))
 
