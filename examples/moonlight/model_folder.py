@@ -9,11 +9,12 @@ from flax import nnx
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from examples.moonlight.chat import END, special_token
+from examples.moonlight.chat import END, TEMPLATE, special_token
 from examples.moonlight.checkpoint import CHECKPOINTS, read_model
 from examples.moonlight.config import Execution, MoonlightConfig
 from examples.moonlight.data import END_OF_TEXT
 from examples.moonlight.dense import DenseConfig
+from examples.moonlight.files import write_atomically
 from examples.moonlight.hf_config import CONFIG_FILE, ModelConfig, read_config
 from examples.moonlight.hf_import import abstract_model, load_pretrained
 from examples.moonlight.run_folder import SETTINGS
@@ -24,6 +25,10 @@ GENERATION_CONFIG = "generation_config.json"
 # Tokens that end a text by their name, whether or not a configuration says so: Moonlight's, and
 # that of the corpora that `data.py` tokenizes.
 STOP_TOKENS = (END, "[EOS]", END_OF_TEXT)
+
+
+# What a model's folder says of texts and their ends, besides the tokenizer.
+COMPANIONS = (CONFIG, TEMPLATE, GENERATION_CONFIG)
 
 
 class OpenModel(NamedTuple):
@@ -106,6 +111,13 @@ def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
             )
         ids.update(listed)
     return frozenset(ids)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Gives a run the chat template and the stop ids of the model that it begins with."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            write_atomically(folder / name, (source / name).read_bytes())
 
 
 def _run_config(path: Path) -> ModelConfig:

@@ -58,7 +58,7 @@ from examples.moonlight.hf_config import ModelConfig, read_config
 from examples.moonlight.hf_import import abstract_model, load_pretrained, make_model
 from examples.moonlight.loop import Clock, compile_programs, run_to_the_end, token_buffer
 from examples.moonlight.model import Moonlight, count_parameters
-from examples.moonlight.model_folder import stop_tokens
+from examples.moonlight.model_folder import copy_companions, stop_tokens
 from examples.moonlight.muonclip import attention_heads
 from examples.moonlight.placement import state_shardings
 from examples.moonlight.plots import draw_plan
@@ -187,6 +187,8 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
     goes_back = args.resume_step is not None
     open_run_folder(folder, settings, resume=args.resume or goes_back, must_exist=goes_back)
     write_atomically(folder / TOKENIZER, corpus.tokenizer.to_str(pretty=True).encode())
+    if pretrained is not None:
+        copy_companions(pretrained, folder)
     if branch is not None:
         copy_branch(branch, folder)
     every = args.keep_every_tokens

@@ -19,7 +19,7 @@ from examples.moonlight.checkpoint import Checkpoints
 from examples.moonlight.config import Execution
 from examples.moonlight.generate import Args, cache_length, generate, read_prompts
 from examples.moonlight.hf_import import load_pretrained
-from examples.moonlight.model_folder import open_model, stop_tokens
+from examples.moonlight.model_folder import copy_companions, open_model, stop_tokens
 from examples.moonlight.texts import continue_texts, converse
 from examples.moonlight.tokenizer import _byte_characters
 
@@ -210,6 +210,10 @@ def test_whatever_a_folder_calls_an_end_ends_a_text(tmp_path, tokenizer):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 9]}')
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "!"}}')
     assert stop_tokens(tmp_path, tokenizer) == {end, im_end, 7, 8, 9, ord("!")}
+    # A run that begins with the model ends texts as it does, and shares no config.json.
+    (tmp_path / "run").mkdir()
+    copy_companions(tmp_path, tmp_path / "run")
+    assert stop_tokens(tmp_path / "run", tokenizer) == {end, im_end, 8, 9, ord("!")}
     (tmp_path / "config.json").write_text('{"eos_token_id": "7"}')
     with pytest.raises(ValueError, match=r"config\.json: eos_token_id: expected an id or a list"):
         stop_tokens(tmp_path, tokenizer)
