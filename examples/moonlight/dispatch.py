@@ -116,6 +116,7 @@ class _Itinerary(NamedTuple):
 
     Attributes:
         order_m: Pairs (token * k + choice) by group, int32 `[n * k]`.
+        place_m: Of each pair, its place in that order: the inverse permutation.
         start_g: Where each group begins in it.
         count_g: Pairs of each group.
         group_m: Of each pair, by its number: its group,
@@ -123,6 +124,7 @@ class _Itinerary(NamedTuple):
     """
 
     order_m: jax.Array
+    place_m: jax.Array
     start_g: jax.Array
     count_g: jax.Array
     group_m: jax.Array
@@ -130,11 +132,33 @@ class _Itinerary(NamedTuple):
 
 
 def _plan(group_m: jax.Array, groups: int) -> _Itinerary:
-    order_m = jnp.argsort(group_m, stable=True)
-    count_g = jnp.bincount(group_m, length=groups)
+    # By counting: groups are few, and XLA:TPU takes seconds to compile each sort of many pairs.
+    hit_mg = (group_m[:, None] == jnp.arange(groups)[None]).astype(jnp.int32)
+    upto_mg = jnp.cumsum(hit_mg, axis=0)
+    count_g = upto_mg[-1]
     start_g = jnp.cumsum(count_g) - count_g
-    rank_m = jnp.argsort(order_m) - start_g[group_m]
-    return _Itinerary(order_m, start_g, count_g, group_m, rank_m)
+    rank_m = (upto_mg * hit_mg).sum(axis=1) - 1
+    place_m = start_g[group_m] + rank_m
+    numbers_m = jnp.arange(group_m.size, dtype=jnp.int32)
+    order_m = jnp.zeros_like(numbers_m).at[place_m].set(numbers_m, unique_indices=True)
+    return _Itinerary(order_m, place_m, start_g, count_g, group_m, rank_m)
+
+
+@jax.custom_vjp
+def _permute(x_mx: jax.Array, order_m: jax.Array, place_m: jax.Array) -> jax.Array:
+    """`x[order]`, `place` being its inverse: by it gradients are gathered, where XLA would add."""
+    return x_mx[order_m]
+
+
+def _permute_forward(x_mx: jax.Array, order_m: jax.Array, place_m: jax.Array):
+    return x_mx[order_m], place_m
+
+
+def _permute_backward(place_m: jax.Array, grad_mx: jax.Array):
+    return grad_mx[place_m], None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)
 
 
 def _fill(plan: _Itinerary, round_: Any, slots: int) -> tuple[jax.Array, jax.Array]:
@@ -270,13 +294,14 @@ class _Pairs:
 
     def compute(self, act_md: jax.Array, weight_m: jax.Array, expert_m: jax.Array):
         """Weighted outputs of this device's experts, and their vjp to tokens, weights, stacks."""
-        order_m = jnp.argsort(expert_m, stable=True)
-        load_e = jnp.bincount(expert_m, length=self.local + 1)[: self.local]
-        filled_m = expert_m < self.local
+        plan = _plan(expert_m, self.local + 1)
+        load_e, filled_m = plan.count_g[: self.local], expert_m < self.local
 
         def run(act_md: jax.Array, weight_m: jax.Array, stacks: Stacks) -> jax.Array:
-            sorted_md = swiglu_groups(act_md[order_m], load_e.astype(jnp.int32), stacks)
-            out_md = jnp.where(filled_m[:, None], sorted_md[jnp.argsort(order_m)], 0)
+            sorted_md = _permute(act_md, plan.order_m, plan.place_m)
+            out_md = swiglu_groups(sorted_md, load_e, stacks)
+            out_md = _permute(out_md, plan.place_m, plan.order_m)
+            out_md = jnp.where(filled_m[:, None], out_md, 0)
             return out_md * weight_m[:, None].astype(out_md.dtype)
 
         return jax.vjp(run, act_md, weight_m, self.stacks)

@@ -8,14 +8,17 @@ decay of 3e-5, decay would vanish in a bfloat16 weight.
 Shapes are suffixes, see `model.py`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from examples.moonlight.config import Execution
+from examples.moonlight.sharding import BATCH_AXES
 
 PyTree = Any
 
@@ -90,15 +93,41 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens_n: jax.Array) -> jax.Array:
         """Maps ids `[n]` to `[n, hidden]`; an id outside the table gives NaN, not a row."""
-        run = self.execution
-        table_vd = self.embedding[...].astype(run.dtype)
-        if run.sharding.mesh is not None:
-            vocab, hidden = run.sharding.param_spec(("embed", "embedding"), table_vd.shape)
-            # Pinned twice: cast before it is gathered, and, for its gradient, not laid out as the
-            # optimizer's state at once, which would take the tokens of all devices to each.
-            table_vd = run.sharding.constrain(table_vd, vocab, hidden)
-            table_vd = run.sharding.constrain(table_vd, vocab, None)
-        return jnp.take(table_vd, tokens_n, axis=0)
+        run, table_vd = self.execution, self.embedding[...]
+        where = run.sharding
+        if where.mesh is None or tokens_n.shape[0] % where.batch_shards:
+            return jnp.take(table_vd.astype(run.dtype), tokens_n, axis=0)
+        spec = where.param_spec(("embed", "embedding"), table_vd.shape)
+        return jax.shard_map(
+            functools.partial(_look_up, *spec, run.dtype),
+            mesh=where.mesh,
+            in_specs=(P(*spec), P(BATCH_AXES)),
+            out_specs=P(BATCH_AXES),
+        )(table_vd, tokens_n)
+
+
+def _look_up(
+    vocab: str | None, hidden: str | None, dtype: Any, table_vd: jax.Array, tokens_n: jax.Array
+) -> jax.Array:
+    """Rows of a table that lies over two axes, the table itself staying where it is.
+
+    Those who store columns of it look up each other's tokens, and send each the columns of theirs:
+    `n d` numbers, and as many of the gradient, where a gathered table has `v d`.
+    """
+    if hidden is not None:
+        tokens_n = jax.lax.all_gather(tokens_n, hidden, tiled=True)
+    if vocab is None:
+        rows_nd = jnp.take(table_vd, tokens_n, axis=0).astype(dtype)
+    else:
+        local_n = tokens_n - jax.lax.axis_index(vocab) * table_vd.shape[0]
+        mine_n = (local_n >= 0) & (local_n < table_vd.shape[0])
+        rows_nd = jnp.take(table_vd, jnp.where(mine_n, local_n, 0), axis=0).astype(dtype)
+        found_n = jax.lax.psum(mine_n.astype(jnp.int32), vocab) > 0
+        rows_nd = jax.lax.psum(jnp.where(mine_n[:, None], rows_nd, 0), vocab)
+        rows_nd = jnp.where(found_n[:, None], rows_nd, jnp.nan)
+    if hidden is not None:
+        rows_nd = jax.lax.all_to_all(rows_nd, hidden, 0, 1, tiled=True)
+    return rows_nd
 
 
 # --------------------------------------------------------------------------------------------------

@@ -177,9 +177,23 @@ class ModelSharding:
             if "router" not in names:
                 # Pinned to its parts, or the cast could come after the gathering.
                 leaf = self.constrain(leaf.astype(dtype), *spec)
-            return self.constrain(leaf, *(axis if axis != "fsdp" else None for axis in spec))
+            return self._gather(leaf, spec)
 
         return jax.tree_util.tree_map_with_path(whole, params)
+
+    def _gather(self, leaf: jax.Array, spec: P) -> jax.Array:
+        """`leaf`, stored as `spec` says, whole over `fsdp`.
+
+        Its gradient goes from the products' partial sums to the parts at once: left to JAX, it
+        would first be laid out like what was gathered, every device summing all of it.
+        """
+
+        @jax.custom_vjp
+        def gather(leaf: jax.Array) -> jax.Array:
+            return self.constrain(leaf, *(axis if axis != "fsdp" else None for axis in spec))
+
+        gather.defvjp(lambda leaf: (gather(leaf), None), lambda _, g: (self.constrain(g, *spec),))
+        return gather(leaf)
 
 
 def make_mesh(text: str) -> Mesh:
