@@ -9,12 +9,11 @@ shard's are on the host at a time. The directory gets its name when everything i
 """
 
 import dataclasses
-import json
 import math
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import ml_dtypes
@@ -24,33 +23,25 @@ import tyro
 from flax import nnx
 from rich.console import Console
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer
 
 from examples.moonlight import hf_names
 from examples.moonlight.config import Execution
-from examples.moonlight.data import END_OF_TEXT
-from examples.moonlight.hf_config import CONFIG_FILE, ModelConfig, config_fields, read_json
+from examples.moonlight.hf_config import CONFIG_FILE, ModelConfig, config_fields
 from examples.moonlight.hf_files import INDEX_FILE, SINGLE_FILE
 from examples.moonlight.hf_import import bounds_of, byte_bar, path_names
+from examples.moonlight.hf_tokenizer import (
+    GENERATION_CONFIG_FILE,
+    token_ids,
+    write_json,
+    write_tokenizer,
+)
 from examples.moonlight.model_folder import open_model
 from examples.moonlight.sharding import ModelSharding, make_mesh
-from examples.moonlight.tokenizer import load_tokenizer
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 # Of each shard, in bytes: what the host needs besides the devices' memory.
 MAX_SHARD_SIZE = 2_000_000_000
-
-TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
-GENERATION_CONFIG_FILE = "generation_config.json"
-
-# What a model's folder may have besides, and what comes along from one to the next.
-TOKENIZER_FILES = (
-    TOKENIZER_FILE,
-    TOKENIZER_CONFIG_FILE,
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
 
 
 def export_pretrained(
@@ -72,7 +63,7 @@ def export_pretrained(
         params: The parameters, on any devices of this process.
         bias: The routers' biases.
         tokenizer: A `tokenizer.json`, or the folder of a model or run that has one, from which
-            chat template and token ids come along. None writes none.
+            chat template, token ids and defaults of generation come along. None writes none.
         dtype: "bfloat16" as the published weights, or "float32", which loses nothing. Router biases
             are float32 in any case, as transformers keeps them.
         max_shard_size: Bytes of tensors in a file; more only where one tensor alone has more.
@@ -99,21 +90,20 @@ def export_pretrained(
             "parts of the parameters lie in other processes: export from a checkpoint, in one "
             "process"
         )
-    ids = _token_ids(tokenizer, config)
+    ids = token_ids(tokenizer, config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
     try:
         _write_weights(temporary, config, leaves, DTYPES[dtype], max_shard_size, console)
         if tokenizer is not None:
-            _write_tokenizer(temporary, tokenizer, config)
-        generation = {name: value for name, value in ids.items() if value is not None}
-        _write_json(temporary / GENERATION_CONFIG_FILE, generation)
+            write_tokenizer(temporary, tokenizer, config)
+        write_json(temporary / GENERATION_CONFIG_FILE, ids.generation)
         for file in temporary.glob("*.safetensors"):
             # safetensors lets nobody else read what it writes.
             shutil.copymode(temporary / GENERATION_CONFIG_FILE, file)
         # Last, because without it nobody takes the folder for a model.
-        _write_json(temporary / CONFIG_FILE, config_fields(config, dtype=dtype, **ids))
+        write_json(temporary / CONFIG_FILE, config_fields(config, dtype=dtype, **ids.config))
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -194,7 +184,7 @@ def _write_weights(
             save_file(tensors, folder / file, metadata={"format": "pt"})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(folder / INDEX_FILE, index)
+        write_json(folder / INDEX_FILE, index)
 
 
 def _dtype(row: hf_names.Row, dtype: np.dtype) -> np.dtype:
@@ -203,60 +193,6 @@ def _dtype(row: hf_names.Row, dtype: np.dtype) -> np.dtype:
 
 def _size(row: hf_names.Row, dtype: np.dtype) -> int:
     return math.prod(row.shape) * _dtype(row, dtype).itemsize
-
-
-# --------------------------------------------------------------------------------------------------
-# Tokenizer
-# --------------------------------------------------------------------------------------------------
-
-
-def _token_ids(source: Path | None, config: ModelConfig) -> dict[str, Any]:
-    """The ids that config.json names: those of the source's config, or our own end of text."""
-    ids: dict[str, Any] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    if source is None:
-        return ids
-    tokenizer = _read_tokenizer(source)
-    tokens = tokenizer.get_vocab_size()
-    if tokens > config.vocab_size:
-        raise ValueError(
-            f"{source} has {tokens} tokens, and the model's vocab_size is {config.vocab_size}: "
-            "give the tokenizer that the model was trained with"
-        )
-    ids["eos_token_id"] = tokenizer.token_to_id(END_OF_TEXT)
-    for name in (CONFIG_FILE, GENERATION_CONFIG_FILE):
-        if (source / name).is_file():
-            found = read_json(source / name)
-            ids |= {key: found[key] for key in ids if key in found}
-    return ids
-
-
-def _read_tokenizer(source: Path) -> Tokenizer:
-    if source.is_dir():
-        return load_tokenizer(source)
-    if not source.is_file():
-        raise FileNotFoundError(f"{source} does not exist: give a tokenizer.json or a folder")
-    return Tokenizer.from_file(str(source))
-
-
-def _write_tokenizer(folder: Path, source: Path, config: ModelConfig) -> None:
-    for name in TOKENIZER_FILES if source.is_dir() else ():
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    tokenizer = _read_tokenizer(source)
-    if not (folder / TOKENIZER_FILE).exists():
-        tokenizer.save(str(folder / TOKENIZER_FILE))
-    if not (folder / TOKENIZER_CONFIG_FILE).exists():
-        has_end = tokenizer.token_to_id(END_OF_TEXT) is not None
-        fields = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": config.max_position_embeddings,
-            "clean_up_tokenization_spaces": False,
-        } | ({"eos_token": END_OF_TEXT} if has_end else {})
-        _write_json(folder / TOKENIZER_CONFIG_FILE, fields)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -3,15 +3,10 @@
 Each device's part of a parameter is read by itself, from those bytes of the files that it consists
 of: one part is on the host at a time, and no device sees another's. Nothing is allocated before
 `config.json`, the index and every tensor's name, shape and dtype are known to fit, so that a model
-is loaded whole or not at all.
-
-    python -m examples.moonlight.hf_import --model hf/
-
-checks a directory so, headers only, and says what it holds.
+is loaded whole or not at all; `hf_check.py` does that alone.
 """
 
 import collections
-import dataclasses
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,14 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich
-import tyro
 from flax import nnx
 from jax.sharding import Sharding
 from jax.typing import DTypeLike
 from rich import progress
 from rich.console import Console
-from rich.table import Table
 
 from examples.moonlight import hf_names
 from examples.moonlight.config import Execution, MoonlightConfig
@@ -256,41 +248,3 @@ def _check_tied(files: TensorFiles) -> None:
 
 def _some(names: list[str]) -> str:
     return names[0] + (" is" if len(names) == 1 else f" and {len(names) - 1} other tensors are")
-
-
-# --------------------------------------------------------------------------------------------------
-# Command line
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Args:
-    """Checks a Hugging Face directory and says what it holds; reads headers only."""
-
-    model: Path
-    """Folder with config.json and safetensors."""
-
-
-def check(args: Args) -> None:
-    """Checks a directory as `load_pretrained` does, and prints a summary."""
-    config = read_config(args.model)
-    with TensorFiles(args.model) as files:
-        rows = matching_table(files, config)
-        dtypes = collections.Counter(info.dtype for info in files.tensors.values())
-        shards = {info.file for info in files.tensors.values()}
-        size = sum(file.stat().st_size for file in shards)
-    fused = any(row.rows for row in rows)
-    table = Table(title=f"{args.model} can be loaded", show_header=False, title_justify="left")
-    for name, value in (
-        ("numbers", f"{hf_names.total_size(config):,}"),
-        ("tensors", f"{len(hf_names.shapes(rows)):,}" + (", experts fused" if fused else "")),
-        ("dtypes", ", ".join(f"{dtype} ({count:,})" for dtype, count in dtypes.items())),
-        ("files", f"{len(shards)}, {size / 1e9:,.3f} GB"),
-        *((field.name, str(getattr(config, field.name))) for field in dataclasses.fields(config)),
-    ):
-        table.add_row(name, value)
-    rich.get_console().print(table)
-
-
-if __name__ == "__main__":
-    check(tyro.cli(Args))

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from examples.moonlight import hf_export, hf_import, hf_names
+from examples.moonlight import hf_check, hf_export, hf_import, hf_names
 from examples.moonlight.checkpoint import Checkpoints
 from examples.moonlight.config import Execution
 from examples.moonlight.hf_export import export_pretrained
@@ -397,7 +397,7 @@ def test_what_old_and_foreign_writers_add_is_accepted(tmp_path):
 
 
 def test_the_check_prints_what_a_directory_holds(folder, capsys):
-    hf_import.check(hf_import.Args(folder))
+    hf_check.check(hf_check.Args(folder))
     out = capsys.readouterr().out
     assert "can be loaded" in out
     assert f"{hf_names.total_size(TOY):,}" in out and "F32 (61)" in out

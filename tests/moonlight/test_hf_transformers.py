@@ -3,6 +3,7 @@
 The only file that imports transformers and torch, which takes seconds.
 """
 
+import base64
 import copy
 import dataclasses
 import json
@@ -351,6 +352,40 @@ def test_the_tokenizer_comes_along(case, tmp_path):
     small = dataclasses.replace(case.config, vocab_size=10)
     with pytest.raises(ValueError, match=r"tokens, and the model's vocab_size is 10"):
         export_pretrained(tmp_path / "x", small, params, bias, tokenizer=tmp_path / "one")
+
+
+def test_a_tiktoken_file_becomes_a_tokenizer_that_transformers_loads(tmp_path):
+    """As Moonlight's folder: its class is remote code, and an answer ends otherwise than a text."""
+    source = tmp_path / "source"
+    source.mkdir()
+    tokens = [bytes([byte]) for byte in range(256)] + [b"li", b"ne", b"line"]
+    lines = (b"%s %d\n" % (base64.b64encode(token), i) for i, token in enumerate(tokens))
+    (source / "tiktoken.model").write_bytes(b"".join(lines))
+    special = {str(259 + i): {"content": name} for i, name in enumerate(("[EOS]", "<|im_end|>"))}
+    remote = {"AutoTokenizer": ["tokenization_moonshot.TikTokenTokenizer", None]}
+    for name, fields in {
+        "tokenizer_config.json": {
+            "added_tokens_decoder": special,
+            "auto_map": remote,
+            "chat_template": "{{ messages[0]['content'] }}<|im_end|>",
+            "eos_token": "[EOS]",
+            "tokenizer_class": "TikTokenTokenizer",
+        },
+        "config.json": {"eos_token_id": 259},
+        "generation_config.json": {"eos_token_id": 260, "max_length": 99},
+    }.items():
+        (source / name).write_text(json.dumps(fields))
+    config = dataclasses.replace(hf_toy.LLAMA, vocab_size=261)
+    folder = hf_toy.write_model(tmp_path / "hf", config, hf_toy.hard_tensors(config))
+    export_pretrained(tmp_path / "out", *load_pretrained(folder), tokenizer=source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("line é<|im_end|>")["input_ids"] == [258, 32, 0xC3, 0xA9, 260]
+    assert tokenizer.eos_token_id == 259
+    chat = [{"role": "user", "content": "line"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "line<|im_end|>"
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.eos_token_id == 259
+    assert model.generation_config.eos_token_id == 260 and model.generation_config.max_length == 99
 
 
 # --- generation -----------------------------------------------------------------------------------

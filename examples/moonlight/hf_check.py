@@ -1,0 +1,50 @@
+"""Checks a Hugging Face directory as the import does, headers only, and says what it holds.
+
+python -m examples.moonlight.hf_check --model hf/
+"""
+
+import collections
+import dataclasses
+from pathlib import Path
+
+import rich
+import tyro
+from rich.table import Table
+
+from examples.moonlight import hf_names
+from examples.moonlight.hf_config import read_config
+from examples.moonlight.hf_files import TensorFiles
+from examples.moonlight.hf_import import matching_table
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Checks a Hugging Face directory and says what it holds; reads headers only."""
+
+    model: Path
+    """Folder with config.json and safetensors."""
+
+
+def check(args: Args) -> None:
+    """Checks a directory as `load_pretrained` does, and prints a summary."""
+    config = read_config(args.model)
+    with TensorFiles(args.model) as files:
+        rows = matching_table(files, config)
+        dtypes = collections.Counter(info.dtype for info in files.tensors.values())
+        shards = {info.file for info in files.tensors.values()}
+        size = sum(file.stat().st_size for file in shards)
+    fused = any(row.rows for row in rows)
+    table = Table(title=f"{args.model} can be loaded", show_header=False, title_justify="left")
+    for name, value in (
+        ("numbers", f"{hf_names.total_size(config):,}"),
+        ("tensors", f"{len(hf_names.shapes(rows)):,}" + (", experts fused" if fused else "")),
+        ("dtypes", ", ".join(f"{dtype} ({count:,})" for dtype, count in dtypes.items())),
+        ("files", f"{len(shards)}, {size / 1e9:,.3f} GB"),
+        *((field.name, str(getattr(config, field.name))) for field in dataclasses.fields(config)),
+    ):
+        table.add_row(name, value)
+    rich.get_console().print(table)
+
+
+if __name__ == "__main__":
+    check(tyro.cli(Args))
