@@ -99,15 +99,15 @@ def plan_table(plan: Plan, recipe: Recipe) -> Table:
     """A row for every segment; rates are those of its first and its last step."""
     title = f"{plan.steps:,} steps, {plan.tokens(plan.steps):,} tokens"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    mixed = any(segment.mix for segment in plan.segments)
+    names = sorted({name for segment in plan.segments for name in segment.mix})
     columns = ("stage", "to step", "to tokens", "batch", "learning rate", "", "bias")
-    for column in columns + ("mix",) * mixed:
+    for column in columns + ("mix",) * bool(names):
         words = column in ("stage", "", "mix")
-        table.add_column(column, justify="left" if words else "right", no_wrap=column != "mix")
+        table.add_column(column, justify="left" if words else "right", no_wrap=True)
     for start, segment in zip(plan.starts, plan.segments, strict=False):
         end = start + segment.steps
         first, last = (float(plan.learning_rate(step)) for step in (start, end - 1))
-        weights = ", ".join(f"{name} {weight:g}" for name, weight in segment.mix.items())
+        weights = " : ".join(f"{segment.mix.get(name, 0):g}" for name in names)
         table.add_row(
             segment.stage,
             f"{end:,}",
@@ -116,9 +116,11 @@ def plan_table(plan: Plan, recipe: Recipe) -> Table:
             f"{first:.1e} - {last:.1e}",
             segment.curve.shape,
             f"{segment.bias_rate:g}",
-            *([weights or "by size"] if mixed else []),
+            *([weights] if names else []),
         )
     table.caption = f"batch: micro-batches x sequences of {plan.sequence_length:,} tokens"
+    if names:
+        table.caption += f"; mix: {' : '.join(names)}"
     return table
 
 

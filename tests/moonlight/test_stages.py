@@ -111,7 +111,8 @@ def test_mixes_belong_to_stages():
     assert [segment.mix for segment in plan.segments] == [one, one, one, two, two]
     recipe = resolve(Args(output_dir=Path(), schedule="moonlight"))
     table = stages.plan_table(plan, recipe)
-    assert [*table.columns[-1].cells][-1] == "quality 1"
+    assert [*table.columns[-1].cells] == ["1 : 0"] * 3 + ["0 : 1"] * 2
+    assert "mix: general : quality" in str(table.caption)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Training end to end at toy size: outputs, resumption, settings, accumulation, refusals."""
 
 import dataclasses
+import functools
+import io
 import json
 import os
 import shutil
@@ -18,16 +20,13 @@ import numpy as np
 import optax
 import pytest
 import toy
-from flax import nnx
-from tokenizers import Tokenizer
+from rich.console import Console
 
-from examples.moonlight import metrics, sample
-from examples.moonlight.checkpoint import Checkpoints, Restored
-from examples.moonlight.config import MoonlightConfig
+from examples.moonlight import generate, metrics
+from examples.moonlight.checkpoint import Checkpoints, EveryTokens, kept_steps
 from examples.moonlight.files import write_atomically
-from examples.moonlight.model import Moonlight, RouterBias
-from examples.moonlight.steps import StepMetrics, TrainState, make_train_steps
-from examples.moonlight.train import RECIPES, Args, make_optimizer, make_schedule, resolve, train
+from examples.moonlight.steps import StepMetrics, make_train_steps
+from examples.moonlight.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,7 +55,13 @@ def test_a_run_leaves_everything_it_promises(finished: Path):
     run = finished / "run"
     steps = metrics.read_metrics(run / metrics.FILE, metrics.TRAIN)
     assert [record["step"] for record in steps] == list(range(1, 13))
-    assert set(steps[0]) == {"kind", "step", "tokens_per_second", *StepMetrics._fields}
+    assert set(steps[0]) == {
+        "kind",
+        "step",
+        "tokens",
+        "tokens_per_second",
+        *StepMetrics._fields,
+    }
     assert all(np.isfinite(list(record.values())[1:]).all() for record in steps)
     validations = metrics.read_metrics(run / metrics.FILE, metrics.VALIDATION)
     assert [record["step"] for record in validations] == [4, 8, 12]
@@ -150,6 +155,37 @@ def _start(tmp_path: Path) -> Iterator[Callable[[Path, int], subprocess.Popen]]:
         process.communicate()
 
 
+@pytest.fixture(name="start")
+def _start(tmp_path: Path) -> Iterator[Callable[[Path, int], subprocess.Popen]]:
+    """Starts toy runs, and ends those that a failing test leaves behind."""
+    # One compilation for all processes; every one of them would otherwise wait seconds for its own.
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    processes: list[subprocess.Popen] = []
+
+    def start(folder: Path, steps: int) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, toy.__file__, str(folder), str(steps)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
 def kill_when(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not condition():
@@ -160,142 +196,132 @@ def kill_when(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
-def test_a_run_killed_twice_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, start):
-    steps = 210
+def test_a_killed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, start):
+    steps = 42
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
         toy.write_corpus(folder / "corpus.txt")
-    uninterrupted = start(whole, steps)
     run = killed / "run"
-    log, checkpoints = run / metrics.FILE, run / "checkpoints"
+    checkpoints = run / "checkpoints"
 
-    def saving_beyond(step: int) -> bool:
-        """Whether a checkpoint is half-written, and a whole one of at least this step is there."""
+    def saving() -> bool:
+        """Whether a checkpoint is half-written, its steps are recorded, and an earlier is whole."""
         names = [path.name for path in checkpoints.iterdir()] if checkpoints.exists() else []
-        whole_steps = [int(name) for name in names if name.isdigit()]
-        return max(whole_steps, default=0) >= step and len(whole_steps) < len(names)
+        return 0 < sum(name.isdecimal() for name in names) < len(names)
 
-    # In the middle of writing a checkpoint, and between two checkpoints.
-    kill_when(start(killed, steps), lambda: saving_beyond(14))
-    recorded = len(log.read_text().splitlines())
-    kill_when(
-        start(killed, steps), lambda: len(log.read_text().splitlines()) not in range(recorded + 30)
-    )
-    last = start(killed, steps)
-    for process in (last, uninterrupted):
-        _, errors = process.communicate(timeout=120)
+    process = start(killed, steps)
+    deadline = time.monotonic() + 240
+    while not saving():
+        assert process.poll() is None, f"ended before it was killed: {process.communicate()[1]}"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    recorded = metrics.read_metrics(run / metrics.FILE, metrics.TRAIN)[-1]["step"]
+    assert recorded > kept_steps(checkpoints)[-1]
+
+    for process in [start(killed, steps), start(whole, steps)]:
+        _, errors = process.communicate(timeout=240)
         assert process.returncode == 0, errors
-
     assert records(run) == records(whole / "run")
     train_steps = [record["step"] for record in records(run) if record["kind"] == "train"]
     assert train_steps == list(range(1, steps + 1))
-    restored = restore(run)
     # Two micro-batches a step: the position counts batches.
-    assert restored.progress["data"] == {"next_index": 2 * steps}
-    for ours, theirs in zip(
-        jax.tree.leaves((restored.model, restored.optimizer)),
-        jax.tree.leaves((restore(whole / "run").model, restore(whole / "run").optimizer)),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours, theirs)
+    assert toy.restore(run).progress["data"] == {"next_index": 2 * steps}
+    toy.assert_same_state(run, whole / "run")
 
 
-def restore(run: Path) -> Restored:
-    """The newest checkpoint of a toy run with the default optimizer."""
-    settings = json.loads((run / "settings.json").read_text())
-    _, state = split(
-        MoonlightConfig(**settings["config"]), make_optimizer("muon", lambda _: 1.0, 0.1)
-    )
-    checkpoints = Checkpoints(run / "checkpoints", max_to_keep=2)
-    model = {"params": state.params, "router_bias": state.bias}
-    restored = checkpoints.restore(model=model, optimizer=state.opt_state)
-    checkpoints.close()
-    return restored
-
-
-def split(
-    config: MoonlightConfig, optimizer: optax.GradientTransformation
-) -> tuple[nnx.GraphDef, TrainState]:
-    model = Moonlight(config, rngs=nnx.Rngs(0))
-    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)
-    return graphdef, TrainState(params, bias, optimizer.init(params))
-
-
-def test_accumulated_micro_batches_equal_one_batch():
+@pytest.fixture(scope="module", name="program")
+def _program() -> tuple[Callable, Callable]:
+    """Steps of up to four micro-batches, from a state; and from any."""
     schedule = optax.constant_schedule(0.5)
     optimizer = optax.sgd(schedule, momentum=0.9)
-    graphdef, state = split(toy.CONFIG, optimizer)
-    steps = jax.jit(make_train_steps(graphdef, optimizer, schedule, bias_rate=1e-3))
-    tokens = np.random.default_rng(0).integers(0, 300, (3, 1, 8, 17)).astype(np.int32)
-    whole, whole_metrics, _ = steps(state, tokens, 0, 3)
-    parts, parts_metrics, _ = steps(state, tokens.reshape(3, 4, 2, 17), 0, 3)
+    graphdef, state = toy.split(toy.CONFIG, optimizer)
+
+    def bias_rate(step: jax.Array) -> jax.Array:
+        return jnp.where(step < 2, 1e-3, 0.0)
+
+    steps = jax.jit(make_train_steps(graphdef, optimizer, schedule, bias_rate=bias_rate))
+    return functools.partial(steps, state), steps
+
+
+TOKENS = np.random.default_rng(0).integers(0, 300, (3, 4, 2, 17)).astype(np.int32)
+ALL = np.full(3, 4, np.int32)
+
+
+def assert_same(ours, theirs) -> None:
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_accumulated_micro_batches_equal_one_batch(program):
+    take, _ = program
+    parts, parts_metrics, _ = take(TOKENS, 0, 3, ALL)
+    whole, whole_metrics, _ = take(TOKENS.reshape(3, 1, 8, 17), 0, 3)
     for ours, theirs in zip(
         jax.tree.leaves((parts.params, parts.opt_state, parts_metrics)),
         jax.tree.leaves((whole.params, whole.opt_state, whole_metrics)),
         strict=True,
     ):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=ACCUMULATION_TOLERANCE)
-    # Loads are counted over the whole step and the bias moves once: the same bits.
-    for ours, theirs, start in zip(
-        *(jax.tree.leaves(bias) for bias in (parts.bias, whole.bias, state.bias)), strict=True
-    ):
-        np.testing.assert_array_equal(ours, theirs)
-        assert 0 < jnp.abs(ours - start).max() <= 3 * 2e-3
+    # Loads are counted over the whole step and the bias moves once, in the steps that have a rate.
+    assert_same(parts.bias, whole.bias)
+    (bias,) = jax.tree.leaves(parts.bias)
+    assert 0 < jnp.abs(bias).max() <= 2 * 2e-3
 
 
-def test_calls_of_any_length_compute_the_same_bits():
-    schedule = optax.constant_schedule(1e-2)
-    optimizer = optax.adam(schedule)
-    graphdef, state = split(toy.CONFIG, optimizer)
-    steps = jax.jit(make_train_steps(graphdef, optimizer, schedule, bias_rate=1e-3))
-    tokens = np.random.default_rng(0).integers(0, 300, (5, 1, 2, 17)).astype(np.int32)
-    once, measured, _ = steps(state, tokens, 0, 5)
-    twice, first, _ = steps(state, tokens, 0, 2)
-    twice, second, _ = steps(twice, np.roll(tokens, -2, axis=0), 2, 3)
-    for ours, theirs in zip(jax.tree.leaves(twice), jax.tree.leaves(once), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-    np.testing.assert_array_equal(jnp.concatenate([first.loss[:2], second.loss[:3]]), measured.loss)
-    assert (first.loss[2:] == 0).all()
-    assert steps._cache_size() == 1
+def test_calls_of_any_length_and_batch_compute_the_same_bits(program):
+    take, steps = program
+    micro = np.array([4, 2, 4], np.int32)
+    once, measured, _ = take(TOKENS, 0, 3, micro)
+    first_state, first, _ = take(TOKENS, 0, 1, micro)
+    rest = np.roll(TOKENS, -1, axis=0)
+    rest[0, 2:] = 7  # micro-batches that are not taken
+    twice, second, _ = steps(first_state, rest, 1, 2, np.roll(micro, -1))
+    assert_same(twice, once)
+    for name in StepMetrics._fields:
+        a, b, both = (getattr(m, name) for m in (first, second, measured))
+        np.testing.assert_array_equal(jnp.concatenate([a[:1], b[:2]]), both)
+    assert (first.loss[1:] == 0).all()
+    # Half of the batch is half of the batch: the second step is another one.
+    _, everything, _ = take(TOKENS, 0, 3, ALL)
+    assert everything.loss[0] == measured.loss[0]
+    assert everything.loss[1] != measured.loss[1]
+    assert steps._cache_size() <= 2
 
 
-def test_the_schedule_warms_up_from_its_first_step_and_decays():
-    recipe = RECIPES["tiny"]._replace(learning_rate=1.0, warmup_steps=4, steps=20)
-    rates = [float(make_schedule(recipe)(step)) for step in range(20)]
-    assert rates[0] == pytest.approx(0.25)
-    assert max(rates) == rates[4] == pytest.approx(1.0)
-    assert rates[19] == pytest.approx(0.1, abs=0.01)
-    immediate = make_schedule(recipe._replace(warmup_steps=0))
-    assert float(immediate(0)) == pytest.approx(1.0)
-
-
-def test_a_shorter_run_keeps_the_recipes_proportions(tmp_path: Path):
-    tiny = RECIPES["tiny"]
-    half = resolve(Args(output_dir=tmp_path, steps=tiny.steps // 2))
-    assert half == tiny._replace(steps=tiny.steps // 2, warmup_steps=tiny.warmup_steps // 2)
-    assert resolve(Args(output_dir=tmp_path, warmup_steps=0)) == tiny._replace(warmup_steps=0)
-
-
-def test_checkpoints_keep_the_latest_and_the_best(tmp_path: Path):
+def test_checkpoints_are_kept_by_every_policy(tmp_path: Path):
     def save(step: int, loss: float) -> None:
         value = {"w": jnp.full(3, step, jnp.float32)}
-        checkpoints.save(step, model=value, optimizer=value, progress={"at": step}, val_loss=loss)
+        kept.save(step, model=value, optimizer=value, progress={"at": step}, val_loss=loss)
 
-    checkpoints = Checkpoints(tmp_path, max_to_keep=2)
-    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.5)):
-        save(step, loss)
-    checkpoints.close()
-    # What a killed run left; and the losses of earlier checkpoints are remembered.
-    checkpoints = Checkpoints(tmp_path, max_to_keep=2)
-    for step, loss in ((4, 2.0), (5, 2.2)):
-        save(step, loss)
-    assert checkpoints.all_steps() == [2, 4, 5]
+    policy = {
+        "max_to_keep": 1,
+        "keep_steps": [3],
+        "every_tokens": EveryTokens(100, lambda step: 12 * step),
+    }
+    for losses in (
+        {1: 3.0, 2: 1.0, 3: 2.5, 8: 2.4, 9: 2.3},
+        # What a killed run left; and the losses of earlier checkpoints are remembered.
+        {10: 2.0, 16: 2.1, 18: 2.2, 19: 2.2},
+    ):
+        kept = Checkpoints(tmp_path, **policy)
+        for step, loss in losses.items():
+            save(step, loss)
+        kept.close()
+    # The latest, the best, what is asked for, and the first after 100 and 200 tokens.
+    kept = Checkpoints(tmp_path, **policy)
+    assert kept.all_steps() == kept_steps(tmp_path) == [2, 3, 9, 18, 19]
+    assert kept.delete_after(9) == [18, 19]
+    assert kept_steps(tmp_path) == [2, 3, 9]
     template = {"w": jnp.zeros(3)}
-    restored = checkpoints.restore(model=template, optimizer=template)
-    assert (restored.step, restored.progress) == (5, {"at": 5})
-    np.testing.assert_array_equal(restored.model["w"], np.full(3, 5))
-    checkpoints.close()
+    restored = kept.restore(model=template, optimizer=template)
+    assert (restored.step, restored.progress) == (9, {"at": 9})
+    np.testing.assert_array_equal(restored.model["w"], np.full(3, 9))
+    save(10, 0.5)  # the best, now
+    assert kept.all_steps() == [3, 9, 10]
+    kept.close()
 
 
 def test_checkpoints_refuse_what_they_cannot_do(tmp_path: Path):
@@ -339,7 +365,7 @@ def test_a_run_resumes_only_with_its_own_text_and_model(finished: Path, tmp_path
     corpus = tmp_path / "other.txt"
     corpus.write_text((finished / "corpus.txt").read_text() + "one line more\n")
     with pytest.raises(ValueError, match=r"corpus was '[0-9a-f]{16}' and is now"):
-        train(toy.arguments(finished, resume=True, data=corpus), toy.CONFIG)
+        train(toy.arguments(finished, resume=True, data=(str(corpus),)), toy.CONFIG)
     wider = dataclasses.replace(toy.CONFIG, intermediate_size=48)
     with pytest.raises(ValueError, match=r"config was .* and is now"):
         train(toy.arguments(finished, resume=True), wider)
@@ -348,7 +374,9 @@ def test_a_run_resumes_only_with_its_own_text_and_model(finished: Path, tmp_path
 def test_the_same_text_elsewhere_and_other_intervals_may_resume(finished: Path, tmp_path: Path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_bytes((finished / "corpus.txt").read_bytes())
-    again = train(toy.arguments(finished, resume=True, data=corpus, eval_every=5), toy.CONFIG)
+    again = train(
+        toy.arguments(finished, resume=True, data=(str(corpus),), eval_every=5), toy.CONFIG
+    )
     assert again == json.loads((finished / "run" / "results.json").read_text())
 
 
@@ -373,10 +401,16 @@ def test_wrong_arguments_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_diverging_run_stops(tmp_path: Path):
-    changes = {"learning_rate": 1e38, "optimizer": "adamw", "warmup_steps": 0}
-    with pytest.raises(FloatingPointError, match="not finite at step 3; lower --learning-rate"):
-        train(toy.arguments(tmp_path, **changes), toy.CONFIG)
+def test_a_diverging_run_stops(tmp_path: Path, monkeypatch):
+    def train_steps(state, tokens_sabt, *_):
+        losses = jnp.arange(len(tokens_sabt), dtype=jnp.float32).at[2].set(jnp.nan)
+        return state, StepMetrics(*(losses for _ in StepMetrics._fields)), None
+
+    programs = loop.Programs(train_steps, lambda *_: pytest.fail("validated"))
+    monkeypatch.setattr("examples.moonlight.train.compile_programs", lambda *_, **__: programs)
+    with pytest.raises(FloatingPointError, match=r"step 3; lower --learning-rate \(was 0.004\)"):
+        train(toy.arguments(tmp_path), toy.CONFIG)
+    assert not kept_steps(tmp_path / "run" / "checkpoints")
 
 
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path):
@@ -406,28 +440,11 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch):
     assert path.read_bytes() == b"old"
 
 
-def test_samples_follow_their_seed_and_refuse_nonsense(finished: Path):
+def test_the_sample_is_what_the_command_writes(finished: Path):
     run = finished / "run"
-    graphdef, _ = split(toy.CONFIG, optax.identity())
-    restored = restore(run)
-    state = nnx.merge_state(restored.model["params"], restored.model["router_bias"])
-    corpus = json.loads((run / "settings.json").read_text())["corpus"]
-    tokenizer = Tokenizer.from_file(str(finished / "cache" / corpus / "tokenizer.json"))
-
-    def draw(prompt: str = "line ", **changes) -> str:
-        settings = {"window": 16, "seed": 0} | changes
-        return sample.sample_text(graphdef, state, tokenizer, prompt, **settings)
-
-    assert draw() == draw()
-    assert draw() == json.loads((run / "results.json").read_text())["sample"]
-    assert draw() != draw(seed=1)
-    assert draw(temperature=1e-4, seed=0) == draw(temperature=1e-4, seed=1)
-    with pytest.raises(ValueError, match="temperature must be positive, got 0"):
-        draw(temperature=0)
-    with pytest.raises(ValueError, match="the prompt has 0 tokens"):
-        draw("")
-    with pytest.raises(ValueError, match="fewer than the window's 2"):
-        draw("a long prompt", window=2)
+    args = generate.Args(run, prompt=("line ",), max_length=16, prefill_chunk=1)
+    [text] = generate.generate(args, Console(file=io.StringIO()))
+    assert "line " + text == json.loads((run / "results.json").read_text())["sample"]
 
 
 def test_the_command_line_speaks(tmp_path: Path):

@@ -1,11 +1,21 @@
 """A run of seconds: a toy architecture and corpus. As a script, the subject of the kill tests."""
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
-from examples.moonlight.model import MoonlightConfig
-from examples.moonlight.train import Args, train
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+from examples.moonlight.args import Args
+from examples.moonlight.checkpoint import Checkpoints, Restored
+from examples.moonlight.config import MoonlightConfig
+from examples.moonlight.model import Moonlight, RouterBias
+from examples.moonlight.steps import TrainState
+from examples.moonlight.train import make_optimizer, train
 
 CONFIG = dataclasses.replace(
     MoonlightConfig.preset("tiny"),
@@ -45,6 +55,36 @@ def arguments(folder: Path, **changes) -> Args:
         "prompt": "line ",
     }
     return Args(**settings | changes)
+
+
+def split(
+    config: MoonlightConfig, optimizer: optax.GradientTransformation
+) -> tuple[nnx.GraphDef, TrainState]:
+    """A model and the state that its training begins with."""
+    model = Moonlight(config, rngs=nnx.Rngs(0))
+    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)
+    return graphdef, TrainState(params, bias, optimizer.init(params))
+
+
+def restore(run: Path) -> Restored:
+    """The newest checkpoint of a toy run with the default optimizer."""
+    settings = json.loads((run / "settings.json").read_text())
+    optimizer = make_optimizer("muon", lambda _: 1.0, 0.1)
+    _, state = split(MoonlightConfig(**settings["config"]), optimizer)
+    checkpoints = Checkpoints(run / "checkpoints", max_to_keep=100)
+    model = {"params": state.params, "router_bias": state.bias}
+    restored = checkpoints.restore(model=model, optimizer=state.opt_state)
+    checkpoints.close()
+    return restored
+
+
+def assert_same_state(ours: Path, theirs: Path) -> None:
+    """Checks that two runs' newest checkpoints have the same bits."""
+    trees = [
+        (run.model, run.optimizer, run.progress["data"]) for run in map(restore, (ours, theirs))
+    ]
+    for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 if __name__ == "__main__":
