@@ -22,7 +22,7 @@ import pytest
 import toy
 from rich.console import Console
 
-from examples.moonlight import generate, metrics
+from examples.moonlight import generate, loop, metrics
 from examples.moonlight.checkpoint import Checkpoints, EveryTokens, kept_steps
 from examples.moonlight.files import write_atomically
 from examples.moonlight.steps import StepMetrics, make_train_steps
