@@ -4,7 +4,7 @@ All functions are jittable. Those of a matrix take `[*batch, m, n]`; those of a 
 scalar for each leaf, or for each optimizer group.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ def update_rms(updates: PyTree) -> PyTree:
     Returns:
       A pytree of float32 scalars with the structure of `updates`; 0 for an empty array.
     """
-    return jax.tree.map(lambda leaf: jnp.sqrt(_sum_of_squares(leaf) / max(1, leaf.size)), updates)
+    return jax.tree.map(lambda leaf: jnp.sqrt(_sum_of_squares(leaf) / _count([leaf])), updates)
 
 
 def group_rms(
@@ -60,7 +60,7 @@ def group_rms(
     return {
         group: jnp.sqrt(
             sum((_sum_of_squares(leaf) for leaf in leaves), start=jnp.zeros((), jnp.float32))
-            / max(1, sum(leaf.size for leaf in leaves))
+            / _count(leaves)
         )
         for group, leaves in groups.items()
     }
@@ -153,6 +153,11 @@ def _as_matrices(name: str, matrix: Inexact[Array, "*shape"]) -> Inexact[Array, 
     if matrix.ndim < 2:
         raise ValueError(f"{name} takes matrices in the last two axes, got shape {matrix.shape}.")
     return matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+
+
+def _count(leaves: Sequence[jax.Array]) -> float:
+    """Elements, at least 1; a float, since a large model has more than an int32 holds."""
+    return float(max(1, sum(leaf.size for leaf in leaves)))
 
 
 def _sum_of_squares(leaf: Inexact[Array, "*shape"]) -> Float[Array, ""]:

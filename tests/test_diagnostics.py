@@ -99,6 +99,15 @@ def test_group_rms_pools_the_elements_of_each_group():
     np.testing.assert_allclose(rms["adam"], adam_rms, rtol=RTOL)
 
 
+def test_more_elements_than_an_int32_holds():
+    """Moonlight's experts: 4.8e9 in one leaf, 15.3e9 in all."""
+    experts = {"gate_proj": jax.ShapeDtypeStruct((26, 64, 2048, 1408), jnp.float32)}
+    params = {"layers": {"experts": experts}}
+    assert jax.tree.leaves(jax.eval_shape(update_rms, params))[0].shape == ()
+    group = jax.eval_shape(lambda tree: group_rms(tree, params), params)
+    assert group["muon"].dtype == jnp.float32
+
+
 def test_group_rms_leaves_out_absent_leaves():
     updates = {**PARAMS, "qkv": None, "embed": optax.MaskedNode()}
     rms = group_rms(updates, PARAMS, muon_weight_dimension_numbers=RULES)
