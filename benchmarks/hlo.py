@@ -16,6 +16,8 @@ What is read how:
   under one `chain_id`: they count once. It writes a reduce-scatter as an all-reduce inside a fusion
   called `all-reduce-scatter`.
 - Of a conditional, the branch that sends most counts.
+- A ragged product on TPU is written as if each group multiplied every row, under a mask whose empty
+  tiles are skipped: it counts once for each row, the rows that belong to no group included.
 """
 
 import dataclasses
@@ -23,6 +25,7 @@ import functools
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -45,6 +48,7 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+) = ")
 _CHAIN = re.compile(r'chain_id="?([^",}]+)')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_RAGGED = re.compile(r'"num_groups_in_ragged_dot":"(\d+)"')
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 # Opcodes that hand a value on unchanged, as far as a loop counter goes.
@@ -244,21 +248,56 @@ def flops(
     Raises:
       ValueError: if a trip count is unknown, or a library call multiplies in a way unknown here.
     """
+    found = flops_by_scope(text, assume_trip_count=assume_trip_count, branches=branches)
+    return sum(found.values())
+
+
+def flops_by_scope(
+    text: str,
+    *,
+    assume_trip_count: int | None = None,
+    branches: Literal["heaviest", "mean"] = "heaviest",
+) -> dict[str, float]:
+    """The same, apart for each `jax.named_scope` path; "" where XLA dropped it.
+
+    Args and errors are those of `flops`.
+    """
     module = parse(text)
 
     @functools.cache
-    def inside(name: str) -> float:
-        computation, total = module.computations[name], 0.0
+    def inside(name: str) -> dict[str, float]:
+        computation, total = module.computations[name], defaultdict[str, float](float)
+
+        def add(found: dict[str, float], times: float, caller: str) -> None:
+            for scope, count in found.items():
+                total[scope or caller] += times * count
+
         for instruction in computation.instructions.values():
-            total += _product_flops(instruction, computation)
+            scope = instruction.scope
+            if own := _product_flops(instruction, computation):
+                total[scope] += own
             options = [inside(branch) for branch in _branches(instruction)]
-            if options:
-                total += max(options) if branches == "heaviest" else sum(options) / len(options)
+            if options and branches == "heaviest":
+                add(max(options, key=lambda found: sum(found.values())), 1, scope)
+            for option in options if branches == "mean" else ():
+                add(option, 1 / len(options), scope)
+            share = 1 / _ragged_groups(instruction, module)
             for callee, times in _calls(instruction, name, module, assume_trip_count):
-                total += times * inside(callee)
+                add(inside(callee), times * share, scope)
         return total
 
-    return inside(module.entry)
+    return dict(inside(module.entry))
+
+
+def unknown_loops(text: str) -> list[str]:
+    """The scopes of the loops whose trip count the text does not show, each once."""
+    module = parse(text)
+    found = {}
+    for name, computation in module.computations.items():
+        for instruction in computation.instructions.values():
+            if instruction.opcode == "while" and _trip_count(instruction, name, module) is None:
+                found[instruction.scope or instruction.name] = None
+    return list(found)
 
 
 # --- reading a line
@@ -549,6 +588,20 @@ def _product_flops(instruction: Instruction, computation: Computation) -> float:
     }
     counter = counters.get(instruction.opcode)
     return counter(instruction, computation) if counter else 0.0
+
+
+def _ragged_groups(fusion: Instruction, module: Module) -> int:
+    """Of the fusion in which XLA:TPU multiplies groups of rows: how many groups; else 1."""
+    found = _RAGGED.search(fusion.attributes)
+    if found is None:
+        return 1
+    # It is wrapped in a fusion that says the same.
+    inner = [
+        i
+        for name in fusion.called("calls")
+        for i in module.computations[name].instructions.values()
+    ]
+    return 1 if any(_RAGGED.search(i.attributes) for i in inner) else int(found[1])
 
 
 def _operand(instruction: Instruction, index: int, computation: Computation) -> Array:

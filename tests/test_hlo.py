@@ -254,6 +254,7 @@ def test_an_unknown_trip_count_raises_unless_told(changed):
         hlo.collectives(text)
     with pytest.raises(ValueError, match="unknown trip count"):
         hlo.flops(text)
+    assert hlo.unknown_loops(text) == ["while"] and hlo.unknown_loops(loop()) == []
     assert only(text, assume_trip_count=3).executions == 3
     assert hlo.flops(text, assume_trip_count=3) == 3 * 2 * 64 * 4 * 4
 
@@ -316,6 +317,31 @@ def test_loops_within_calls_multiply():
 """
     found = hlo.collectives(module(body, inner + outer))
     assert [c.executions for c in found] == [17, 17]
+
+
+def test_ragged_products_of_tpus_count_each_row_once():
+    """As XLA:TPU writes `jax.lax.ragged_dot`: four groups, each on all rows, in two fusions."""
+    ragged = 'backend_config={"is_ragged_dot":true,"num_groups_in_ragged_dot":"4"}'
+    fusions = f"""
+%product (x: bf16[96,8], w: bf16[4,8,16]) -> bf16[96,16] {{
+  %x = bf16[96,8] parameter(0)
+  %w = bf16[4,8,16] parameter(1)
+  %lhs = bf16[4,96,8] broadcast(%x), dimensions={{1,2}}
+  %all = bf16[4,96,16] dot(%lhs, %w), lhs_batch_dims={{0}}, lhs_contracting_dims={{2}}
+  ROOT %sum = bf16[96,16] reduce(%all, %zero), dimensions={{0}}, to_apply=%add
+}}
+
+%wrapped (x: bf16[96,8], w: bf16[4,8,16]) -> bf16[96,16] {{
+  %x = bf16[96,8] parameter(0)
+  %w = bf16[4,8,16] parameter(1)
+  ROOT %inner = bf16[96,16] fusion(%x, %w), kind=kOutput, calls=%product, \
+metadata={{op_name="a/b"}}, {ragged}
+}}
+"""
+    line = f"  ROOT %f = bf16[96,16] fusion(%x, %w), kind=kCustom, calls=%wrapped, {ragged}"
+    text = module(line, fusions)
+    assert hlo.flops(text) == 2 * 96 * 8 * 16
+    assert hlo.flops_by_scope(text) == {"a/b": 2 * 96 * 8 * 16}
 
 
 def test_conditionals_count_their_heaviest_branch():
