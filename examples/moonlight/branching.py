@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from examples.moonlight import metrics
-from examples.moonlight.args import parse_branch
 from examples.moonlight.batches import Span, windows_read
 from examples.moonlight.checkpoint import (
     CHECKPOINTS,
@@ -113,6 +112,18 @@ def find_branch(
             f"run's --mix it would have been {ours}: only later stages can be mixed otherwise"
         )
     return branch
+
+
+def parse_branch(text: str) -> tuple[Path, int]:
+    """The folder and the step of RUN@STEP.
+
+    Raises:
+        ValueError: It is not of that form.
+    """
+    folder, at, step = text.rpartition("@")
+    if not at or not folder or not step.isdecimal():
+        raise ValueError(f"--branch-from {text}: write RUN@STEP, such as runs/moonlight@1000")
+    return Path(folder), int(step)
 
 
 def copy_branch(branch: Branch, folder: Path) -> None:

@@ -32,8 +32,9 @@ from rich import box
 from rich.table import Table
 
 from examples.moonlight.args import Args, Recipe, resolve
+from examples.moonlight.outline import Outline, Ramp, Stage
 from examples.moonlight.plots import draw_plan
-from examples.moonlight.schedule import Outline, Plan, Ramp, Stage
+from examples.moonlight.schedule import Plan
 
 B, T = 10**9, 10**12
 

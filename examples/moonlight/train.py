@@ -45,7 +45,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from examples.moonlight import data, metrics
-from examples.moonlight.args import Args, parse_mixes, parse_sources, resolve, settings_of
+from examples.moonlight.args import Args, resolve, settings_of
 from examples.moonlight.batches import plan_spans, train_batches
 from examples.moonlight.branching import copy_branch, find_branch, go_back
 from examples.moonlight.checkpoint import CHECKPOINTS, Checkpoints, EveryTokens
@@ -66,6 +66,7 @@ from examples.moonlight.results import RESULTS, SCHEDULE, SHARDING, present, wri
 from examples.moonlight.run_folder import open_run_folder
 from examples.moonlight.sampling import Sampling
 from examples.moonlight.sharding import ModelSharding, bytes_per_device, make_mesh
+from examples.moonlight.sources import parse_mixes, parse_sources
 from examples.moonlight.stages import make_plan, plan_table
 from examples.moonlight.steps import TrainState, make_train_steps, make_validate
 from examples.moonlight.texts import continue_texts, encode_prompt

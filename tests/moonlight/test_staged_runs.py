@@ -10,6 +10,7 @@ import pytest
 import toy
 
 from examples.moonlight import args, batches, branching, checkpoint, loop, metrics
+from examples.moonlight.sources import parse_mixes
 from examples.moonlight.stages import make_plan
 from examples.moonlight.train import train
 
@@ -158,7 +159,7 @@ def test_a_branch_repeats_the_cooldown_with_other_text(whole: Path, tmp_path: Pa
 def test_a_branch_may_cool_down_from_the_middle_of_a_run(whole: Path, tmp_path: Path):
     settings = json.loads((whole / "run" / "settings.json").read_text())
     recipe = args.resolve(arguments(whole, cooldown_at=24))
-    mixes = args.parse_mixes(MIXES, dict.fromkeys(SOURCES))
+    mixes = parse_mixes(MIXES, dict.fromkeys(SOURCES))
     spans = batches.plan_spans(
         make_plan(recipe, bias_rate=1e-3, mixes=mixes), dict.fromkeys(SOURCES, 1)
     )

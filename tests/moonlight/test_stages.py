@@ -8,9 +8,12 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from examples.moonlight import args, stages
+from examples.moonlight import stages
 from examples.moonlight.args import RECIPES, Args, resolve
-from examples.moonlight.schedule import Outline, Plan, Ramp, Stage
+from examples.moonlight.branching import parse_branch
+from examples.moonlight.outline import Outline, Ramp, Stage
+from examples.moonlight.schedule import Plan
+from examples.moonlight.sources import parse_mixes, parse_sources
 
 
 def plan_of(*, mixes=(), bias_rate: float = 1e-3, **changes) -> Plan:
@@ -156,29 +159,29 @@ def test_a_batch_is_divided_in_the_ramps_ratio_or_not_at_all():
 
 
 def test_sources_and_mixes_are_read():
-    assert args.parse_sources(()) == {"": None}
-    assert args.parse_sources(["texts/a=b.txt"]) == {"": Path("texts/a=b.txt")}
-    sources = args.parse_sources(["general=texts", "best-1=a=b.jsonl"])
+    assert parse_sources(()) == {"": None}
+    assert parse_sources(["texts/a=b.txt"]) == {"": Path("texts/a=b.txt")}
+    sources = parse_sources(["general=texts", "best-1=a=b.jsonl"])
     assert sources == {"general": Path("texts"), "best-1": Path("a=b.jsonl")}
-    assert args.parse_mixes(["general=9, best-1=.5", "best-1=1"], sources) == [
+    assert parse_mixes(["general=9, best-1=.5", "best-1=1"], sources) == [
         {"general": 9.0, "best-1": 0.5},
         {"best-1": 1.0},
     ]
-    assert args.parse_branch("runs/a@b@12") == (Path("runs/a@b"), 12)
+    assert parse_branch("runs/a@b@12") == (Path("runs/a@b"), 12)
 
 
 @pytest.mark.parametrize(
     ("read", "message"),
     [
-        (lambda: args.parse_sources(["a", "b=c"]), "--data a: several sources need a name each"),
-        (lambda: args.parse_sources(["b=c", "b=d"]), "--data b=d: several sources need a name"),
-        (lambda: args.parse_mixes(["a=1,c=2"], ["a", "b"]), "cannot read 'c=2'.* are a, b"),
-        (lambda: args.parse_mixes(["a=1,a=2"], ["a"]), "cannot read 'a=2'. Write the weight"),
-        (lambda: args.parse_mixes(["a=-1"], ["a"]), "cannot read 'a=-1'"),
-        (lambda: args.parse_mixes(["a=x"], ["a"]), "cannot read 'a=x'"),
-        (lambda: args.parse_mixes(["a=0"], ["a"]), "--mix a=0: no source has a weight above 0"),
-        (lambda: args.parse_branch("runs/a"), "--branch-from runs/a: write RUN@STEP"),
-        (lambda: args.parse_branch("@7"), "write RUN@STEP"),
+        (lambda: parse_sources(["a", "b=c"]), "--data a: several sources need a name each"),
+        (lambda: parse_sources(["b=c", "b=d"]), "--data b=d: several sources need a name"),
+        (lambda: parse_mixes(["a=1,c=2"], ["a", "b"]), "cannot read 'c=2'.* are a, b"),
+        (lambda: parse_mixes(["a=1,a=2"], ["a"]), "cannot read 'a=2'. Write the weight"),
+        (lambda: parse_mixes(["a=-1"], ["a"]), "cannot read 'a=-1'"),
+        (lambda: parse_mixes(["a=x"], ["a"]), "cannot read 'a=x'"),
+        (lambda: parse_mixes(["a=0"], ["a"]), "--mix a=0: no source has a weight above 0"),
+        (lambda: parse_branch("runs/a"), "--branch-from runs/a: write RUN@STEP"),
+        (lambda: parse_branch("@7"), "write RUN@STEP"),
     ],
 )
 def test_what_cannot_be_read_is_refused(read, message: str):
