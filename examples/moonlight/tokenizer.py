@@ -132,18 +132,17 @@ def _from_tiktoken(path: Path, special: dict[int, str]) -> Tokenizer:
     def as_text(token: bytes) -> str:
         return "".join(characters[byte] for byte in token)
 
-    merges = [
-        tuple(map(as_text, pair)) for token in ranks if len(pair := _last_merge(token, ranks)) == 2
-    ]
+    halves = (_last_merge(token, ranks) for token in ranks)
+    merges = [(as_text(parts[0]), as_text(parts[1])) for parts in halves if len(parts) == 2]
     vocab = {as_text(token): rank for token, rank in ranks.items()}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))  # type: ignore[call-arg]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(MOONLIGHT_PATTERN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()
     low = min(special, default=len(ranks))
     if low < len(ranks):
         raise ValueError(
