@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import cpu_count, environment, median, time_interleaved, write_json
-from benchmarks.train_sides import Optimizer, Ours, Theirs
+from benchmarks.train_ours import Optimizer, Ours
+from benchmarks.train_theirs import Theirs
 from examples.moonlight.config import MoonlightConfig
 from examples.moonlight.dense import DenseConfig
 from examples.moonlight.hf_config import ModelConfig

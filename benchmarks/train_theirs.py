@@ -1,155 +1,28 @@
-"""The two sides of `benchmarks/train.py`: one model, one batch, one optimizer; JAX and torch.
+"""The other side of `benchmarks/train.py`: the same model in transformers, trained by torch.
 
-Both begin with the same weights, by the names of `examples/moonlight/hf_names.py`, so that their
-losses show that they compute the same. Each side has the same calls, which block until their work
-is done:
-
-    forward            the loss, without what a backward pass needs
-    gradient           the loss and every gradient
-    update NAME        clipping and the optimizer, of gradients that are there
-    step NAME          all of a training step
+It begins with our weights, by the names of `examples/moonlight/hf_names.py`, so that the losses
+show that both sides compute the same. The calls are those of `train_ours.py`.
 """
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+import torch
+import transformers
 from flax import nnx
 
 from benchmarks.harness import cpu_count
+from benchmarks.train_ours import LEARNING_RATE, WEIGHT_DECAY, Calls, Optimizer
 from examples.moonlight import hf_export, hf_import, hf_names
-from examples.moonlight.config import Execution, MoonlightConfig
-from examples.moonlight.dense import Dense
-from examples.moonlight.experts import RouterBias
 from examples.moonlight.hf_config import ModelConfig, config_fields
-from examples.moonlight.language_model import next_token_loss
-from examples.moonlight.model import Moonlight
-from examples.moonlight.steps import TrainState, make_train_steps
-from examples.moonlight.train import make_optimizer
-
-Optimizer = Literal["muon", "adamw"]
-Calls = dict[str, Callable[[], Any]]
-
-LEARNING_RATE, WEIGHT_DECAY, BIAS_RATE = 3e-4, 0.1, 1e-3
 
 # What transformers offers for the same result. The fastest is timed, so that the peer is at its
 # best; ours runs as `examples.moonlight.train` does by default.
 ATTENTION = ("eager", "sdpa")
 EXPERTS = ("eager", "batched_mm", "grouped_mm")
-
-
-class Ours:
-    """The example's model and training step.
-
-    Args:
-        config: The architecture.
-        tokens_bt: One batch, int32 `[batch, time + 1]`.
-        optimizers: Which to build steps for.
-        seed: Of the weights.
-
-    Attributes:
-        calls: By the names above.
-        model: The model that was split.
-        params: Its first weights.
-        bias: Its first router biases.
-        compile_seconds: Tracing and compiling, by call.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        tokens_bt: np.ndarray,
-        optimizers: tuple[Optimizer, ...],
-        seed: int = 0,
-    ):
-        on_cpu = jax.default_backend() == "cpu"
-        execution = Execution(experts="dense" if on_cpu else "ragged", unroll=on_cpu)
-
-        def make() -> Moonlight | Dense:
-            if isinstance(config, MoonlightConfig):
-                return Moonlight(config, rngs=nnx.Rngs(seed), execution=execution)
-            return Dense(config, rngs=nnx.Rngs(seed), execution=execution)
-
-        model = nnx.jit(make)()
-        graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)
-        self.model, self.params, self.bias = model, params, bias
-        self.compile_seconds: dict[str, float] = {}
-        tokens = jnp.asarray(tokens_bt)
-        held: dict[str, Any] = {}
-
-        def loss(params: nnx.State, bias: nnx.State, tokens_bt: jax.Array) -> jax.Array:
-            return next_token_loss(nnx.merge(graphdef, params, bias), tokens_bt)[0]
-
-        forward = self._compiled("forward", jax.jit(loss), params, bias, tokens)
-        gradient = self._compiled(
-            "gradient", jax.jit(jax.value_and_grad(loss)), params, bias, tokens
-        )
-        self.calls: Calls = {
-            "forward": lambda: jax.block_until_ready(forward(params, bias, tokens)),
-            "gradient": lambda: jax.block_until_ready(gradient(params, bias, tokens)),
-        }
-        _, grads = gradient(params, bias, tokens)
-        for name in optimizers:
-            optimizer = make_optimizer(name, optax.constant_schedule(LEARNING_RATE), WEIGHT_DECAY)
-            # Copies, because both calls donate what they are given.
-            opt_state = jax.jit(optimizer.init)(params)
-            state = jax.tree.map(jnp.copy, TrainState(params, bias, opt_state))
-            held[f"update {name}"] = jax.tree.map(jnp.copy, (state.params, state.opt_state))
-            held[f"step {name}"] = state
-            self.calls[f"update {name}"] = self._update(name, optimizer, held, grads)
-            self.calls[f"step {name}"] = self._step(name, graphdef, optimizer, held, tokens)
-
-    def _compiled(self, name: str, jitted: Any, *args: Any) -> Any:
-        start = time.perf_counter()
-        compiled = jitted.lower(*args).compile()
-        self.compile_seconds[name] = time.perf_counter() - start
-        return compiled
-
-    def _update(
-        self,
-        name: str,
-        optimizer: optax.GradientTransformation,
-        held: dict[str, Any],
-        grads: nnx.State,
-    ) -> Callable[[], Any]:
-        name = f"update {name}"
-
-        def update(state: Any, grads: nnx.State) -> Any:
-            params, opt_state = state
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
-        compiled = self._compiled(name, jax.jit(update, donate_argnums=0), held[name], grads)
-
-        def call() -> None:
-            held[name] = jax.block_until_ready(compiled(held[name], grads))
-
-        return call
-
-    def _step(
-        self,
-        name: str,
-        graphdef: nnx.GraphDef,
-        optimizer: optax.GradientTransformation,
-        held: dict[str, Any],
-        tokens_bt: jax.Array,
-    ) -> Callable[[], float]:
-        name = f"step {name}"
-        steps = make_train_steps(
-            graphdef, optimizer, optax.constant_schedule(LEARNING_RATE), bias_rate=BIAS_RATE
-        )
-        args = (tokens_bt[None, None], jnp.int32(0), jnp.int32(1))
-        compiled = self._compiled(name, jax.jit(steps, donate_argnums=0), held[name], *args)
-
-        def call() -> float:
-            held[name], measured, _ = jax.block_until_ready(compiled(held[name], *args))
-            return float(measured.loss[0])
-
-        return call
 
 
 class Theirs:
@@ -179,9 +52,6 @@ class Theirs:
         tokens_bt: np.ndarray,
         optimizers: tuple[Optimizer, ...],
     ):
-        import torch
-        import transformers
-
         torch.set_num_threads(cpu_count())
         fields = config_fields(config, dtype="float32")
         theirs = transformers.AutoConfig.for_model(**fields)
@@ -201,8 +71,6 @@ class Theirs:
         self.model.load_state_dict(self._weights, strict=not self.model.config.tie_word_embeddings)
 
     def _loss(self) -> Any:
-        import torch
-
         # Not its own loss, which reads a column more to shift it away.
         logits = self.model(input_ids=self._tokens[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(
@@ -210,8 +78,6 @@ class Theirs:
         )
 
     def _forward(self) -> float:
-        import torch
-
         with torch.no_grad():
             return self._loss().item()
 
@@ -240,8 +106,6 @@ class Theirs:
         return routes
 
     def _make_update(self, name: Optimizer) -> Callable[[], None]:
-        import torch
-
         adam, muon, views = [], [], []
         for path, param in self.model.named_parameters():
             if name == "adamw" or param.ndim < 2 or "embed_tokens" in path or "lm_head" in path:
@@ -294,8 +158,6 @@ def _matrices(path: str, param: Any) -> list[tuple[int, slice]]:
 
 def _theirs(config: ModelConfig, params: nnx.State, bias: nnx.State) -> dict[str, Any]:
     """Our weights by transformers' names, experts fused as it holds them."""
-    import torch
-
     leaves = {
         hf_import.path_names(path): leaf
         for tree in (params, bias)
