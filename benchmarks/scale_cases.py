@@ -1,0 +1,55 @@
+"""What `benchmarks.scale` compiles: the machines, how a Moonlight is laid out on each, and why."""
+
+import dataclasses
+import math
+
+from benchmarks.targets import Platform, Target
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A machine, and how the training step is laid out on it.
+
+    Attributes:
+      name: as on the command line.
+      platform: whose compiler.
+      topology: JAX's name of the arrangement.
+      mesh: the sizes of the model's mesh axes data, fsdp, expert, tensor.
+      memory: of one device, in bytes.
+      attention_block: queries whose logits exist at a time.
+      loss_block: tokens whose logits exist at a time.
+    """
+
+    name: str
+    platform: Platform
+    topology: str
+    mesh: tuple[int, int, int, int]
+    memory: float
+    attention_block: int = 1024
+    loss_block: int = 512
+
+    @property
+    def devices(self) -> int:
+        """How many."""
+        return math.prod(self.mesh)
+
+    @property
+    def target(self) -> Target:
+        """What to compile for."""
+        return Target(self.name, self.platform, self.topology, self.mesh)
+
+
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale("cpu-8", "cpu", "", (1, 4, 2, 1), 8 * GIB),
+        Scale("v5e-256", "tpu", "v5e:16x16", (1, 16, 16, 1), 16 * GIB),
+        Scale("v5e-64", "tpu", "v5e:8x8", (1, 8, 8, 1), 16 * GIB),
+        Scale("v5e-32", "tpu", "v5e:4x8", (1, 4, 8, 1), 16 * GIB),
+        Scale("v5p-64", "tpu", "v5p:4x4x4", (1, 8, 8, 1), 95 * GIB),
+        Scale("h100-8", "cuda", "1x1x8", (1, 2, 4, 1), 84_942_979_072),
+        Scale("v5e-8", "tpu", "v5e:2x4", (1, 2, 4, 1), 16 * GIB),
+    )
+}
