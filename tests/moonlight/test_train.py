@@ -25,6 +25,7 @@ from rich.console import Console
 from examples.moonlight import generate, loop, metrics
 from examples.moonlight.checkpoint import Checkpoints, EveryTokens, kept_steps
 from examples.moonlight.files import write_atomically
+from examples.moonlight.language_model import ModelStats, merge_stats
 from examples.moonlight.steps import StepMetrics, make_train_steps
 from examples.moonlight.train import train
 
@@ -284,11 +285,31 @@ def test_calls_of_any_length_and_batch_compute_the_same_bits(program):
         a, b, both = (getattr(m, name) for m in (first, second, measured))
         np.testing.assert_array_equal(jnp.concatenate([a[:1], b[:2]]), both)
     assert (first.loss[1:] == 0).all()
-    # Half of the batch is half of the batch: the second step is another one.
-    _, everything, _ = take(TOKENS, 0, 3, ALL)
-    assert everything.loss[0] == measured.loss[0]
-    assert everything.loss[1] != measured.loss[1]
+    # A step of two micro-batches is the mean of what each is alone, and the maximum.
+    _, pair, _ = take(TOKENS, 0, 1, 2 * ALL // 4)
+    alone = [take(np.roll(TOKENS, -i, axis=1), 0, 1, ALL // 4)[1] for i in range(2)]
+    assert pair.loss[0] == pytest.approx(np.mean([one.loss[0] for one in alone]), rel=1e-6)
+    assert pair.max_attention_logit[0] == max(one.max_attention_logit[0] for one in alone)
     assert steps._cache_size() <= 2
+
+
+def test_statistics_are_those_of_the_micro_batches_that_were_taken():
+    def stats(*values: float) -> np.ndarray:
+        return np.array(values, np.float32)[:, None, None]
+
+    merged = merge_stats(
+        ModelStats(
+            load_le=stats(3, 4, 0).astype(np.int32),
+            dropped_l=None,
+            max_logit_lh=stats(-3, -5, 0),
+            hot_share_lh=stats(0.5, 0.25, 0),
+            attention_rms_l=stats(3, 4, 0),
+            mlp_rms_l=None,
+        ),
+        2,
+    )
+    taken = [None if x is None else x.item() for x in merged]
+    assert taken == [7, None, -3, 0.375, pytest.approx(np.sqrt(12.5)), None]
 
 
 def test_checkpoints_are_kept_by_every_policy(tmp_path: Path):
