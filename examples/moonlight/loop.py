@@ -11,7 +11,7 @@ from rich import progress
 from rich.console import Console
 
 from examples.moonlight import metrics, monitors
-from examples.moonlight.args import Args, Recipe
+from examples.moonlight.args import Args, Recipe, steps_per_call
 from examples.moonlight.batches import Span, windows_read
 from examples.moonlight.checkpoint import Checkpoints
 from examples.moonlight.schedule import Plan
@@ -92,10 +92,11 @@ class Clock:
         return {"wall_seconds": self.wall_seconds, "step_seconds": self.step_seconds}
 
 
-def token_buffer(recipe: Recipe, plan: Plan, steps_per_call: int) -> np.ndarray:
+def token_buffer(args: Args, recipe: Recipe, plan: Plan) -> np.ndarray:
     """Zeros, int32 [steps, micro-batches, batch, time + 1], for the most that a call takes."""
     micro_batches = plan.max_batch // recipe.batch_size
-    shape = (steps_per_call, micro_batches, recipe.batch_size, recipe.sequence_length + 1)
+    steps = steps_per_call(args, recipe)
+    shape = (steps, micro_batches, recipe.batch_size, recipe.sequence_length + 1)
     return np.zeros(shape, np.int32)
 
 
@@ -137,15 +138,15 @@ def run_to_the_end(
     Raises:
         FloatingPointError: The loss is no longer finite.
     """
-    buffer_sabt = token_buffer(recipe, plan, args.steps_per_call)
+    buffer_sabt = token_buffer(args, recipe, plan)
     stage_ends = {*plan.stage_ends().values()}
     val_loss = float("nan")
     with _progress_bar(console) as bar:
         task = bar.add_task("training", total=plan.steps, completed=step, status="")
         while step < plan.steps:
             called = time.perf_counter()
-            count = _steps_until_stop(step, args, stage_ends)
-            micro_s = np.zeros(args.steps_per_call, np.int32)
+            count = _steps_until_stop(step, len(buffer_sabt), args, stage_ends)
+            micro_s = np.zeros(len(buffer_sabt), np.int32)
             for i in range(count):
                 micro_s[i] = plan.segment(step + i).batch // recipe.batch_size
                 for j in range(micro_s[i]):
@@ -207,9 +208,9 @@ def run_to_the_end(
     return state
 
 
-def _steps_until_stop(step: int, args: Args, stage_ends: set[int]) -> int:
+def _steps_until_stop(step: int, most: int, args: Args, stage_ends: set[int]) -> int:
     """Steps of the next call: up to the next validation, checkpoint, record or end of a stage."""
-    stops = [step + args.steps_per_call, min(end for end in stage_ends if end > step)]
+    stops = [step + most, min(end for end in stage_ends if end > step)]
     intervals = (args.eval_every, args.checkpoint_every, args.monitor_every)
     stops += [step // every * every + every for every in intervals if every]
     return min(stops) - step

@@ -294,7 +294,7 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
                     state=state,
                     shardings=shardings,
                     sharding=sharding,
-                    buffer_sabt=token_buffer(recipe, plan, args.steps_per_call),
+                    buffer_sabt=token_buffer(args, recipe, plan),
                     windows_kbt=validation.windows_kbt,
                 )
                 console.print(f"compiled in {clock.wall_seconds - started:.1f} s")
