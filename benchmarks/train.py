@@ -34,6 +34,9 @@ Family = Literal["moonlight", "llama", "qwen2"]
 CHECKED_STEPS = 3
 FIRST_LOSS_TOLERANCE, LATER_LOSS_TOLERANCE = 1e-5, 2e-3
 
+# Programs that run beside this one; torch's threads, which wait for each other, suffer most.
+BUSY = 0.5
+
 
 @dataclasses.dataclass(frozen=True)
 class Args:
@@ -194,9 +197,13 @@ def main(args: Args, moonlight: MoonlightConfig | None = None) -> dict[str, Any]
         limit_threads(args.threads)  # before the first computation, which starts XLA's threads
     console = Console()
     moonlight = moonlight or MoonlightConfig.preset(args.preset)
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        console.print(f"load average {load:.1f}: what else runs here will be in the figures")
     record: dict[str, Any] = {
         "environment": environment("jax", "jaxlib", "flax", "optax", "torch", "transformers"),
         "threads": cpu_count(),
+        "load_average": load,
         "batch_size": args.batch_size,
         "sequence_length": args.sequence_length,
         "repeats": args.repeats,
