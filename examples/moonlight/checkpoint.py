@@ -175,7 +175,7 @@ def kept_steps(directory: Path) -> list[int]:
 
 def read_progress(directory: Path, step: int) -> dict[str, Any]:
     """Reads the `progress` item of a checkpoint that is there, and leaves the folder as it is."""
-    options = ocp.CheckpointManagerOptions(read_only=True)
+    options = ocp.CheckpointManagerOptions(create=False)  # see `read_model`
     with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
         item = ocp.args.Composite(progress=ocp.args.JsonRestore())
         return manager.restore(step, args=item)["progress"]
