@@ -96,7 +96,8 @@ class Embed(nnx.Module):
         run, table_vd = self.execution, self.embedding[...]
         where = run.sharding
         if where.mesh is None or tokens_n.shape[0] % where.batch_shards:
-            return jnp.take(table_vd.astype(run.dtype), tokens_n, axis=0)
+            # Cast afterwards: gradients of a frequent token's rows are then added in float32.
+            return jnp.take(table_vd, tokens_n, axis=0).astype(run.dtype)
         spec = where.param_spec(("embed", "embedding"), table_vd.shape)
         return jax.shard_map(
             functools.partial(_look_up, *spec, run.dtype),

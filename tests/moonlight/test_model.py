@@ -14,6 +14,7 @@ from flax import nnx
 
 from examples.moonlight.config import PRESETS, Execution, MoonlightConfig, gate_scale
 from examples.moonlight.experts import MoE, RouterBias
+from examples.moonlight.layers import Embed
 from examples.moonlight.model import (
     Moonlight,
     max_violation,
@@ -296,6 +297,19 @@ def test_bfloat16_compute_keeps_float32_parameters_logits_and_gradients():
     (exact_loss, _), _ = loss_and_grads(exact, tokens())
     assert loss != exact_loss
     assert float(loss) == pytest.approx(float(exact_loss), rel=BFLOAT16_LOSS_TOLERANCE)
+
+
+def test_in_bfloat16_a_frequent_token_s_gradients_are_added_in_float32():
+    """In bfloat16, a sum of ones ends at 256."""
+    execution = Execution(dtype=jnp.bfloat16)
+    embed = Embed(2, 1, stddev=1.0, rngs=nnx.Rngs(0), execution=execution)
+    graphdef, state = nnx.split(embed)
+
+    def total(state: nnx.State) -> jax.Array:
+        return nnx.merge(graphdef, state)(jnp.zeros(1000, jnp.int32)).astype(jnp.float32).sum()
+
+    grads = jax.tree.leaves(jax.grad(total)(state))
+    assert [g.tolist() for g in grads] == [[[1000.0], [0.0]]]
 
 
 def equations(jaxpr) -> list:
