@@ -8,6 +8,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,9 @@ END_OF_TEXT = "<|endoftext|>"
 _FORMAT = 1
 _TOKENIZER, _TRAIN, _VALIDATION = "tokenizer.json", "train", "validation"
 _MANIFEST = "manifest.json"
+
+# A byte that is no character, as SentencePiece writes it.
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 class TokenizedCorpus(NamedTuple):
@@ -127,14 +131,23 @@ def load_sources(
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of text behind each token id, int32 [largest id + 1]; 0 for special tokens.
 
-    A byte-level BPE writes one printable character per byte, so a token's length is its bytes. They
-    turn a loss per token, which depends on the tokenizer, into one per byte, which does not.
+    A byte-level BPE writes one printable character per byte, so a token's length is its bytes. Other
+    tokenizers write text, with "▁" for a space, and a byte that is no character as <0x0A>. These
+    lengths turn a loss per token, which depends on the tokenizer, into one per byte, which does not.
     """
+    decoder = json.dumps(json.loads(tokenizer.to_str())["decoder"])
     special = tokenizer.get_added_tokens_decoder()
     vocab = tokenizer.get_vocab()
     lengths = np.zeros(max(vocab.values()) + 1, np.int32)
     for piece, index in vocab.items():
-        lengths[index] = 0 if index in special else len(piece)
+        if index in special:
+            continue
+        if '"ByteLevel"' in decoder:
+            lengths[index] = len(piece)
+        elif '"ByteFallback"' in decoder and _BYTE.fullmatch(piece):
+            lengths[index] = 1
+        else:
+            lengths[index] = len(piece.replace("▁", " ").encode())
     return lengths
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, decoders, models, processors
 
 from examples.moonlight import corpus, data
 
@@ -241,3 +241,13 @@ def test_a_models_own_tokenizer_is_taken(folder: Path, tmp_path: Path):
     assert "".join("ai."[token] for token in loaded.train[""]) == expected
     assert data.token_byte_lengths(loaded.tokenizer).tolist() == [1, 1, 0, 0]
     assert load_with(2).corpus_hash == loaded.corpus_hash != load_with(3).corpus_hash
+
+
+def test_the_bytes_of_a_tokenizer_that_writes_text():
+    vocab = {"<0x0A>": 0, "\u2581the": 1, "\u00e9": 2, "<s>": 3}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    assert data.token_byte_lengths(tokenizer).tolist() == [1, 4, 2, 0]
