@@ -131,9 +131,9 @@ def load_sources(
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of text behind each token id, int32 [largest id + 1]; 0 for special tokens.
 
-    A byte-level BPE writes one printable character per byte, so a token's length is its bytes. Other
-    tokenizers write text, with "▁" for a space, and a byte that is no character as <0x0A>. These
-    lengths turn a loss per token, which depends on the tokenizer, into one per byte, which does not.
+    A byte-level BPE writes one printable character per byte, so a token's length is its bytes.
+    Other tokenizers write text, with "▁" for a space, and a byte that is no character as <0x0A>.
+    These lengths turn a loss per token, which depends on the tokenizer, into one per byte.
     """
     decoder = json.dumps(json.loads(tokenizer.to_str())["decoder"])
     special = tokenizer.get_added_tokens_decoder()
