@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test lint clean
+.PHONY: train test lint notebook clean
 
 train: .venv/.examples
 	$(BIN)/python -m examples.moonlight.train --preset tiny --output-dir runs/moonlight --resume
@@ -14,6 +14,10 @@ lint: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Takes outputs out of the notebook before it is committed.
+notebook: .venv/.test
+	$(BIN)/python -m examples.colab.clean
 
 # The stamps are touched last, so an interrupted installation is taken up again.
 .venv/.python:
