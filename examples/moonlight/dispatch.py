@@ -28,6 +28,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from examples.moonlight.grouped import grouped_dot
+
 # Slots of a round, in even shares of the tokens: routing that is balanced to this takes one round.
 SLACK = 1.25
 
@@ -54,7 +56,7 @@ class Layout:
 
 
 def swiglu_groups(
-    act_nd: jax.Array, load_e: jax.Array, stacks: Stacks, dot: Any = jax.lax.ragged_dot
+    act_nd: jax.Array, load_e: jax.Array, stacks: Stacks, dot: Any = grouped_dot
 ) -> jax.Array:
     """Runs tokens that are sorted by expert, `load_e` for each of the experts."""
     gate_edf, up_edf, down_efd = stacks

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from examples.moonlight import dispatch
 from examples.moonlight.config import Execution, MoonlightConfig
+from examples.moonlight.grouped import grouped_dot
 from examples.moonlight.layers import MLP, normal_param
 from examples.moonlight.sharding import BATCH_AXES, PARAM_SPECS
 
@@ -190,7 +191,7 @@ def _ragged_experts(
     load_e = jnp.bincount(expert_nk.reshape(-1), length=stacks[0].shape[0]).astype(jnp.int32)
     gate_edf, up_edf, down_efd = _cast(stacks, act_nd)
     # ragged_dot has no rule for meshes with Explicit axes yet (jax 0.10). Elsewhere a no-op.
-    dot = jax.sharding.auto_axes(jax.lax.ragged_dot, out_sharding=P(None, None))
+    dot = jax.sharding.auto_axes(grouped_dot, out_sharding=P(None, None))
     sorted_md = dispatch.swiglu_groups(
         act_nd[order // top_k], load_e, (gate_edf, up_edf, down_efd), dot
     )
