@@ -98,7 +98,8 @@ def train_batches(
     # A window is a copy of half a kilobyte. One thread keeps ahead of any model; processes would
     # only cost start-up time.
     return iter(
-        dataset.batch(batch_size).to_iter_dataset(
+        # There is no remainder; but grain counts it as a float, and batches of one overflow.
+        dataset.batch(batch_size, drop_remainder=True).to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
         )
     )

@@ -31,6 +31,13 @@ def test_an_epoch_visits_every_window_once_in_an_order_of_its_own():
     assert (next(windows_of(GENERAL, seed=1)) != epochs[0][:3]).any()
 
 
+def test_batches_of_one_have_the_same_windows_in_the_same_order():
+    ones, threes = windows_of(GENERAL, batch_size=1), windows_of(GENERAL)
+    for _ in range(5):
+        three = np.concatenate([next(ones) for _ in range(3)])
+        np.testing.assert_array_equal(three, next(threes))
+
+
 def mixed(seed: int = 0) -> grain.DatasetIterator:
     """12 windows of one source, 12 of both at 3:1, then of the second alone."""
     spans = [
