@@ -169,11 +169,8 @@ def main(args: Args) -> dict[str, Any]:
     if unknown := [name for name in args.targets if name not in SCALES]:
         raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(SCALES)}")
     console = Console()
-    record: dict[str, Any] = {"rows": []}
-    if args.output.exists():
-        record = json.loads(args.output.read_text())
     left_out: dict[str, str] = {}
-    new = []
+    new: list[dict[str, Any]] = []
     for name in args.targets:
         if reason := targets.missing(SCALES[name].target):
             left_out[name] = reason
@@ -188,11 +185,12 @@ def main(args: Args) -> dict[str, Any]:
             continue
         row["environment"] = environment("jax", "jaxlib", "optax") | targets.compiler_versions()
         new.append(row)
-        record = {"left_out": left_out, "rows": merged(record["rows"], row)}
-        write_json(args.output, record)
+        # Read now: another command may have written while this one compiled.
+        old = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+        write_json(args.output, {"rows": merged(old, row)})
     show(console, new)
     console.print(f"written to {args.output}")
-    return record | {"left_out": left_out}
+    return {"left_out": left_out, "rows": new}
 
 
 if __name__ == "__main__":
