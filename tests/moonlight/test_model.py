@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import moonlight_reference as reference
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -367,15 +366,20 @@ def test_a_recomputed_layer_keeps_only_its_input():
 def test_monitored_statistics_are_those_of_the_arrays():
     model, rows = hard_model(monitor=True), tokens()
     model.first_layers[0].self_attn.q_proj.kernel[...] *= 40
-    _, stats = forward(model, rows)
-    layer = model.first_layers[0]
-    act = layer.input_layernorm(model.embed(rows.reshape(-1)))
-    out, attention = layer.self_attn(act, rows.shape[0])
+
+    @nnx.jit
+    def measure(model: Moonlight, rows: jax.Array):
+        layer = model.first_layers[0]
+        act = layer.input_layernorm(model.embed(rows.reshape(-1)))
+        return model(rows)[1], layer.self_attn(act, rows.shape[0])
+
+    stats, (out, attention) = measure(model, rows)
     assert attention.hot_share_h.min() > 0 and attention.hot_share_h.max() < 1
     np.testing.assert_allclose(stats.hot_share_lh[0], attention.hot_share_h)
     assert attention.max_logit_h.min() > 100
     np.testing.assert_allclose(stats.attention_rms_l[0], np.sqrt(np.mean(out**2)), rtol=1e-5)
-    assert forward(hard_model(), rows)[1].hot_share_lh is None
+    unwatched = jax.eval_shape(lambda rows: hard_model()(rows)[1], rows)
+    assert unwatched.hot_share_lh is None and unwatched.attention_rms_l is None
 
 
 def test_a_cache_gives_the_logits_of_the_whole_text():
@@ -408,18 +412,21 @@ def test_a_capacity_drops_the_last_tokens_of_a_full_expert_and_counts_them():
 
     act = jnp.asarray(np.random.default_rng(3).standard_normal((28, TOY.hidden_size)), jnp.float32)
     moe, whole = (one_layer(hard_model("ragged", expert_capacity=c)).mlp for c in (0.5, None))
-    out, load_e, dropped = moe(act)
+    run = nnx.jit(lambda moe: (moe(act), moe.router(act).expert_nk))
+    (out, load_e, dropped), expert_nk = run(moe)
     slots = math.ceil(0.5 * 28 * TOY.num_experts_per_tok / TOY.n_routed_experts)
     assert dropped == jnp.maximum(load_e - slots, 0).sum() > 0
-    expert_nk = moe.router(act).expert_nk
+    expert_nk = np.asarray(expert_nk)
     first = [expert_nk[:n].reshape(-1).tolist() for n in range(1, 29)]
     kept = [all(seen.count(e) <= slots for e in expert_nk[n]) for n, seen in enumerate(first)]
-    same = np.isclose(out, whole(act)[0], atol=ROUTE_TOLERANCE).all(axis=1)
+    same = np.isclose(out, run(whole)[0][0], atol=ROUTE_TOLERANCE).all(axis=1)
     np.testing.assert_array_equal(same, kept)
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize(
+    ("axis_type", "route"),
+    [(jax.sharding.AxisType.Auto, "dense"), (jax.sharding.AxisType.Explicit, "ragged")],
+)
 def test_a_mesh_changes_nothing(axis_type, route):
     """Both kinds of axes work with everything replicated, Auto ones with a sharded batch too."""
     (expected, _), _ = loss_and_grads(hard_model(route), tokens())
@@ -432,22 +439,6 @@ def test_a_mesh_changes_nothing(axis_type, route):
         (loss, stats), _ = loss_and_grads(model, rows)
         balance(model, stats.load_le, 1e-3)
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
-
-
-def test_it_learns_by_heart():
-    model = hard_model()
-    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
-    rows = tokens(2, 16)
-
-    @nnx.jit
-    def step(model, optimizer):
-        (loss, stats), grads = nnx.value_and_grad(next_token_loss, has_aux=True)(model, rows)
-        optimizer.update(model, grads)
-        balance(model, stats.load_le, 1e-3)
-        return loss
-
-    losses = [float(step(model, optimizer)) for _ in range(40)]
-    assert losses[0] > 4 and losses[-1] < 0.5
 
 
 # --- balance --------------------------------------------------------------------------------------
