@@ -68,13 +68,19 @@ def open_model(
 
     Raises:
         FileNotFoundError: The folder holds neither, or lacks a file.
-        ValueError: A file is malformed, or the tokenizer has more tokens than the model.
+        ValueError: A file is malformed, the tokenizer has more tokens than the model, or a
+            checkpoint is asked for where there is none to choose.
     """
     published = (folder / CONFIG_FILE).is_file()
     if not published and not (folder / SETTINGS).is_file():
         raise FileNotFoundError(
             f"--model {folder}: found neither {CONFIG_FILE}, of a Hugging Face directory, nor "
             f"{SETTINGS}, of a training run"
+        )
+    if published and checkpoint != "last":
+        raise ValueError(
+            f"--checkpoint {checkpoint}: {folder} is a Hugging Face directory, which has one set "
+            "of weights: leave it out"
         )
     config = read_config(folder) if published else _run_config(folder / SETTINGS)
     tokenizer = load_tokenizer(folder)

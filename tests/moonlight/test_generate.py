@@ -271,6 +271,7 @@ def test_wrong_folders_are_refused(folder, run, tmp_path, tokenizer):
 
     check(FileNotFoundError, r"found neither config\.json, .* nor settings\.json")
     check(FileNotFoundError, "no checkpoint 'first'; there are the steps", run, checkpoint="first")
+    check(ValueError, "--checkpoint best: .* one set of weights", folder, checkpoint="best")
     check(FileNotFoundError, r"no checkpoint 5; there are the steps \[1, 2\]", run, checkpoint=5)
     settings = tmp_path / "settings.json"
     settings.write_text('{"config": {"kv_lora_rank": 3}}')
