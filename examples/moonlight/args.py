@@ -55,8 +55,9 @@ class Args:
     optimizer: Literal["muon", "muonclip", "adamw"] = "muon"
     """Muon (AdamW for embedding, head and norms); the same with QK-Clip behind it; or AdamW for
     everything."""
-    qk_clip_threshold: float = 100.0
-    """Largest attention logit that muonclip allows; a head above it has its weights scaled."""
+    qk_clip_threshold: float | None = None
+    """Largest attention logit that muonclip allows, 100 where nothing else is said; a head above it
+    has its weights scaled."""
     schedule: Literal["cosine", "moonlight"] | None = None
     """Warmup and cosine; or the paper's three stages, with its batch ramp, at any size. See
     `stages.py`, which prints them."""
@@ -83,8 +84,8 @@ class Args:
     experts: Literal["dense", "ragged"] | None = None
     """How routed experts are computed; left out, dense on CPU, else ragged."""
     expert_capacity: float | None = None
-    """Of the ragged route on a mesh: take at most this multiple of an even share of tokens per
-    expert, and drop the rest; left out, none is dropped."""
+    """Of the ragged route: take at most this multiple of an even share of tokens per expert from
+    each device, drop the rest and show how many; left out, none is dropped, as in validation."""
     mesh: str | None = None
     """Sizes of the mesh axes data, fsdp, expert and tensor, such as data=2,expert=2,tensor=2; left
     out, one device. A resumed run may change it."""
@@ -164,6 +165,9 @@ FREE = {
     "resume_step",
 }
 
+# Kimi K2's (arXiv 2507.20534).
+QK_CLIP_THRESHOLD = 100.0
+
 _MAY_BE_ZERO = {
     "weight_decay",
     "warmup_steps",
@@ -190,6 +194,13 @@ def resolve(args: Args) -> Recipe:
         raise ValueError(
             "--init-from and --branch-from both say with which weights to begin: give one"
         )
+    if args.qk_clip_threshold is not None and args.optimizer != "muonclip":
+        raise ValueError(
+            f"--qk-clip-threshold is muonclip's, and --optimizer is {args.optimizer}: give "
+            "--optimizer muonclip, or leave it out"
+        )
+    if args.seed >= 2**32:
+        raise ValueError(f"--seed must be less than 2**32, got {args.seed}")
     asked = {name: x for name in Recipe._fields if (x := getattr(args, name)) is not None}
     recipe = RECIPES[args.preset]._replace(**asked)
     if recipe.schedule == "moonlight":
@@ -226,4 +237,6 @@ def steps_per_call(args: Args, recipe: Recipe) -> int:
 def settings_of(args: Args, recipe: Recipe, steps: int) -> dict[str, Any]:
     """What a resumed run has to have in common with the one that was started."""
     settings = dataclasses.asdict(args) | recipe._asdict() | {"steps": steps}
+    if args.optimizer == "muonclip" and args.qk_clip_threshold is None:
+        settings["qk_clip_threshold"] = QK_CLIP_THRESHOLD
     return {name: value for name, value in settings.items() if name not in FREE}

@@ -92,7 +92,7 @@ class Embed(nnx.Module):
         self.execution = execution
 
     def __call__(self, tokens_n: jax.Array) -> jax.Array:
-        """Maps ids `[n]` to `[n, hidden]`; an id outside the table gives NaN, not a row."""
+        """Maps ids `[n]` to `[n, hidden]`; an id past its end gives NaN, not a row."""
         run, table_vd = self.execution, self.embedding[...]
         where = run.sharding
         if where.mesh is None or tokens_n.shape[0] % where.batch_shards:
@@ -216,7 +216,9 @@ def causal_attention(
         logit_bhts = jnp.where(causal_ts[None, None], logit_bhts, -jnp.inf)
         seen_bhts = jax.lax.stop_gradient(logit_bhts)
         max_logit_h = seen_bhts.max(axis=(0, 2, 3))
-        hot_h = (seen_bhts > HOT_LOGIT).sum((0, 2, 3)) if execution.monitor else None
+        hot_h = None
+        if execution.monitor:
+            hot_h = (seen_bhts > HOT_LOGIT).sum((0, 2, 3), dtype=jnp.float32)
         prob_bhts = jax.nn.softmax(logit_bhts, axis=-1).astype(v_bshw.dtype)
         return jnp.einsum("bhts,bshw->bthw", prob_bhts, v_bshw), max_logit_h, hot_h
 

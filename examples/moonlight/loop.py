@@ -179,11 +179,14 @@ def run_to_the_end(
             if saves or step % args.eval_every == 0:
                 losses_k = programs.validate(state.params, state.bias, validation.windows_kbt)
                 record = validation.record(np.asarray(losses_k))
+                dropped = ""
+                if "dropped_share" in columns:
+                    dropped = f"  dropped {columns['dropped_share'][count - 1]:.1%}"
                 val_loss = record["val_loss"]
                 log.write(metrics.VALIDATION, step, record)
                 bar.console.print(
                     f"step {step:>6}  loss {loss:.4f}  validation {val_loss:.4f}  "
-                    f"{rate:,.0f} tokens/s"
+                    f"{rate:,.0f} tokens/s{dropped}"
                 )
             if watched is not None and step % args.monitor_every == 0:
                 svd = monitors.svd_entropies(state.params)

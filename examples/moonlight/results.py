@@ -70,8 +70,7 @@ def present(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
         title=title,
     )
     if records := metrics.read_metrics(folder / metrics.FILE, metrics.MONITOR):
-        clips = settings["optimizer"] == "muonclip"
-        threshold = settings["qk_clip_threshold"] if clips else None
+        threshold = settings["qk_clip_threshold"]
         draw_stability(folder / STABILITY, records, title=title, threshold=threshold)
     console = rich.get_console()
     console.rule("a sample")

@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from examples.moonlight.model import (
+    ModelStats,
     max_violation,
     merge_stats,
     next_token_loss,
@@ -49,6 +50,7 @@ class StepMetrics(NamedTuple):
         update_rms_adam: The same over all other parameters.
         max_violation: Load imbalance of the worst layer, 0 when balanced; None without experts.
         max_attention_logit: Largest attention logit of any layer and head.
+        dropped_share: Share of the tokens' choices that a capacity dropped; None without one.
     """
 
     loss: jax.Array
@@ -58,6 +60,13 @@ class StepMetrics(NamedTuple):
     update_rms_adam: jax.Array
     max_violation: jax.Array | None
     max_attention_logit: jax.Array
+    dropped_share: jax.Array | None
+
+
+def _dropped_share(stats: ModelStats) -> jax.Array | None:
+    if stats.dropped_l is None or stats.load_le is None:
+        return None
+    return stats.dropped_l.sum() / stats.load_le.sum()
 
 
 TrainSteps = Callable[..., tuple[TrainState, StepMetrics, Watched | None]]
@@ -134,6 +143,7 @@ def make_train_steps(
             update_rms_adam=update_rms["adam"] / learning_rate,
             max_violation=None if load_le is None else max_violation(load_le).max(),
             max_attention_logit=stats.max_logit_lh.max(),
+            dropped_share=_dropped_share(stats),
         )
         bias = state.bias
         if load_le is not None:

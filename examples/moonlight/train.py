@@ -136,6 +136,8 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
         monitor=args.monitor_every > 0,
     )
 
+    dropless = dataclasses.replace(execution, expert_capacity=None)
+
     # Data
     corpus = data.load_sources(
         sources, vocab_size=config.vocab_size, cache_dir=args.cache_dir, pretrained=pretrained
@@ -229,7 +231,7 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
         specs = None if mesh is None else sharding.param_shardings(params)
         clip = []
         if args.optimizer == "muonclip":
-            clip = [qk_clip(attention_heads(config), args.qk_clip_threshold)]
+            clip = [qk_clip(attention_heads(config), settings["qk_clip_threshold"])]
         optimizer = make_optimizer(
             args.optimizer, plan.learning_rate, args.weight_decay, mesh, specs, clip
         )
@@ -290,7 +292,7 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
                         bias_rate=plan.bias_rate,
                         monitor=execution.monitor,
                     ),
-                    make_validate(graphdef),
+                    make_validate(abstract_model(config, dropless)[0]),
                     state=state,
                     shardings=shardings,
                     sharding=sharding,
@@ -316,7 +318,6 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
                 )
 
     # Results
-    dropless = dataclasses.replace(execution, expert_capacity=None)
     generator = Generator(
         abstract_model(config, dropless)[0],
         state.params,
