@@ -156,7 +156,8 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
             f"{share['even']:.2%}",
         )
         sent = [row["wire"][phase] for phase in SHORT]
-        wire.add_row(row["target"], *(f"{x / 1e9:.2f}" for x in (*sent, sum(sent))))
+        gigabytes = (x / 1e9 for x in (*sent, sum(sent)))
+        wire.add_row(row["target"], *(f"{x:.2f}" if x < 10 else f"{x:.0f}" for x in gigabytes))
     console.print(flops, "", wire, "")
     for row in rows:
         for loop in row["assumed_once"]:

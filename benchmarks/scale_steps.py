@@ -1,6 +1,6 @@
 """A whole training step of Moonlight, compiled and counted: the rows of `benchmarks.scale`.
 
-The step is the example's own (`examples.moonlight.steps`): a loop over micro-batches of one
+The step is the example's own (`training/steps.py`): a loop over micro-batches of one
 sequence per device, each through forward and backward with recomputed layers in bfloat16, then
 clipping, Muon with ZeRO-1, and the routers' biases. Nothing is allocated: arguments are shapes.
 
@@ -26,12 +26,13 @@ from benchmarks import hlo
 from benchmarks.scale_cases import SCALES, Scale
 from benchmarks.step import newton_schulz_flops
 from benchmarks.targets import make_mesh
-from examples.moonlight.config import Execution, MoonlightConfig
-from examples.moonlight.language_model import ParameterCounts
-from examples.moonlight.model import Moonlight, RouterBias, parameter_counts
-from examples.moonlight.placement import state_shardings
-from examples.moonlight.sharding import BATCH_AXES, MESH_AXES, ModelSharding
-from examples.moonlight.steps import TrainState, make_train_steps
+from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.model.experts import RouterBias
+from examples.moonlight.model.language_model import ParameterCounts
+from examples.moonlight.model.moonlight import Moonlight, parameter_counts
+from examples.moonlight.model.sharding import BATCH_AXES, MESH_AXES, ModelSharding
+from examples.moonlight.training.placement import state_shardings
+from examples.moonlight.training.steps import TrainState, make_train_steps
 from muon_jax import muon
 
 SMALL_BYTES = 2**16

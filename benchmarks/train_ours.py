@@ -18,14 +18,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from examples.moonlight.config import Execution, MoonlightConfig
-from examples.moonlight.dense import Dense
-from examples.moonlight.experts import RouterBias
-from examples.moonlight.hf_config import ModelConfig
-from examples.moonlight.language_model import next_token_loss
-from examples.moonlight.model import Moonlight
-from examples.moonlight.steps import TrainState, make_train_steps
+from examples.moonlight.huggingface.hf_config import ModelConfig
+from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.model.dense import Dense
+from examples.moonlight.model.experts import RouterBias
+from examples.moonlight.model.language_model import next_token_loss
+from examples.moonlight.model.moonlight import Moonlight
 from examples.moonlight.train import make_optimizer
+from examples.moonlight.training.steps import TrainState, make_train_steps
 
 Optimizer = Literal["muon", "adamw"]
 Calls = dict[str, Callable[[], Any]]

@@ -30,12 +30,13 @@ import rich
 import tyro
 from rich.table import Table
 
-from examples.moonlight import data, metrics
-from examples.moonlight.args import RECIPES
+from examples.moonlight.data.tokenized import load_corpus
 from examples.moonlight.files import write_atomically
-from examples.moonlight.model import MoonlightConfig
-from examples.moonlight.plots import draw_comparison
-from examples.moonlight.results import RESULTS
+from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.training import metrics
+from examples.moonlight.training.args import RECIPES
+from examples.moonlight.training.plots import draw_comparison
+from examples.moonlight.training.results import RESULTS
 
 PRESET = "tiny"
 GRID = (2e-3, 4e-3, 8e-3, 16e-3)
@@ -84,7 +85,7 @@ def compare(args: Args) -> dict[str, Any]:
             raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
     # Before the runs, so that the first two don't both train the tokenizer.
     vocab_size = MoonlightConfig.preset(PRESET).vocab_size
-    corpus = data.load_corpus(args.data, vocab_size=vocab_size, cache_dir=args.cache_dir)
+    corpus = load_corpus(args.data, vocab_size=vocab_size, cache_dir=args.cache_dir)
 
     grid = [Run("adamw", rate, SEEDS[0]) for rate in GRID]
     losses = {run: r["final_val_loss"] for run, r in _finish(grid, args).items()}

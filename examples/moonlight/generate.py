@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
-from examples.moonlight.chat import Message, load_chat_template
-from examples.moonlight.config import Execution
-from examples.moonlight.decoding import Generator, check_lengths
-from examples.moonlight.model_folder import open_model
-from examples.moonlight.sampling import Sampling
-from examples.moonlight.sharding import ModelSharding, make_mesh
-from examples.moonlight.texts import continue_texts, converse
+from examples.moonlight.generation.chat import Message, load_chat_template
+from examples.moonlight.generation.decoding import Generator, check_lengths
+from examples.moonlight.generation.model_folder import open_model
+from examples.moonlight.generation.sampling import Sampling
+from examples.moonlight.generation.texts import continue_texts, converse
+from examples.moonlight.model.config import Execution
+from examples.moonlight.model.sharding import ModelSharding, make_mesh
 
 # A conversation's cache where --max-length is silent: more would be memory that few of them use.
 CHAT_LENGTH = 8192

@@ -11,10 +11,10 @@ import rich
 import tyro
 from rich.table import Table
 
-from examples.moonlight import hf_names
-from examples.moonlight.hf_config import read_config
-from examples.moonlight.hf_files import TensorFiles
-from examples.moonlight.hf_import import matching_table
+from examples.moonlight.huggingface import hf_names
+from examples.moonlight.huggingface.hf_config import read_config
+from examples.moonlight.huggingface.hf_files import TensorFiles
+from examples.moonlight.huggingface.hf_import import matching_table
 
 
 @dataclasses.dataclass(frozen=True)

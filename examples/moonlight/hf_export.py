@@ -24,19 +24,19 @@ from flax import nnx
 from rich.console import Console
 from safetensors.numpy import save_file
 
-from examples.moonlight import hf_names
-from examples.moonlight.config import Execution
-from examples.moonlight.hf_config import CONFIG_FILE, ModelConfig, config_fields
-from examples.moonlight.hf_files import INDEX_FILE, SINGLE_FILE
-from examples.moonlight.hf_import import bounds_of, byte_bar, path_names
-from examples.moonlight.hf_tokenizer import (
+from examples.moonlight.generation.model_folder import open_model
+from examples.moonlight.huggingface import hf_names
+from examples.moonlight.huggingface.hf_config import CONFIG_FILE, ModelConfig, config_fields
+from examples.moonlight.huggingface.hf_files import INDEX_FILE, SINGLE_FILE
+from examples.moonlight.huggingface.hf_import import bounds_of, byte_bar, path_names
+from examples.moonlight.huggingface.hf_tokenizer import (
     GENERATION_CONFIG_FILE,
     token_ids,
     write_json,
     write_tokenizer,
 )
-from examples.moonlight.model_folder import open_model
-from examples.moonlight.sharding import ModelSharding, make_mesh
+from examples.moonlight.model.config import Execution
+from examples.moonlight.model.sharding import ModelSharding, make_mesh
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 

@@ -31,10 +31,10 @@ import tyro
 from rich import box
 from rich.table import Table
 
-from examples.moonlight.args import Args, Recipe, resolve
-from examples.moonlight.outline import Outline, Ramp, Stage
-from examples.moonlight.plots import draw_plan
-from examples.moonlight.schedule import Plan
+from examples.moonlight.training.args import Args, Recipe, resolve
+from examples.moonlight.training.outline import Outline, Ramp, Stage
+from examples.moonlight.training.plots import draw_plan
+from examples.moonlight.training.schedule import Plan
 
 B, T = 10**9, 10**12
 

@@ -44,34 +44,36 @@ import tyro
 from flax import nnx
 from jax.sharding import Mesh
 
-from examples.moonlight import data, metrics
-from examples.moonlight.args import Args, resolve, settings_of
-from examples.moonlight.batches import plan_spans, train_batches
-from examples.moonlight.branching import copy_branch, find_branch, go_back
-from examples.moonlight.checkpoint import CHECKPOINTS, Checkpoints, EveryTokens
-from examples.moonlight.config import Execution, MoonlightConfig
-from examples.moonlight.decoding import Generator
-from examples.moonlight.dense import Dense
-from examples.moonlight.experts import RouterBias
+from examples.moonlight.data.batches import plan_spans, train_batches
+from examples.moonlight.data.sources import parse_mixes, parse_sources
+from examples.moonlight.data.tokenized import load_sources, token_byte_lengths
+from examples.moonlight.data.tokenizer import TOKENIZER
+from examples.moonlight.data.validation import make_validation
 from examples.moonlight.files import write_atomically
-from examples.moonlight.hf_config import ModelConfig, read_config
-from examples.moonlight.hf_import import abstract_model, load_pretrained, make_model
-from examples.moonlight.loop import Clock, compile_programs, run_to_the_end, token_buffer
-from examples.moonlight.model import Moonlight, count_parameters
-from examples.moonlight.model_folder import copy_companions, stop_tokens
-from examples.moonlight.muonclip import attention_heads
-from examples.moonlight.placement import state_shardings
-from examples.moonlight.plots import draw_plan
-from examples.moonlight.results import RESULTS, SCHEDULE, SHARDING, present, write_results
-from examples.moonlight.run_folder import open_run_folder
-from examples.moonlight.sampling import Sampling
-from examples.moonlight.sharding import ModelSharding, bytes_per_device, make_mesh
-from examples.moonlight.sources import parse_mixes, parse_sources
+from examples.moonlight.generation.decoding import Generator
+from examples.moonlight.generation.model_folder import copy_companions, stop_tokens
+from examples.moonlight.generation.sampling import Sampling
+from examples.moonlight.generation.texts import continue_texts, encode_prompt
+from examples.moonlight.huggingface.hf_config import ModelConfig, read_config
+from examples.moonlight.huggingface.hf_import import abstract_model, load_pretrained, make_model
+from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.model.dense import Dense
+from examples.moonlight.model.experts import RouterBias
+from examples.moonlight.model.language_model import count_parameters
+from examples.moonlight.model.moonlight import Moonlight
+from examples.moonlight.model.sharding import ModelSharding, bytes_per_device, make_mesh
 from examples.moonlight.stages import make_plan, plan_table
-from examples.moonlight.steps import TrainState, make_train_steps, make_validate
-from examples.moonlight.texts import continue_texts, encode_prompt
-from examples.moonlight.tokenizer import TOKENIZER
-from examples.moonlight.validation import make_validation
+from examples.moonlight.training import metrics
+from examples.moonlight.training.args import Args, resolve, settings_of
+from examples.moonlight.training.branching import copy_branch, find_branch, go_back
+from examples.moonlight.training.checkpoint import CHECKPOINTS, Checkpoints, EveryTokens
+from examples.moonlight.training.loop import Clock, compile_programs, run_to_the_end, token_buffer
+from examples.moonlight.training.muonclip import attention_heads
+from examples.moonlight.training.placement import state_shardings
+from examples.moonlight.training.plots import draw_plan
+from examples.moonlight.training.results import RESULTS, SCHEDULE, SHARDING, present, write_results
+from examples.moonlight.training.run_folder import open_run_folder
+from examples.moonlight.training.steps import TrainState, make_train_steps, make_validate
 from muon_jax import muon, qk_clip, sharding_report
 
 
@@ -139,7 +141,7 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
     dropless = dataclasses.replace(execution, expert_capacity=None)
 
     # Data
-    corpus = data.load_sources(
+    corpus = load_sources(
         sources, vocab_size=config.vocab_size, cache_dir=args.cache_dir, pretrained=pretrained
     )
     sizes = {name: len(tokens) for name, tokens in corpus.train.items()}
@@ -164,7 +166,7 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
     )
     validation = make_validation(
         corpus,
-        data.token_byte_lengths(corpus.tokenizer),
+        token_byte_lengths(corpus.tokenizer),
         sequence_length=recipe.sequence_length,
         batch_size=recipe.batch_size,
         count=args.eval_windows,

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from examples.moonlight import hf_names
-from examples.moonlight.config import MoonlightConfig
-from examples.moonlight.dense import DenseConfig
-from examples.moonlight.hf_config import ModelConfig, config_fields
+from examples.moonlight.huggingface import hf_names
+from examples.moonlight.huggingface.hf_config import ModelConfig, config_fields
+from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.model.dense import DenseConfig
 
 # Every width differs from every other, so that no exchange of two goes unnoticed; the even ones
 # and the four experts divide over a mesh.

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from examples.moonlight.config import MoonlightConfig
+from examples.moonlight.model.config import MoonlightConfig
 
 
 @dataclasses.dataclass(frozen=True)

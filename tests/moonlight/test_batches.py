@@ -7,10 +7,10 @@ import grain
 import numpy as np
 import pytest
 
-from examples.moonlight import batches
-from examples.moonlight.args import Args, resolve
-from examples.moonlight.batches import Span
+from examples.moonlight.data import batches
+from examples.moonlight.data.batches import Span
 from examples.moonlight.stages import make_plan
+from examples.moonlight.training.args import Args, resolve
 
 GENERAL, QUALITY = np.arange(4 * 12 + 1), np.arange(1000, 1000 + 4 * 7 + 1)
 

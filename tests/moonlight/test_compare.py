@@ -7,8 +7,9 @@ import matplotlib.image
 import pytest
 import toy
 
-from examples.moonlight import compare, metrics
-from examples.moonlight.data import load_corpus
+from examples.moonlight import compare
+from examples.moonlight.data.tokenized import load_corpus
+from examples.moonlight.training import metrics
 
 
 def arguments(folder: Path, **changes) -> compare.Args:

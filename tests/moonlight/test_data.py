@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, processors
 
-from examples.moonlight import corpus, data
+from examples.moonlight.data import corpus
+from examples.moonlight.data import tokenized as data
 
 VOCAB = 300
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.moonlight.config import Execution
-from examples.moonlight.dense import Dense, DenseConfig
-from examples.moonlight.experts import RouterBias
-from examples.moonlight.language_model import count_parameters, next_token_loss
-from examples.moonlight.sharding import BATCH_AXES, ModelSharding, make_mesh
-from examples.moonlight.steps import TrainState, make_train_steps
+from examples.moonlight.model.config import Execution
+from examples.moonlight.model.dense import Dense, DenseConfig
+from examples.moonlight.model.experts import RouterBias
+from examples.moonlight.model.language_model import count_parameters, next_token_loss
+from examples.moonlight.model.sharding import BATCH_AXES, ModelSharding, make_mesh
+from examples.moonlight.training.steps import TrainState, make_train_steps
 from muon_jax import muon, routing_report
 
 # Logits reach 27; measured 2.0e-5.

@@ -14,14 +14,14 @@ import pytest
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from examples.moonlight.chat import Message
-from examples.moonlight.checkpoint import Checkpoints
-from examples.moonlight.config import Execution
+from examples.moonlight.data.tokenizer import _byte_characters
 from examples.moonlight.generate import Args, cache_length, generate, read_prompts
-from examples.moonlight.hf_import import load_pretrained
-from examples.moonlight.model_folder import copy_companions, open_model, stop_tokens
-from examples.moonlight.texts import continue_texts, converse
-from examples.moonlight.tokenizer import _byte_characters
+from examples.moonlight.generation.chat import Message
+from examples.moonlight.generation.model_folder import copy_companions, open_model, stop_tokens
+from examples.moonlight.generation.texts import continue_texts, converse
+from examples.moonlight.huggingface.hf_import import load_pretrained
+from examples.moonlight.model.config import Execution
+from examples.moonlight.training.checkpoint import Checkpoints
 
 CONFIG = dataclasses.replace(hf_toy.MOONLIGHT, vocab_size=300, max_position_embeddings=64)
 SPECIAL = ["[EOS]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>"]

@@ -15,13 +15,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from examples.moonlight import hf_check, hf_export, hf_import, hf_names
-from examples.moonlight.checkpoint import Checkpoints
-from examples.moonlight.config import Execution
+from examples.moonlight import hf_check, hf_export
 from examples.moonlight.hf_export import export_pretrained
-from examples.moonlight.hf_files import TensorFiles
-from examples.moonlight.hf_import import Pretrained, load_pretrained
-from examples.moonlight.sharding import ModelSharding, make_mesh
+from examples.moonlight.huggingface import hf_import, hf_names
+from examples.moonlight.huggingface.hf_files import TensorFiles
+from examples.moonlight.huggingface.hf_import import Pretrained, load_pretrained
+from examples.moonlight.model.config import Execution
+from examples.moonlight.model.sharding import ModelSharding, make_mesh
+from examples.moonlight.training.checkpoint import Checkpoints
 
 TOY = hf_toy.MOONLIGHT
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -10,12 +10,13 @@ import toy
 from flax import nnx
 from tokenizers import Tokenizer, models
 
-from examples.moonlight import hf_export, metrics
-from examples.moonlight.config import Execution
-from examples.moonlight.experts import RouterBias
-from examples.moonlight.hf_import import make_model
-from examples.moonlight.model_folder import open_model
+from examples.moonlight import hf_export
+from examples.moonlight.generation.model_folder import open_model
+from examples.moonlight.huggingface.hf_import import make_model
+from examples.moonlight.model.config import Execution
+from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.train import train
+from examples.moonlight.training import metrics
 
 
 def losses(run: Path, kind: str) -> list[float]:

@@ -20,14 +20,15 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from examples.moonlight import hf_config, hf_export, hf_import, hf_names
-from examples.moonlight.config import Execution, MoonlightConfig
-from examples.moonlight.data import END_OF_TEXT
-from examples.moonlight.decoding import Generator
+from examples.moonlight import hf_export
+from examples.moonlight.data.tokenized import END_OF_TEXT
+from examples.moonlight.generation.decoding import Generator
+from examples.moonlight.generation.sampling import Sampling, likeliest
 from examples.moonlight.hf_export import export_pretrained
-from examples.moonlight.hf_import import load_pretrained
-from examples.moonlight.model import next_token_loss
-from examples.moonlight.sampling import Sampling, likeliest
+from examples.moonlight.huggingface import hf_config, hf_import, hf_names
+from examples.moonlight.huggingface.hf_import import load_pretrained
+from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.model.language_model import next_token_loss
 
 TOKENS = np.random.default_rng(3).integers(0, 62, (2, 14))
 

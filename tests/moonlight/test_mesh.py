@@ -18,12 +18,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from examples.moonlight import metrics
-from examples.moonlight.config import Execution, MoonlightConfig
-from examples.moonlight.experts import RouterBias
-from examples.moonlight.model import Moonlight, next_token_loss
-from examples.moonlight.sharding import BATCH_AXES, MESH_AXES, ModelSharding, make_mesh
+from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.model.experts import RouterBias
+from examples.moonlight.model.language_model import next_token_loss
+from examples.moonlight.model.moonlight import Moonlight
+from examples.moonlight.model.sharding import BATCH_AXES, MESH_AXES, ModelSharding, make_mesh
 from examples.moonlight.train import train
+from examples.moonlight.training import metrics
 
 CUBE, FLAT = "data=2,expert=2,tensor=2", "data=8"
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.moonlight.config import PRESETS, Execution, MoonlightConfig, gate_scale
-from examples.moonlight.experts import MoE, RouterBias
-from examples.moonlight.layers import Embed
-from examples.moonlight.model import (
+from examples.moonlight.model.config import PRESETS, Execution, MoonlightConfig, gate_scale
+from examples.moonlight.model.experts import MoE, RouterBias
+from examples.moonlight.model.language_model import next_token_loss
+from examples.moonlight.model.layers import Embed
+from examples.moonlight.model.moonlight import (
     Moonlight,
     max_violation,
-    next_token_loss,
     parameter_counts,
     update_router_bias,
 )

@@ -11,16 +11,16 @@ import pytest
 import toy
 from flax import nnx
 
-from examples.moonlight import metrics, monitors
-from examples.moonlight.config import Execution
-from examples.moonlight.dense import Dense, DenseConfig
-from examples.moonlight.experts import RouterBias
-from examples.moonlight.model import Moonlight
-from examples.moonlight.muonclip import attention_heads, logits_by_module
-from examples.moonlight.results import STABILITY
-from examples.moonlight.stability_plot import draw_stability
-from examples.moonlight.steps import TrainState, make_train_steps
+from examples.moonlight.model.config import Execution
+from examples.moonlight.model.dense import Dense, DenseConfig
+from examples.moonlight.model.experts import RouterBias
+from examples.moonlight.model.moonlight import Moonlight
 from examples.moonlight.train import train
+from examples.moonlight.training import metrics, monitors
+from examples.moonlight.training.muonclip import attention_heads, logits_by_module
+from examples.moonlight.training.results import STABILITY
+from examples.moonlight.training.stability_plot import draw_stability
+from examples.moonlight.training.steps import TrainState, make_train_steps
 from muon_jax import GroupedQuery, muon, qk_clip, routing_report
 
 RATE = 1e-6  # so small that the logits of a step are those of the weights before it

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from examples.moonlight import stages
-from examples.moonlight.args import RECIPES, Args, resolve
-from examples.moonlight.branching import parse_branch
-from examples.moonlight.outline import Outline, Ramp, Stage
-from examples.moonlight.schedule import Plan
-from examples.moonlight.sources import parse_mixes, parse_sources
+from examples.moonlight.data.sources import parse_mixes, parse_sources
+from examples.moonlight.training.args import RECIPES, Args, resolve
+from examples.moonlight.training.branching import parse_branch
+from examples.moonlight.training.outline import Outline, Ramp, Stage
+from examples.moonlight.training.schedule import Plan
 
 
 def plan_of(*, mixes=(), bias_rate: float = 1e-3, **changes) -> Plan:

@@ -9,14 +9,14 @@ import pytest
 import tiktoken
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from examples.moonlight.chat import END, MIDDLE, ROLES, Message, load_chat_template
-from examples.moonlight.corpus import load_documents
-from examples.moonlight.tokenizer import (
+from examples.moonlight.data.corpus import load_documents
+from examples.moonlight.data.tokenizer import (
     MOONLIGHT_PATTERN,
     TextStream,
     _byte_characters,
     load_tokenizer,
 )
+from examples.moonlight.generation.chat import END, MIDDLE, ROLES, Message, load_chat_template
 
 # In the order of the published ids, with a gap that no name is given for.
 SPECIAL = ["[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", None, "[EOT]"]

@@ -22,12 +22,13 @@ import pytest
 import toy
 from rich.console import Console
 
-from examples.moonlight import generate, loop, metrics
-from examples.moonlight.checkpoint import Checkpoints, EveryTokens, kept_steps
+from examples.moonlight import generate
 from examples.moonlight.files import write_atomically
-from examples.moonlight.language_model import ModelStats, merge_stats
-from examples.moonlight.steps import StepMetrics, make_train_steps
+from examples.moonlight.model.language_model import ModelStats, merge_stats
 from examples.moonlight.train import train
+from examples.moonlight.training import loop, metrics
+from examples.moonlight.training.checkpoint import Checkpoints, EveryTokens, kept_steps
+from examples.moonlight.training.steps import StepMetrics, make_train_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 

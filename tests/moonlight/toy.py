@@ -10,12 +10,13 @@ import numpy as np
 import optax
 from flax import nnx
 
-from examples.moonlight.args import Args
-from examples.moonlight.checkpoint import Checkpoints, Restored
-from examples.moonlight.config import MoonlightConfig
-from examples.moonlight.model import Moonlight, RouterBias
-from examples.moonlight.steps import TrainState
+from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.model.experts import RouterBias
+from examples.moonlight.model.moonlight import Moonlight
 from examples.moonlight.train import make_optimizer, train
+from examples.moonlight.training.args import Args
+from examples.moonlight.training.checkpoint import Checkpoints, Restored
+from examples.moonlight.training.steps import TrainState
 
 CONFIG = dataclasses.replace(
     MoonlightConfig.preset("tiny"),

@@ -1,0 +1,153 @@
+"""A model with its tokenizer, from a Hugging Face directory or from a training run's folder."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from examples.moonlight.data.tokenized import END_OF_TEXT
+from examples.moonlight.data.tokenizer import CONFIG, load_tokenizer, read_json
+from examples.moonlight.files import write_atomically
+from examples.moonlight.generation.chat import END, TEMPLATE, special_token
+from examples.moonlight.huggingface.hf_config import CONFIG_FILE, ModelConfig, read_config
+from examples.moonlight.huggingface.hf_import import abstract_model, load_pretrained
+from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.model.dense import DenseConfig
+from examples.moonlight.training.checkpoint import CHECKPOINTS, read_model
+from examples.moonlight.training.run_folder import SETTINGS
+
+GENERATION_CONFIG = "generation_config.json"
+
+# Tokens that end a text by their name, whether or not a configuration says so: Moonlight's, and
+# that of the corpora that `data.py` tokenizes.
+STOP_TOKENS = (END, "[EOS]", END_OF_TEXT)
+
+
+# What a model's folder says of texts and their ends, besides the tokenizer.
+COMPANIONS = (CONFIG, TEMPLATE, GENERATION_CONFIG)
+
+
+class OpenModel(NamedTuple):
+    """A model that can be run: `nnx.merge(graphdef, params, bias)`.
+
+    Attributes:
+        config: The architecture.
+        graphdef: Static half of the model.
+        params: The parameters.
+        bias: The routers' biases; empty for a dense model.
+        tokenizer: Its ids are rows of the embedding.
+        stop_ids: Tokens that end a text.
+    """
+
+    config: ModelConfig
+    graphdef: nnx.GraphDef
+    params: nnx.State
+    bias: nnx.State
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+
+
+def open_model(
+    folder: Path,
+    execution: Execution,
+    *,
+    checkpoint: str | int = "last",
+    console: Console | None = None,
+) -> OpenModel:
+    """Reads a model onto the devices of an execution.
+
+    Args:
+        folder: A Hugging Face directory, or the output folder of a training run.
+        execution: How it will be run. In bfloat16, the parameters of a directory are bfloat16 too.
+        checkpoint: Of a run: "last", "best" by validation loss, or a step.
+        console: Shows progress; None shows none.
+
+    Raises:
+        FileNotFoundError: The folder holds neither, or lacks a file.
+        ValueError: A file is malformed, the tokenizer has more tokens than the model, or a
+            checkpoint is asked for where there is none to choose.
+    """
+    published = (folder / CONFIG_FILE).is_file()
+    if not published and not (folder / SETTINGS).is_file():
+        raise FileNotFoundError(
+            f"--model {folder}: found neither {CONFIG_FILE}, of a Hugging Face directory, nor "
+            f"{SETTINGS}, of a training run"
+        )
+    if published and checkpoint != "last":
+        raise ValueError(
+            f"--checkpoint {checkpoint}: {folder} is a Hugging Face directory, which has one set "
+            "of weights: leave it out"
+        )
+    config = read_config(folder) if published else _run_config(folder / SETTINGS)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(
+            f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, and the model's "
+            f"vocabulary {config.vocab_size}: they do not belong together"
+        )
+    graphdef, *abstract = abstract_model(config, execution)
+    if published:
+        half = jnp.dtype(execution.dtype) == jnp.bfloat16
+        dtype = jnp.bfloat16 if half else jnp.float32
+        _, params, bias = load_pretrained(folder, execution, param_dtype=dtype, console=console)
+    else:
+        params, bias = _read_run(folder, abstract, execution, checkpoint)
+    return OpenModel(config, graphdef, params, bias, tokenizer, stop_tokens(folder, tokenizer))
+
+
+def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a text, by all that a model's folder says.
+
+    Raises:
+        ValueError: `eos_token_id` is neither an id nor a list of ids.
+    """
+    names = (*STOP_TOKENS, special_token(read_json(folder / CONFIG), "eos_token"))
+    vocab = tokenizer.get_vocab()
+    ids = {vocab[name] for name in names if name in vocab}
+    for file in (GENERATION_CONFIG, CONFIG_FILE):
+        value = read_json(folder / file).get("eos_token_id")
+        listed = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(item) is int and item >= 0 for item in listed):
+            raise ValueError(
+                f"{folder / file}: eos_token_id: expected an id or a list of ids, got {value!r}"
+            )
+        ids.update(listed)
+    return frozenset(ids)
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Gives a run the chat template and the stop ids of the model that it begins with."""
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            write_atomically(folder / name, (source / name).read_bytes())
+
+
+def _run_config(path: Path) -> ModelConfig:
+    fields = read_json(path).get("config", {})
+    family: Any = MoonlightConfig if "kv_lora_rank" in fields else DenseConfig
+    try:
+        return family(**fields)
+    except TypeError as error:
+        raise ValueError(
+            f"{path}: its config describes no model of this version ({error}): train again"
+        ) from error
+
+
+def _read_run(folder: Path, abstract: Any, execution: Execution, checkpoint: str | int) -> Any:
+    place = execution.sharding
+    shardings = (
+        place.param_shardings(abstract[0]),
+        jax.tree.map(lambda _: place.place(), abstract[1]),
+    )
+    params, bias = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tuple(abstract),
+        shardings,
+    )
+    target = {"params": params, "router_bias": bias}
+    _, model = read_model(folder / CHECKPOINTS, target, checkpoint)
+    return model["params"], model["router_bias"]

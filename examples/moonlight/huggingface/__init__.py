@@ -1,0 +1,1 @@
+"""The published format of weights, configurations and tokenizers."""

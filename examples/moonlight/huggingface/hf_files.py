@@ -1,0 +1,158 @@
+"""The safetensors files of a model directory, checked before anything is read from them.
+
+A directory comes from somewhere else: its index must not lead out of it, its files may be damaged
+or not belong together, and a pickle runs whatever code it holds, so none is opened. Everything is
+checked while only headers are in memory.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from examples.moonlight.huggingface.hf_config import read_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# By safetensors' code. Integers, float8 and the like need scales or meanings that are elsewhere.
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+}
+
+
+class TensorInfo(NamedTuple):
+    """What a header says of a tensor."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class TensorFiles:
+    """The tensors of a model directory, opened for reading parts of them; a context manager.
+
+    Args:
+        folder: Holds `model.safetensors`, or shards and their index.
+
+    Attributes:
+        folder: The directory.
+        tensors: What there is, by name.
+
+    Raises:
+        FileNotFoundError: The folder, its weights or one of its shards is not there.
+        ValueError: The weights are pickles, a file is damaged, the index leads out of the folder or
+            contradicts the shards, or a tensor has a dtype that is no plain float.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._stack = contextlib.ExitStack()
+        self._open: dict[Path, Any] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        try:
+            assigned = _assigned(folder)
+            for file in dict.fromkeys(assigned.values()) if assigned else [SINGLE_FILE]:
+                self._add(_inside(folder, file), assigned, file)
+            for name, file in assigned.items():
+                if name not in self.tensors:
+                    raise ValueError(
+                        f"{folder / INDEX_FILE} says that {name} lies in {file}, where it is not"
+                    )
+        except BaseException:
+            self.close()
+            raise
+
+    def _add(self, path: Path, assigned: dict[str, str], file: str) -> None:
+        try:
+            handle = self._stack.enter_context(safe_open(path, framework="numpy"))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged or no safetensors file ({error}): fetch or export it again"
+            ) from error
+        for name in handle.keys():  # noqa: SIM118, the handle is no dict
+            if assigned and name not in assigned:
+                raise ValueError(f"{path} holds {name}, which {INDEX_FILE} does not list")
+            if assigned.get(name, file) != file:
+                raise ValueError(f"{name} lies twice, in {assigned[name]} and in {file}")
+            part = handle.get_slice(name)
+            dtype, shape = part.get_dtype(), tuple(part.get_shape())
+            if dtype not in DTYPES:
+                raise ValueError(
+                    f"{name} in {path} has the dtype {dtype}; supported are {', '.join(DTYPES)}"
+                )
+            self.tensors[name] = TensorInfo(path, dtype, shape)
+        self._open[path] = handle
+
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """Reads a part of a tensor, and nothing besides, in its own dtype."""
+        info = self.tensors[name]
+        part = self._open[info.file].get_slice(name)
+        return part[index or tuple(slice(None) for _ in info.shape)]
+
+    def close(self) -> None:
+        """Closes every file."""
+        self._stack.close()
+
+    def __enter__(self) -> "TensorFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _assigned(folder: Path) -> dict[str, str]:
+    """The index: the file of each tensor. Empty where one file holds everything."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder: give the folder of a Hugging Face model")
+    index, single = folder / INDEX_FILE, folder / SINGLE_FILE
+    if index.exists() and single.exists():
+        raise ValueError(
+            f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}: remove what does not belong there"
+        )
+    if single.exists():
+        return {}
+    if not index.exists():
+        found = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        if found:
+            raise ValueError(
+                f"{folder} holds its weights as a pickle ({found[0]}), which could run any code; "
+                "save them as safetensors with transformers' save_pretrained first"
+            )
+        raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(map(_is_str, files.values())):
+        raise ValueError(f"{index} must have a weight_map from the tensors' names to their files")
+    return files
+
+
+def _is_str(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _inside(folder: Path, file: str) -> Path:
+    """The path of a shard, which must lie in the folder.
+
+    Hugging Face's cache is one exception: its `snapshots/REVISION` hold links into `blobs`.
+    """
+    if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+        raise ValueError(
+            f"{folder / INDEX_FILE} names {file!r}; a shard is a .safetensors file beside the index"
+        )
+    path = folder / file
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: the model is not complete")
+    target, home = path.resolve(), folder.resolve()
+    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
+    if target.parent not in homes or not target.is_file():
+        raise ValueError(
+            f"{path} is a link to {target}, out of the folder: copy the file into the folder, or "
+            "give the folder in which it lies"
+        )
+    return path

@@ -1,0 +1,251 @@
+"""Weights from a Hugging Face directory, read straight to where they lie on a mesh.
+
+Each device's part of a parameter is read by itself, from those bytes of the files that it consists
+of: one part is on the host at a time, and no device sees another's. Nothing is allocated before
+`config.json`, the index and every tensor's name, shape and dtype are known to fit, so that a model
+is loaded whole or not at all; `hf_check.py` does that alone.
+"""
+
+import collections
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Sharding
+from jax.typing import DTypeLike
+from rich import progress
+from rich.console import Console
+
+from examples.moonlight.huggingface import hf_names
+from examples.moonlight.huggingface.hf_config import ModelConfig, read_config
+from examples.moonlight.huggingface.hf_files import TensorFiles
+from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.model.dense import Dense
+from examples.moonlight.model.experts import RouterBias
+from examples.moonlight.model.moonlight import Moonlight
+
+PARAM_DTYPES = ("float32", "bfloat16")
+
+# Of every axis: where a part begins and ends.
+Bounds = tuple[tuple[int, int], ...]
+
+
+class Pretrained(NamedTuple):
+    """A model as it was read: `nnx.merge(graphdef, params, bias)` runs it.
+
+    Attributes:
+        config: The architecture.
+        params: The parameters, float32 masters or bfloat16.
+        bias: The routers' biases, float32; empty for a dense model.
+    """
+
+    config: ModelConfig
+    params: nnx.State
+    bias: nnx.State
+
+
+def load_pretrained(
+    folder: Path,
+    execution: Execution | None = None,
+    *,
+    param_dtype: DTypeLike = jnp.float32,
+    console: Console | None = None,
+) -> Pretrained:
+    """Reads a `deepseek_v3`, `qwen2` or `llama` directory onto the devices of an execution.
+
+    Args:
+        folder: Holds `config.json` and safetensors, in one file or in shards, experts one by one or
+            fused, in float32, bfloat16 or float16.
+        execution: Its `sharding` says what lies where; None is one device.
+        param_dtype: Of the parameters: float32 for training, where lr * weight decay of 3e-5 would
+            vanish in a bfloat16 weight; bfloat16 halves the memory of generation. Router biases are
+            float32 in any case.
+        console: Shows a progress bar; None shows none.
+
+    Returns:
+        The configuration, the parameters and the router biases.
+
+    Raises:
+        FileNotFoundError: The folder or one of its files is missing.
+        ValueError: The configuration is not supported, a file is damaged or leads out of the
+            folder, or a tensor is missing, too many, or has another shape than the model's.
+    """
+    if jnp.dtype(param_dtype).name not in PARAM_DTYPES:
+        raise ValueError(
+            f"param_dtype must be one of {PARAM_DTYPES}, got {jnp.dtype(param_dtype).name}"
+        )
+    config, execution = read_config(folder), execution or Execution()
+    with TensorFiles(folder) as files:
+        rows = matching_table(files, config)
+        _, params, bias = abstract_model(config, execution)
+        place = execution.sharding
+        shardings = (
+            place.param_shardings(params),
+            jax.tree.map(lambda _: place.place(), bias),
+        )
+        by_path = collections.defaultdict(list)
+        for row in rows:
+            by_path[row.path].append(row)
+        leaves, treedef = jax.tree_util.tree_flatten_with_path((params, bias))
+        numbers = sum(math.prod(leaf.shape) for _, leaf in leaves)
+        with byte_bar(console) as bar:
+            task = bar.add_task("reading", total=numbers * jnp.dtype(param_dtype).itemsize)
+            arrays = []
+            for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+                names = path_names(path)
+                dtype = jnp.float32 if names[-2:] == ("router", "bias") else param_dtype
+                arrays.append(read_parameter(files, by_path[names], leaf.shape, dtype, sharding))
+                bar.advance(task, math.prod(leaf.shape) * jnp.dtype(param_dtype).itemsize)
+    return Pretrained(config, *jax.tree.unflatten(treedef, arrays))
+
+
+def make_model(config: ModelConfig, *, rngs: nnx.Rngs, execution: Execution) -> Moonlight | Dense:
+    """A model of either family with new weights."""
+    if isinstance(config, MoonlightConfig):
+        return Moonlight(config, rngs=rngs, execution=execution)
+    return Dense(config, rngs=rngs, execution=execution)
+
+
+def abstract_model(config: ModelConfig, execution: Execution) -> tuple[Any, nnx.State, nnx.State]:
+    """The model's graphdef, parameters and router biases, with shapes only."""
+    model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0), execution=execution))
+    graphdef, params, bias = nnx.split(model, nnx.Param, RouterBias)
+    return graphdef, params, bias
+
+
+def path_names(path: Iterable[Any]) -> hf_names.Path:
+    """The keys of nested dicts in a JAX key path."""
+    return tuple(key.key for key in path if hasattr(key, "key"))
+
+
+def matching_table(files: TensorFiles, config: ModelConfig) -> list[hf_names.Row]:
+    """The table for the layout that the files have, once every tensor is there as it says.
+
+    Raises:
+        ValueError: A tensor is missing, too many, or has another shape.
+    """
+    fused = any(name.endswith(hf_names.FUSED_EXPERTS) for name in files.tensors)
+    rows = hf_names.table(config, fused=fused)
+    expected = hf_names.shapes(rows)
+    if missing := [name for name in expected if name not in files.tensors]:
+        raise ValueError(
+            f"{files.folder}: {_some(missing)} missing; config.json asks for {len(expected)} "
+            "tensors"
+        )
+    extra = [
+        name
+        for name in files.tensors
+        if name not in expected and not name.endswith(hf_names.ROPE_BUFFER)
+    ]
+    if extra and extra != [hf_names.HEAD]:
+        raise ValueError(
+            f"{files.folder}: {_some(extra)} not part of the model that config.json describes"
+        )
+    for name, shape in expected.items():
+        found = files.tensors[name]
+        if found.shape != shape:
+            raise ValueError(
+                f"{name} in {found.file} has the shape {list(found.shape)}; config.json asks for "
+                f"{list(shape)}"
+            )
+    if extra:
+        _check_tied(files)
+    return rows
+
+
+def read_parameter(
+    files: TensorFiles,
+    rows: list[hf_names.Row],
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    sharding: Sharding,
+) -> jax.Array:
+    """Reads a parameter, part by part: replicas share one reading.
+
+    `jax.make_array_from_callback` would hold the parts of all local devices on the host at once,
+    and read those of replicas once for each.
+
+    Args:
+        files: What to read from.
+        rows: What the parameter consists of.
+        shape: Its whole shape.
+        dtype: Its dtype in memory.
+        sharding: Where its parts go.
+    """
+    replicas = collections.defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None
+        replicas[bounds_of(index, shape)].append(device)
+    parts = []
+    for bounds, devices in replicas.items():
+        part = read_part(files, rows, bounds, dtype)
+        parts += jax.block_until_ready([jax.device_put(part, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def bounds_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    """Slices of an array as numbers."""
+    return tuple(axis.indices(length)[:2] for axis, length in zip(index, shape, strict=True))
+
+
+def read_part(
+    files: TensorFiles, rows: list[hf_names.Row], bounds: Bounds, dtype: DTypeLike
+) -> np.ndarray:
+    """Reads a block of a parameter, from the tensors of which it consists."""
+    part = np.empty([stop - start for start, stop in bounds], dtype)
+    for row in rows:
+        stack, inner = bounds[: len(row.at)], bounds[len(row.at) :]
+        if not all(a <= i < b for i, (a, b) in zip(row.at, stack, strict=True)):
+            continue
+        if row.transposed:
+            *outer, cols, (first, last) = inner
+            inner = (*outer, (first + row.first, last + row.first), cols)
+        # Cast as it lies, then transposed: NumPy takes six times as long for both at once.
+        block = files.read(row.name, tuple(slice(*axis) for axis in inner))
+        block = block.astype(dtype, copy=False)
+        place = tuple(i - a for i, (a, _) in zip(row.at, stack, strict=True))
+        part[place] = np.swapaxes(block, -1, -2) if row.transposed else block
+    return part
+
+
+def byte_bar(console: Console | None) -> progress.Progress:
+    """A progress bar that counts bytes."""
+    return progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=console is None,
+    )
+
+
+def _check_tied(files: TensorFiles) -> None:
+    """Accepts a head in the file of a tied model, if it is the embedding."""
+    embedding, block = hf_names.EMBEDDING, 4096
+    head, table = files.tensors[hf_names.HEAD], files.tensors[embedding]
+    rows = table.shape[0]
+    parts = [
+        (slice(start, min(start + block, rows)), slice(0, table.shape[1]))
+        for start in range(0, rows, block)
+    ]
+    same = head.shape == table.shape and all(
+        np.array_equal(files.read(hf_names.HEAD, part), files.read(embedding, part))
+        for part in parts
+    )
+    if not same:
+        raise ValueError(
+            f"{hf_names.HEAD} in {head.file} differs from {embedding}, and config.json ties them: "
+            "set tie_word_embeddings to false, or remove the tensor"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return names[0] + (" is" if len(names) == 1 else f" and {len(names) - 1} other tensors are")

@@ -1,0 +1,1 @@
+"""The models: Moonlight, and the dense family, on one set of layers."""

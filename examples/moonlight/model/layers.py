@@ -1,0 +1,339 @@
+"""The parts that the repository's language models share, from a linear layer to the loss.
+
+Between the embedding and the head, activations stay `[n, d]`: every linear layer and its weight
+gradient is then a plain matrix product, which XLA:CPU runs up to three times faster than one over
+`[b, t, d]`. Parameters are float32 whatever the compute dtype: at a learning rate times weight
+decay of 3e-5, decay would vanish in a bfloat16 weight.
+
+Shapes are suffixes, see `model.py`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from examples.moonlight.model.config import Execution
+from examples.moonlight.model.sharding import BATCH_AXES
+
+PyTree = Any
+
+# Moonlight's report watches the share of attention logits above this (arXiv 2502.16982, App. F).
+HOT_LOGIT = 100.0
+
+
+# --------------------------------------------------------------------------------------------------
+# Layers with parameters
+# --------------------------------------------------------------------------------------------------
+
+
+def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
+    """A float32 parameter from N(0, stddev^2), the same bits eager, in jit and on any mesh."""
+    normal = jax.random.normal(rngs.params(), shape, jnp.float32)
+    # In jit, XLA would fold stddev into normal's own last factor, which rounds otherwise.
+    return nnx.Param(stddev * jax.lax.optimization_barrier(normal))
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, in the dtype of `x`; the kernel is float32 `[in, out]`."""
+
+    def __init__(
+        self, rows: int, cols: int, *, stddev: float, rngs: nnx.Rngs, use_bias: bool = False
+    ):
+        self.kernel = normal_param(rngs, (rows, cols), stddev)
+        self.bias = nnx.data(nnx.Param(jnp.zeros((cols,), jnp.float32)) if use_bias else None)
+
+    def __call__(self, x_nd: jax.Array) -> jax.Array:
+        """Maps `[n, in]` to `[n, out]`."""
+        out = x_nd @ self.kernel[...].astype(x_nd.dtype)
+        return out if self.bias is None else out + self.bias[...].astype(x_nd.dtype)[None]
+
+
+class RMSNorm(nnx.Module):
+    """`scale * x / sqrt(mean(x^2) + eps)`, in float32, returned in the dtype of `x`."""
+
+    def __init__(self, width: int, *, eps: float):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+        self.eps = eps
+
+    def __call__(self, x_nd: jax.Array) -> jax.Array:
+        """Normalises the last axis of `[n, width]`."""
+        wide_nd = x_nd.astype(jnp.float32)
+        mean_n1 = jnp.mean(jnp.square(wide_nd), axis=-1, keepdims=True)
+        return (wide_nd * jax.lax.rsqrt(mean_n1 + self.eps) * self.scale[...][None]).astype(
+            x_nd.dtype
+        )
+
+
+class MLP(nnx.Module):
+    """SwiGLU: `down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, hidden: int, inner: int, *, stddev: float, rngs: nnx.Rngs):
+        self.gate_proj = Linear(hidden, inner, stddev=stddev, rngs=rngs)
+        self.up_proj = Linear(hidden, inner, stddev=stddev, rngs=rngs)
+        self.down_proj = Linear(inner, hidden, stddev=stddev, rngs=rngs)
+
+    def __call__(self, act_nd: jax.Array) -> jax.Array:
+        """Maps `[n, hidden]` to `[n, hidden]`."""
+        return self.down_proj(jax.nn.silu(self.gate_proj(act_nd)) * self.up_proj(act_nd))
+
+
+class Embed(nnx.Module):
+    """Rows of a table by token id."""
+
+    def __init__(
+        self, vocab: int, hidden: int, *, stddev: float, rngs: nnx.Rngs, execution: Execution
+    ):
+        self.embedding = normal_param(rngs, (vocab, hidden), stddev)
+        self.execution = execution
+
+    def __call__(self, tokens_n: jax.Array) -> jax.Array:
+        """Maps ids `[n]` to `[n, hidden]`; an id past its end gives NaN, not a row."""
+        run, table_vd = self.execution, self.embedding[...]
+        where = run.sharding
+        if where.mesh is None or tokens_n.shape[0] % where.batch_shards:
+            # Cast afterwards: gradients of a frequent token's rows are then added in float32.
+            return jnp.take(table_vd, tokens_n, axis=0).astype(run.dtype)
+        spec = where.param_spec(("embed", "embedding"), table_vd.shape)
+        return jax.shard_map(
+            functools.partial(_look_up, *spec, run.dtype),
+            mesh=where.mesh,
+            in_specs=(P(*spec), P(BATCH_AXES)),
+            out_specs=P(BATCH_AXES),
+        )(table_vd, tokens_n)
+
+
+def _look_up(
+    vocab: str | None, hidden: str | None, dtype: Any, table_vd: jax.Array, tokens_n: jax.Array
+) -> jax.Array:
+    """Rows of a table that lies over two axes, the table itself staying where it is.
+
+    Those who store columns of it look up each other's tokens, and send each the columns of theirs:
+    `n d` numbers, and as many of the gradient, where a gathered table has `v d`.
+    """
+    if hidden is not None:
+        tokens_n = jax.lax.all_gather(tokens_n, hidden, tiled=True)
+    if vocab is None:
+        rows_nd = jnp.take(table_vd, tokens_n, axis=0).astype(dtype)
+    else:
+        local_n = tokens_n - jax.lax.axis_index(vocab) * table_vd.shape[0]
+        mine_n = (local_n >= 0) & (local_n < table_vd.shape[0])
+        rows_nd = jnp.take(table_vd, jnp.where(mine_n, local_n, 0), axis=0).astype(dtype)
+        found_n = jax.lax.psum(mine_n.astype(jnp.int32), vocab) > 0
+        rows_nd = jax.lax.psum(jnp.where(mine_n[:, None], rows_nd, 0), vocab)
+        rows_nd = jnp.where(found_n[:, None], rows_nd, jnp.nan)
+    if hidden is not None:
+        rows_nd = jax.lax.all_to_all(rows_nd, hidden, 0, 1, tiled=True)
+    return rows_nd
+
+
+# --------------------------------------------------------------------------------------------------
+# Positions and attention
+# --------------------------------------------------------------------------------------------------
+
+
+def rope_table(position_bt: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of `position * theta^(-2i / width)`, float32 `[b, t, width / 2]`."""
+    frequency = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angle = position_bt.astype(jnp.float32)[..., None] * frequency[None, None, :]
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(
+    x_bthr: jax.Array, table: tuple[jax.Array, jax.Array], *, interleaved: bool
+) -> jax.Array:
+    """Rotates pairs of the last axis by position.
+
+    Args:
+        x_bthr: Queries or keys, `[batch, time, heads, rope width]`.
+        table: What `rope_table` returned for these positions and this width, `[b or 1, t, r / 2]`.
+        interleaved: Whether a pair is (0, 1), (2, 3), ..., as in Moonlight's weights, or
+            (0, r/2), (1, r/2 + 1), ..., as in Llama's and Qwen's.
+
+    Returns:
+        The rotated array, in the dtype of `x_bthr`; the rotation itself is float32, because
+        bfloat16 could not tell positions beyond 256 apart.
+    """
+    cos, sin = (half[:, :, None, :] for half in table)
+    wide = x_bthr.astype(jnp.float32)
+    if interleaved:
+        pairs = wide.reshape(*x_bthr.shape[:-1], -1, 2)
+        even, odd = pairs[..., 0], pairs[..., 1]
+        rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+        return rotated.reshape(x_bthr.shape).astype(x_bthr.dtype)
+    first, second = jnp.split(wide, 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+    return rotated.astype(x_bthr.dtype)
+
+
+class AttentionStats(NamedTuple):
+    """What attention measured of one layer, after scaling, before softmax, over causal positions.
+
+    Attributes:
+        max_logit_h: Largest logit of each head, float32.
+        hot_share_h: Share of logits above `HOT_LOGIT`, float32; None unless monitored.
+    """
+
+    max_logit_h: jax.Array
+    hot_share_h: jax.Array | None
+
+
+def causal_attention(
+    q_bthp: jax.Array, k_bshp: jax.Array, v_bshw: jax.Array, execution: Execution
+) -> tuple[jax.Array, AttentionStats]:
+    """Softmax attention of each position to itself and those before it, within each sequence.
+
+    In blocks of `execution.attention_block` queries: logits of one block exist at a time, forward
+    and backward, and a block reads no key behind its last query, so that half of the products of
+    the square are never taken.
+
+    Args:
+        q_bthp: Queries.
+        k_bshp: Keys; their heads divide the queries' (grouped-query attention).
+        v_bshw: Values, with the heads of the keys.
+        execution: How to run it.
+
+    Returns:
+        The output `[b, t, h, w]` in the dtype of the values, and what was measured.
+    """
+    time, heads = q_bthp.shape[1:3]
+    if k_bshp.shape[2] != heads:
+        repeats = heads // k_bshp.shape[2]
+        k_bshp, v_bshw = (jnp.repeat(x, repeats, axis=2) for x in (k_bshp, v_bshw))
+    block = min(execution.attention_block or time, time)
+
+    def attend(q_bthp: jax.Array, k_bshp: jax.Array, v_bshw: jax.Array):
+        logit_bhts = jnp.einsum(
+            "bthp,bshp->bhts", q_bthp, k_bshp, preferred_element_type=jnp.float32
+        )
+        times, before = q_bthp.shape[1], k_bshp.shape[1] - q_bthp.shape[1]
+        causal_ts = jnp.tril(jnp.ones((times, before + times), bool), before)
+        logit_bhts = logit_bhts * q_bthp.shape[-1] ** -0.5
+        logit_bhts = jnp.where(causal_ts[None, None], logit_bhts, -jnp.inf)
+        seen_bhts = jax.lax.stop_gradient(logit_bhts)
+        max_logit_h = seen_bhts.max(axis=(0, 2, 3))
+        hot_h = None
+        if execution.monitor:
+            hot_h = (seen_bhts > HOT_LOGIT).sum((0, 2, 3), dtype=jnp.float32)
+        prob_bhts = jax.nn.softmax(logit_bhts, axis=-1).astype(v_bshw.dtype)
+        return jnp.einsum("bhts,bshw->bthw", prob_bhts, v_bshw), max_logit_h, hot_h
+
+    if block < time:
+        attend = jax.checkpoint(attend)
+    blocks = []
+    for start in range(0, time, block):
+        stop = min(start + block, time)
+        blocks.append(attend(q_bthp[:, start:stop], k_bshp[:, :stop], v_bshw[:, :stop]))
+    outs, maxima, hots = zip(*blocks, strict=True)
+    hot_share_h = None
+    if execution.monitor:
+        logits = q_bthp.shape[0] * time * (time + 1) / 2
+        hot_share_h = jnp.stack(hots).astype(jnp.float32).sum(axis=0) / logits
+    return jnp.concatenate(outs, axis=1), AttentionStats(jnp.stack(maxima).max(axis=0), hot_share_h)
+
+
+def cached_attention(
+    q_bthp: jax.Array, k_bshp: jax.Array, v_bshw: jax.Array, position_bt: jax.Array, scale: float
+) -> jax.Array:
+    """Attention of new tokens to a cache that holds slots behind them, too.
+
+    Args:
+        q_bthp: Queries of the new tokens.
+        k_bshp: Every slot's key, slot s being position s; heads divide those of the queries.
+        v_bshw: Every slot's value.
+        position_bt: The new tokens' positions: each reads the slots up to its own.
+        scale: Of the logits.
+
+    Returns:
+        The output `[b, t, h, w]`, in the dtype of the values.
+    """
+    batch, time, heads, width = q_bthp.shape
+    kv_heads = k_bshp.shape[2]
+    q_btgrp = q_bthp.reshape(batch, time, kv_heads, heads // kv_heads, width)
+    logit_bgrts = scale * jnp.einsum(
+        "btgrp,bsgp->bgrts", q_btgrp, k_bshp, preferred_element_type=jnp.float32
+    )
+    seen_bts = jnp.arange(k_bshp.shape[1])[None, None, :] <= position_bt[:, :, None]
+    logit_bgrts = jnp.where(seen_bts[:, None, None], logit_bgrts, -jnp.inf)
+    prob_bgrts = jax.nn.softmax(logit_bgrts, axis=-1).astype(v_bshw.dtype)
+    out_btgrw = jnp.einsum("bgrts,bsgw->btgrw", prob_bgrts, v_bshw)
+    return out_btgrw.reshape(batch, time, heads, v_bshw.shape[-1])
+
+
+def write_cache(cache_lbs: jax.Array, layer: Any, new_bt: jax.Array, position_bt: jax.Array):
+    """Puts entries `[b, t, ...]` into a cache `[l, b, s, ...]`; those behind its end are lost."""
+    rows_b1 = jnp.arange(new_bt.shape[0])[:, None]
+    return cache_lbs.at[layer, rows_b1, position_bt].set(
+        new_bt.astype(cache_lbs.dtype), mode="drop"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Stacks of layers
+# --------------------------------------------------------------------------------------------------
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`count` layers as one module: parameters have a leading axis, each layer its own draws."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stacked(rngs: nnx.Rngs) -> nnx.Module:
+        return make(rngs)
+
+    return stacked(rngs)
+
+
+def run_layer(
+    layer: nnx.Module,
+    run: Callable[[Any, PyTree, Any], tuple[PyTree, PyTree]],
+    carry: PyTree,
+    xs: Any,
+    execution: Execution,
+) -> tuple[PyTree, PyTree]:
+    """One step of `scan_layers`, for a layer that lies in no stack."""
+    graphdef, state = nnx.split(layer)
+    return _step(graphdef, run, execution, looped=False)(carry, (state, xs))
+
+
+def scan_layers(
+    layers: nnx.Module,
+    run: Callable[[Any, PyTree, Any], tuple[PyTree, PyTree]],
+    carry: PyTree,
+    xs: Any,
+    execution: Execution,
+) -> tuple[PyTree, PyTree]:
+    """Runs stacked layers one after the other: one compiled layer, whatever the depth.
+
+    Args:
+        layers: What `stack_layers` returned.
+        run: `run(layer, carry, x) -> (carry, y)`, given each layer in turn.
+        carry: What goes from layer to layer.
+        xs: A pytree whose leaves have a leading axis of layers, one slice for each; or None.
+        execution: Decides on `remat`, `unroll`, and how weights lie when they are used.
+
+    Returns:
+        The last carry, and every layer's `y`, stacked.
+    """
+    graphdef, state = nnx.split(layers)
+    step = _step(graphdef, run, execution, looped=not execution.unroll)
+    return jax.lax.scan(step, carry, (state, xs), unroll=execution.unroll or 1)
+
+
+def _step(graphdef: nnx.GraphDef, run: Callable[..., Any], execution: Execution, *, looped: bool):
+    def step(carry: PyTree, slices: tuple[nnx.State, Any]):
+        state, x = slices
+        state = execution.sharding.gather_weights(state, execution.dtype)
+        return run(nnx.merge(graphdef, state), carry, x)
+
+    # In a loop XLA can't merge the recomputation with the first computation anyway.
+    return jax.checkpoint(step, prevent_cse=not looped) if execution.remat else step
+
+
+def mean_square(x_nd: jax.Array) -> jax.Array:
+    """Mean of the squares of all entries, a float32 scalar without gradient."""
+    return jnp.mean(jnp.square(jax.lax.stop_gradient(x_nd).astype(jnp.float32)))

@@ -1,0 +1,1 @@
+"""What a training run consists of, from its arguments to its results."""

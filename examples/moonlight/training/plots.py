@@ -1,0 +1,175 @@
+"""Loss curves: of one run, and of optimizers against each other. And the plan of a run."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # No display is needed, and none is looked for.
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from examples.moonlight.training.schedule import Plan
+
+Curve = tuple[Sequence[int], Sequence[float]]
+
+# Steps in a running mean: single steps differ by more than what the curves are to show.
+SMOOTHING = 25
+
+# Told apart without colour, too.
+_STYLES = (("tab:blue", "-"), ("tab:orange", "--"), ("tab:green", ":"))
+
+
+def draw_losses(path: Path, *, train: Curve, validation: Curve, title: str) -> None:
+    """Draws training and validation loss over optimizer steps into a PNG.
+
+    Line styles, markers and labels at the curves carry the meaning; colour only repeats it.
+
+    Args:
+        path: The PNG to write.
+        train: Steps and losses, in nats per token, one per step.
+        validation: The same, where the held-out text was evaluated.
+        title: What was trained, and how.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    steps, losses = (np.asarray(values) for values in train)
+    axes.plot(steps, losses, color="0.75", linewidth=0.8, label="training, each step")
+    window = min(len(losses), SMOOTHING)
+    axes.plot(
+        steps[window - 1 :],
+        _smooth(losses, window),
+        color="tab:blue",
+        linewidth=1.8,
+        label=f"training, mean of {window} steps",
+    )
+    axes.plot(
+        *validation,
+        color="black",
+        linestyle="--",
+        marker="o",
+        markersize=5,
+        label="validation, held-out text",
+    )
+    axes.annotate(
+        f"{validation[1][-1]:.3f}",
+        (validation[0][-1], validation[1][-1]),
+        xytext=(-4, -16),
+        textcoords="offset points",
+        ha="right",
+    )
+    # The first steps fall from log(vocabulary); the rest of the curve is what one looks at.
+    axes.set_ylim(top=min(losses.max(), np.quantile(losses, 0.75) + 2.5))
+    axes.set_xlim(0, steps[-1] * 1.02)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_comparison(path: Path, curves: Mapping[str, Sequence[Curve]], *, title: str) -> None:
+    """Draws the smoothed training losses of several runs per optimizer: their mean and their range.
+
+    Args:
+        path: The PNG to write.
+        curves: Steps and losses, in nats per token, of every run of an optimizer; at most three
+            optimizers, and the same steps everywhere.
+        title: What was compared.
+    """
+    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    means = {}
+    all_steps = np.asarray(next(iter(curves.values()))[0][0])
+    window = max(1, min(len(all_steps) // 4, SMOOTHING))
+    steps = all_steps[window - 1 :]
+    for (name, runs), (color, line) in zip(curves.items(), _STYLES, strict=False):
+        smoothed = np.stack([_smooth(np.asarray(losses), window) for _, losses in runs])
+        means[name] = smoothed.mean(axis=0)
+        label = f"{name}: mean and range of {len(runs)} runs"
+        axes.plot(steps, means[name], color=color, linestyle=line, linewidth=1.8, label=label)
+        axes.fill_between(
+            steps, smoothed.min(axis=0), smoothed.max(axis=0), color=color, alpha=0.25, linewidth=0
+        )
+    ends = sorted((float(mean[-1]), name) for name, mean in means.items())
+    for place, (loss, name) in enumerate(ends):
+        axes.annotate(
+            f"{name} {loss:.3f}",
+            (steps[-1], loss),
+            # The lower label a little down, the upper a little up: close ends do not collide.
+            xytext=(6, -9 if place == 0 else 1),
+            textcoords="offset points",
+        )
+    axes.set_xlim(steps[0], steps[-1] + max(1, 0.18 * (steps[-1] - steps[0])))
+    lowest, highest = ends[0][0], max(mean.max() for mean in means.values())
+    axes.set_ylim(lowest - 0.3, min(highest, lowest + 3))
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel(f"training loss, mean of {window} steps (nats per token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_plan(path: Path, plan: Plan, *, title: str) -> None:
+    """Draws learning rate, batch size and bias rate of a plan over its tokens into a PNG.
+
+    Args:
+        path: The PNG to write.
+        plan: What to draw.
+        title: Whose plan it is.
+    """
+    total = plan.tokens(plan.steps)
+    unit, size = next(((u, s) for u, s in _UNITS if total >= s), ("", 1))
+    figure, rows = plt.subplots(
+        3, 1, figsize=(8, 6.4), sharex=True, height_ratios=(3, 1.4, 1.4), layout="constrained"
+    )
+    tokens, rates, batches, bias_rates = [], [], [], []
+    for start, segment in zip(plan.starts, plan.segments, strict=False):
+        # Enough points for a curve; the last step, not the next segment's first.
+        steps = np.unique(np.linspace(start, start + segment.steps - 1, 200).astype(int))
+        first, each = plan.tokens(start), segment.batch * plan.sequence_length
+        tokens += [first / size, *((first + (steps - start + 0.5) * each) / size)]
+        tokens += [(first + segment.steps * each) / size]
+        drawn = np.asarray(plan.learning_rate(steps)).tolist()
+        rates += [drawn[0], *drawn, drawn[-1]]
+        batches += [segment.batch] * (len(steps) + 2)
+        bias_rates += [segment.bias_rate] * (len(steps) + 2)
+    for axes, values, label in zip(
+        rows, (rates, batches, bias_rates), ("learning rate", "sequences", "bias rate"), strict=True
+    ):
+        axes.plot(tokens, values, color="tab:blue", linewidth=1.8)
+        axes.set_ylim(0, 1.15 * max(*values, 1e-12))
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        for end in plan.stage_ends().values():
+            axes.axvline(plan.tokens(end) / size, color="black", linestyle=":", linewidth=1)
+    rows[1].set_ylabel("sequences\nper step")
+    starts = [0, *plan.stage_ends().values()]
+    for start, end, (name, _) in zip(starts, starts[1:], plan.stage_ends().items(), strict=False):
+        low, high = plan.tokens(start) / total, plan.tokens(end) / total
+        # A stage too narrow for its name has it to the right of its end.
+        narrow = high - low < 0.1
+        rows[0].annotate(
+            name,
+            (high if narrow else (low + high) / 2, 1),
+            xycoords=("axes fraction", "axes fraction"),
+            xytext=(3 if narrow and high < 0.9 else 0, 3),
+            textcoords="offset points",
+            ha="left" if narrow and high < 0.9 else "right" if narrow else "center",
+        )
+    rows[0].set_xlim(0, total / size)
+    rows[-1].set_xlabel(f"tokens{f' ({unit})' if unit else ''}")
+    rows[0].set_title(f"{title}: {plan.steps:,} steps", pad=18)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+_UNITS = (("trillions", 10**12), ("billions", 10**9), ("millions", 10**6), ("thousands", 10**3))
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Running mean over `window` values; the first `window - 1` have none."""
+    return np.convolve(values, np.ones(window) / window, mode="valid")

@@ -1,0 +1,193 @@
+"""The optimizer step: gradients over micro-batches, update, router bias, and what is measured.
+
+Everything here is a pure function of a `TrainState`, so that several steps run in one call into
+XLA: a small model would otherwise wait for Python between steps.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from examples.moonlight.model.language_model import ModelStats, merge_stats, next_token_loss
+from examples.moonlight.model.moonlight import max_violation, update_router_bias
+from examples.moonlight.training.monitors import Watched, layer_rms
+from examples.moonlight.training.muonclip import logits_by_module
+from muon_jax import group_rms
+
+
+class TrainState(NamedTuple):
+    """Everything that a step changes.
+
+    Attributes:
+        params: The model's float32 parameters.
+        bias: The routers' balance biases.
+        opt_state: The optax state.
+    """
+
+    params: nnx.State
+    bias: nnx.State
+    opt_state: Any
+
+
+class StepMetrics(NamedTuple):
+    """What one optimizer step measured; float32 scalars, or `[steps]` once stacked.
+
+    Attributes:
+        loss: Nats per token, mean over the step's micro-batches.
+        learning_rate: The schedule's value.
+        grad_norm: Global L2 norm of the gradient before clipping.
+        update_rms_muon: RMS of the update over Muon's matrices, weight decay included, divided by
+            the learning rate. The grouping is the same when AdamW trains them.
+        update_rms_adam: The same over all other parameters.
+        max_violation: Load imbalance of the worst layer, 0 when balanced; None without experts.
+        max_attention_logit: Largest attention logit of any layer and head.
+        dropped_share: Share of the tokens' choices that a capacity dropped; None without one.
+    """
+
+    loss: jax.Array
+    learning_rate: jax.Array
+    grad_norm: jax.Array
+    update_rms_muon: jax.Array
+    update_rms_adam: jax.Array
+    max_violation: jax.Array | None
+    max_attention_logit: jax.Array
+    dropped_share: jax.Array | None
+
+
+def _dropped_share(stats: ModelStats) -> jax.Array | None:
+    if stats.dropped_l is None or stats.load_le is None:
+        return None
+    return stats.dropped_l.sum() / stats.load_le.sum()
+
+
+TrainSteps = Callable[..., tuple[TrainState, StepMetrics, Watched | None]]
+
+
+def make_train_steps(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    bias_rate: float | optax.Schedule,
+    monitor: bool = False,
+) -> TrainSteps:
+    """Builds the function that takes several optimizer steps in one call.
+
+    Args:
+        graphdef: Static half of the model.
+        optimizer: What turns the mean gradient into an update, learning rate included.
+        schedule: The optimizer's learning rate by step, for the record.
+        bias_rate: Step of the router biases; by step, where it changes.
+        monitor: Also bring back what `monitors.py` watches, of the last step of a call; of a model
+            whose `Execution` monitors.
+
+    Returns:
+        `train_steps(state, tokens_sabt, step, count, micro_s=None)`, to be jitted. The tokens are
+        int32 `[steps, micro-batches, batch, time + 1]`, of which the first `count` steps are taken,
+        and of each of them the first `micro_s` micro-batches, int32 `[steps]`; None takes all.
+        `step` is the number of steps before this call. The metrics are `[steps]`, the first `count`
+        filled, and the third result is None unless monitored. Steps and micro-batches are counted
+        by arguments of the program, not of its compilation: one program serves calls of every
+        length and every stage, and a resumed run whose calls fall otherwise computes the same bits.
+    """
+    bias_schedule = bias_rate if callable(bias_rate) else optax.constant_schedule(bias_rate)
+
+    def loss_fn(params: nnx.State, bias: nnx.State, tokens_bt: jax.Array):
+        return next_token_loss(nnx.merge(graphdef, params, bias), tokens_bt)
+
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def one_step(
+        state: TrainState,
+        tokens_abt: jax.Array,
+        step: jax.Array,
+        micro: int | jax.Array,
+        last: jax.Array,
+    ) -> tuple[TrainState, StepMetrics, Watched | None]:
+        def add_micro_batch(i: jax.Array, carry: Any):
+            total, stats_a = carry
+            (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+                state.params, state.bias, tokens_abt[i]
+            )
+            stats_a = jax.tree.map(lambda all_a, one: all_a.at[i].set(one), stats_a, stats)
+            return jax.tree.map(jnp.add, total, (grads, loss)), stats_a
+
+        _, stats = jax.eval_shape(loss_fn, state.params, state.bias, tokens_abt[0])
+        stats_a = jax.tree.map(lambda x: jnp.zeros((len(tokens_abt), *x.shape), x.dtype), stats)
+        zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
+        (grads, loss), stats_a = jax.lax.fori_loop(0, micro, add_micro_batch, (zeros, stats_a))
+        grads, loss = jax.tree.map(lambda x: x / micro, (grads, loss))
+        stats = merge_stats(stats_a, micro)
+        load_le = stats.load_le
+
+        max_logits = logits_by_module(state.params, stats.max_logit_lh)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, max_logits=max_logits
+        )
+        learning_rate = jnp.asarray(schedule(step), jnp.float32)
+        update_rms = group_rms(updates, state.params)
+        measured = StepMetrics(
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=optax.tree.norm(grads),
+            update_rms_muon=update_rms["muon"] / learning_rate,
+            update_rms_adam=update_rms["adam"] / learning_rate,
+            max_violation=None if load_le is None else max_violation(load_le).max(),
+            max_attention_logit=stats.max_logit_lh.max(),
+            dropped_share=_dropped_share(stats),
+        )
+        bias = state.bias
+        if load_le is not None:
+            rate = jnp.asarray(bias_schedule(step))
+            bias = jax.tree.map(lambda bias_le: update_router_bias(bias_le, load_le, rate), bias)
+        params: Any = optax.apply_updates(state.params, updates)
+        watched = None
+        if monitor:
+
+            def take_rms() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+                of_updates = layer_rms(updates)
+                return layer_rms(params), jax.tree.map(lambda x: x / learning_rate, of_updates)
+
+            none_taken = jax.tree.map(jnp.zeros_like, jax.eval_shape(take_rms))
+            watched = Watched(stats, *jax.lax.cond(last, take_rms, lambda: none_taken))
+        return TrainState(params, bias, opt_state), measured, watched
+
+    def train_steps(
+        state: TrainState,
+        tokens_sabt: jax.Array,
+        step: jax.Array,
+        count: jax.Array,
+        micro_s: jax.Array | None = None,
+    ) -> tuple[TrainState, StepMetrics, Watched | None]:
+        def take(i: jax.Array, state: TrainState) -> tuple[TrainState, StepMetrics, Watched | None]:
+            micro = tokens_sabt.shape[1] if micro_s is None else micro_s[i]
+            return one_step(state, tokens_sabt[i], step + i, micro, i == count - 1)
+
+        def body(i: jax.Array, carry: Any):
+            state, history, _ = carry
+            state, measured, watched = take(i, state)
+            return state, jax.tree.map(lambda h, m: h.at[i].set(m), history, measured), watched
+
+        _, measured, watched = jax.eval_shape(take, jnp.int32(0), state)
+        none_watched = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), watched)
+        steps = tokens_sabt.shape[0]
+        history = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), measured)
+        return jax.lax.fori_loop(0, count, body, (state, history, none_watched))
+
+    return train_steps
+
+
+def make_validate(
+    graphdef: nnx.GraphDef,
+) -> Callable[[nnx.State, nnx.State, jax.Array], jax.Array]:
+    """Builds `validate(params, bias, windows_kbt)`: the mean loss of each batch, float32 `[k]`."""
+
+    def validate(params: nnx.State, bias: nnx.State, windows_kbt: jax.Array) -> jax.Array:
+        model = nnx.merge(graphdef, params, bias)
+        return jax.lax.map(lambda tokens_bt: next_token_loss(model, tokens_bt)[0], windows_kbt)
+
+    return validate
