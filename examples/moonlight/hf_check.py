@@ -34,7 +34,7 @@ def check(args: Args) -> None:
         shards = {info.file for info in files.tensors.values()}
         size = sum(file.stat().st_size for file in shards)
     fused = any(row.rows for row in rows)
-    table = Table(title=f"{args.model} can be loaded", show_header=False, title_justify="left")
+    table = Table(show_header=False)
     for name, value in (
         ("numbers", f"{hf_names.total_size(config):,}"),
         ("tensors", f"{len(hf_names.shapes(rows)):,}" + (", experts fused" if fused else "")),
@@ -43,7 +43,9 @@ def check(args: Args) -> None:
         *((field.name, str(getattr(config, field.name))) for field in dataclasses.fields(config)),
     ):
         table.add_row(name, value)
-    rich.get_console().print(table)
+    console = rich.get_console()
+    console.print(f"{args.model} can be loaded", soft_wrap=True)
+    console.print(table)
 
 
 if __name__ == "__main__":
