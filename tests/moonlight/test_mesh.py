@@ -5,7 +5,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import toy
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -32,22 +31,6 @@ CUBE, FLAT = "data=2,expert=2,tensor=2", "data=8"
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 2e-6, 5e-6
 # Twelve steps later; measured 4e-5 and 2e-6. Muon rounds its momentum to bfloat16.
 MUON_TOLERANCE, ADAMW_TOLERANCE = 2e-4, 1e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Runs that are resumed on a mesh they know reuse its program."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("xla")),
-        "jax_persistent_cache_min_compile_time_secs": 1.0,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for values in (options, before):
-        compilation_cache.reset_cache()
-        for name, value in values.items():
-            jax.config.update(name, value)
-        if values is options:
-            yield
 
 
 # --- the mesh -------------------------------------------------------------------------------------

@@ -160,37 +160,6 @@ def _start(tmp_path: Path) -> Iterator[Callable[[Path, int], subprocess.Popen]]:
         process.communicate()
 
 
-@pytest.fixture(name="start")
-def _start(tmp_path: Path) -> Iterator[Callable[[Path, int], subprocess.Popen]]:
-    """Starts toy runs, and ends those that a failing test leaves behind."""
-    # One compilation for all processes; every one of them would otherwise wait seconds for its own.
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    processes: list[subprocess.Popen] = []
-
-    def start(folder: Path, steps: int) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, toy.__file__, str(folder), str(steps)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
 def kill_when(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not condition():
