@@ -158,9 +158,9 @@ def test_a_model_that_ours_cannot_be_is_refused_by_field_and_value(
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"{", "config.json cannot be read as JSON"),
-        (b"\xff", "config.json cannot be read as JSON"),
-        (b"[1]", "config.json must hold a JSON object, got list"),
+        (b"{", r"config\.json, line 1: not valid JSON"),
+        (b"\xff", r"config\.json: not UTF-8 text"),
+        (b"[1]", r"config\.json: expected a JSON object, got list"),
         (b'{"n_group": 8, "n_group": 1}', "'n_group' occurs twice"),
     ],
 )

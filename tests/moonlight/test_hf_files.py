@@ -358,7 +358,7 @@ BROKEN = {
     "index": (lambda f: hf_toy.write_index(f, [1]), r"must have a weight_map"),
     "no index": (
         lambda f: (f / "model.safetensors.index.json").write_text("{"),
-        r"index\.json cannot be read as JSON",
+        r"index\.json, line 1: not valid JSON",
     ),
     "no folder": (lambda f: f.rename(f.with_name("x")), r"hf has no config\.json"),
 }

@@ -17,8 +17,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.moonlight.data.corpus import Document, hash_documents, load_documents, split_documents
-from examples.moonlight.data.tokenizer import load_tokenizer, read_json
-from examples.moonlight.files import write_atomically
+from examples.moonlight.data.tokenizer import load_tokenizer
+from examples.moonlight.files import read_json, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -163,7 +163,7 @@ def _read_vocabulary(folder: Path) -> _Vocabulary:
     tokenizer = load_tokenizer(folder)
     end: Any = tokenizer.token_to_id(END_OF_TEXT)
     if end is None:
-        end = read_json(folder / "config.json").get("eos_token_id")
+        end = read_json(folder / "config.json", missing_ok=True).get("eos_token_id")
         end = end[0] if isinstance(end, list) and end else end
     if type(end) is not int or tokenizer.id_to_token(end) is None:
         raise ValueError(

@@ -11,12 +11,12 @@ own code cuts them before it tokenizes, this does not.
 import base64
 import binascii
 import itertools
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+
+from examples.moonlight.files import read_json
 
 TOKENIZER, TIKTOKEN, CONFIG = "tokenizer.json", "tiktoken.model", "tokenizer_config.json"
 
@@ -64,25 +64,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         f"{folder} has no tokenizer: neither {TOKENIZER} nor {TIKTOKEN}; copy the one that the "
         "model was trained with there"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one if there is no such file.
-
-    Raises:
-        ValueError: The file does not hold a JSON object; the message names file and line.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 class TextStream:
@@ -209,7 +190,7 @@ def _byte_characters() -> list[str]:
 def _special_tokens(path: Path) -> dict[int, str]:
     """Names of special ids by id, from `added_tokens_decoder`."""
     special: dict[int, str] = {}
-    for key, entry in read_json(path).get("added_tokens_decoder", {}).items():
+    for key, entry in read_json(path, missing_ok=True).get("added_tokens_decoder", {}).items():
         name = entry.get("content") if isinstance(entry, dict) else None
         if not key.isdecimal() or not isinstance(name, str) or not name:
             raise ValueError(

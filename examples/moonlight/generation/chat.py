@@ -16,7 +16,8 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from examples.moonlight.data.tokenizer import CONFIG, read_json
+from examples.moonlight.data.tokenizer import CONFIG
+from examples.moonlight.files import read_json
 
 TEMPLATE = "chat_template.jinja"
 
@@ -51,7 +52,7 @@ def load_chat_template(folder: Path, tokenizer: Tokenizer) -> Encoder:
         ValueError: There is no template and the tokenizer lacks Moonlight's tokens, or the template
             cannot be compiled. The function raises for what the template refuses.
     """
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG, missing_ok=True)
     if (path := folder / TEMPLATE).is_file():
         source = path.read_text(encoding="utf-8")
     else:

@@ -10,8 +10,8 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from examples.moonlight.data.tokenized import END_OF_TEXT
-from examples.moonlight.data.tokenizer import CONFIG, load_tokenizer, read_json
-from examples.moonlight.files import write_atomically
+from examples.moonlight.data.tokenizer import CONFIG, load_tokenizer
+from examples.moonlight.files import read_json, write_atomically
 from examples.moonlight.generation.chat import END, TEMPLATE, special_token
 from examples.moonlight.huggingface.hf_config import CONFIG_FILE, ModelConfig, read_config
 from examples.moonlight.huggingface.hf_import import abstract_model, load_pretrained
@@ -105,11 +105,11 @@ def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     Raises:
         ValueError: `eos_token_id` is neither an id nor a list of ids.
     """
-    names = (*STOP_TOKENS, special_token(read_json(folder / CONFIG), "eos_token"))
+    names = (*STOP_TOKENS, special_token(read_json(folder / CONFIG, missing_ok=True), "eos_token"))
     vocab = tokenizer.get_vocab()
     ids = {vocab[name] for name in names if name in vocab}
     for file in (GENERATION_CONFIG, CONFIG_FILE):
-        value = read_json(folder / file).get("eos_token_id")
+        value = read_json(folder / file, missing_ok=True).get("eos_token_id")
         listed = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(item) is int and item >= 0 for item in listed):
             raise ValueError(
@@ -127,7 +127,7 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def _run_config(path: Path) -> ModelConfig:
-    fields = read_json(path).get("config", {})
+    fields = read_json(path, missing_ok=True).get("config", {})
     family: Any = MoonlightConfig if "kv_lora_rank" in fields else DenseConfig
     try:
         return family(**fields)

@@ -10,11 +10,11 @@ does not know either, training settings for the most part, are passed over as it
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from examples.moonlight.files import read_json
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig
 
@@ -171,28 +171,6 @@ def parse_config(fields: Mapping[str, Any], where: str = CONFIG_FILE) -> ModelCo
         return family.config(**values)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object in which no key occurs twice.
-
-    Raises:
-        ValueError: The file holds something else.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{repeated[0]!r} occurs twice")
-        return dict(pairs)
-
-    try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=unique)
-    except ValueError as error:  # a JSONDecodeError or UnicodeDecodeError is one
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _derived(model_type: str, fields: Mapping[str, Any]) -> dict[str, Fixed]:

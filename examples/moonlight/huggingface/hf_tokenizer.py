@@ -9,7 +9,8 @@ from tokenizers import Tokenizer
 
 from examples.moonlight.data.tokenized import END_OF_TEXT
 from examples.moonlight.data.tokenizer import CONFIG, TOKENIZER, load_tokenizer
-from examples.moonlight.huggingface.hf_config import CONFIG_FILE, ModelConfig, read_json
+from examples.moonlight.files import read_json
+from examples.moonlight.huggingface.hf_config import CONFIG_FILE, ModelConfig
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
