@@ -37,6 +37,7 @@ from examples.moonlight.training import metrics
 from examples.moonlight.training.args import RECIPES
 from examples.moonlight.training.plots import draw_comparison
 from examples.moonlight.training.results import RESULTS
+from examples.one_thread import cores, one_thread_environment
 
 PRESET = "tiny"
 GRID = (2e-3, 4e-3, 8e-3, 16e-3)
@@ -134,16 +135,16 @@ def compare(args: Args) -> dict[str, Any]:
 
 def _finish(runs: list[Run], args: Args) -> dict[Run, dict[str, Any]]:
     """Brings every run to its end, `jobs` at a time; a finished one only checks its settings."""
-    cores: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    for core in _cores(args.jobs):
-        cores.put(core)
+    free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    for core in cores(args.jobs):
+        free.put(core)
 
     def finish(run: Run) -> dict[str, Any]:
-        core = cores.get()
+        core = free.get()
         try:
             return _train_in_process(run, args, core)
         finally:
-            cores.put(core)
+            free.put(core)
 
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         futures = {pool.submit(finish, run): run for run in runs}
@@ -177,13 +178,10 @@ def _train_in_process(run: Run, args: Args, core: int | None) -> dict[str, Any]:
         values["data"] = args.data
     for name, value in values.items():
         command += [f"--{name}", str(value)]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false",
-    }
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, env=one_thread_environment(), stdout=output, stderr=output
+        )
         if core is not None:
             os.sched_setaffinity(process.pid, {core})
         try:
@@ -194,12 +192,6 @@ def _train_in_process(run: Run, args: Args, core: int | None) -> dict[str, Any]:
         tail = "\n".join(log.read_text().splitlines()[-15:])
         raise RuntimeError(f"{run.name} ended with code {code}; {log} ends with:\n{tail}")
     return json.loads((folder / RESULTS).read_text())
-
-
-def _cores(jobs: int) -> list[int | None]:
-    """A core for each job; None, which lets it wander, where there are too few or no say in it."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return list(allowed[:jobs]) if len(allowed) >= jobs else [None] * jobs
 
 
 def _summarize(results: list[dict[str, Any]]) -> dict[str, Any]:

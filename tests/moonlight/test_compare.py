@@ -10,6 +10,7 @@ import toy
 from examples.moonlight import compare
 from examples.moonlight.data.tokenized import load_corpus
 from examples.moonlight.training import metrics
+from examples.one_thread import cores
 
 
 def arguments(folder: Path, **changes) -> compare.Args:
@@ -90,7 +91,7 @@ def test_one_real_run_in_a_process_of_its_own(tmp_path: Path):
     args = arguments(tmp_path, steps=2)
     load_corpus(args.data, vocab_size=4096, cache_dir=args.cache_dir)
     run = compare.Run("adamw", 1e-3, 1)
-    result = compare._train_in_process(run, args, compare._cores(1)[0])
+    result = compare._train_in_process(run, args, cores(1)[0])
     settings = result["settings"]
     assert (settings["optimizer"], settings["learning_rate"]) == ("adamw", 1e-3)
     assert (settings["seed"], settings["data_seed"], settings["steps"]) == (1, 1, 2)
@@ -114,4 +115,4 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
 
 
 def test_jobs_without_cores_of_their_own_wander():
-    assert compare._cores(10_000) == [None] * 10_000
+    assert cores(10_000) == [None] * 10_000

@@ -187,6 +187,9 @@ class Dense(LanguageModel):
         ValueError: A mesh axis does not divide what it shards, or there is a capacity for experts.
     """
 
+    mlp_type: type[nnx.Module] = MLP
+    """What follows attention; a subclass may bring another, built and called alike."""
+
     def __init__(self, config: DenseConfig, *, rngs: nnx.Rngs, execution: Execution | None = None):
         c, std = config, config.initializer_range
         execution = execution or Execution()
@@ -204,7 +207,7 @@ class Dense(LanguageModel):
         def make_layer(rngs: nnx.Rngs) -> DecoderLayer:
             return DecoderLayer(
                 GroupedQueryAttention(c, rngs=rngs, execution=execution),
-                MLP(c.hidden_size, c.intermediate_size, stddev=std, rngs=rngs),
+                self.mlp_type(c.hidden_size, c.intermediate_size, stddev=std, rngs=rngs),
                 hidden=c.hidden_size,
                 eps=c.rms_norm_eps,
                 monitor=execution.monitor,

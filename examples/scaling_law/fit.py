@@ -1,0 +1,216 @@
+"""Scaling laws by robust least squares, and the compute that one optimizer needs of another's.
+
+    L(C) = a C^-b            as the paper's Table 3
+    L(C) = E + a C^-b        with an irreducible loss E, where the data support it
+
+The compute ratio at equal loss is `C_muon / C_adamw`, both at the loss that AdamW's law has at some
+compute: below 1, Muon needs less. Uncertainty is that of seeds, by bootstrap.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.optimize import least_squares
+
+INTERVAL = 0.90
+RESAMPLES = 1000
+
+# Residuals in the logarithm of the loss beyond this count linearly: a few times the seeds' spread.
+_OUTLIER = 0.01
+
+
+class Law(NamedTuple):
+    """`irreducible + factor * compute^-power`, in nats; compute in the unit of the fit."""
+
+    factor: float
+    power: float
+    irreducible: float = 0.0
+
+    def loss(self, compute: Any) -> Any:
+        """The loss at a compute."""
+        return self.irreducible + self.factor * np.asarray(compute) ** -self.power
+
+    def compute(self, loss: float) -> float:
+        """The compute at a loss; infinite at or below the irreducible one."""
+        if loss <= self.irreducible:
+            return math.inf
+        return (self.factor / (loss - self.irreducible)) ** (1 / self.power)
+
+
+def fit_power_law(compute: Sequence[float], loss: Sequence[float]) -> Law:
+    """Fits `a C^-b` to the logarithms, with a loss that outliers do not rule (soft L1).
+
+    Raises:
+        ValueError: There are fewer than two different computes, or values that are not positive.
+    """
+    x, y = _logs(compute, loss, least=2)
+    middle = x.mean()  # Else factor and power are nearly one parameter.
+
+    def residuals(p: np.ndarray) -> np.ndarray:
+        return p[0] - p[1] * (x - middle) - y
+
+    p = _solve(residuals, [y.mean(), 0.1])
+    return Law(math.exp(p[0] + p[1] * middle), float(p[1]))
+
+
+def fit_with_irreducible(compute: Sequence[float], loss: Sequence[float]) -> Law:
+    """Fits `E + a C^-b`, E >= 0, in the same way.
+
+    Raises:
+        ValueError: There are fewer than three different computes, or values that are not positive.
+    """
+    x, y = _logs(compute, loss, least=3)
+    middle, lowest = x.mean(), float(np.exp(y.min()))
+
+    def residuals(p: np.ndarray) -> np.ndarray:
+        return np.log(p[0] + np.exp(p[1] - p[2] * (x - middle))) - y
+
+    def start(irreducible: float) -> list[float]:
+        rest = math.exp(y.mean()) - irreducible
+        return [irreducible, math.log(rest), 0.1 * math.exp(y.mean()) / rest]
+
+    # From several sides: the valley between E and b is long and flat.
+    starts = [start(share * lowest) for share in (0.0, 0.3, 0.6, 0.9)]
+    bounds = ([0, -np.inf, 1e-4], [lowest, np.inf, np.inf])
+    solutions = [_solve(residuals, s, bounds) for s in starts]
+    p = min(solutions, key=lambda p: float(np.sum(np.square(residuals(p)))))
+    return Law(math.exp(p[1] + p[2] * middle), float(p[2]), float(p[0]))
+
+
+def aicc(law: Law, compute: Sequence[float], loss: Sequence[float]) -> float:
+    """Akaike's criterion with the correction for few points; lower is better supported.
+
+    Infinite where there are too few points for the law's parameters.
+    """
+    n, parameters = len(loss), 3 + (law.irreducible > 0)  # the noise is one
+    if n <= parameters + 1:
+        return math.inf
+    squares = float(np.sum(np.square(np.log(law.loss(compute)) - np.log(loss))))
+    correction = 2 * parameters * (parameters + 1) / (n - parameters - 1)
+    return n * math.log(squares / n) + 2 * parameters + correction
+
+
+def compute_ratio(muon: Law, adamw: Law, compute: float) -> float:
+    """Muon's share of AdamW's compute at the loss that AdamW's law has at `compute`."""
+    return muon.compute(float(adamw.loss(compute))) / compute
+
+
+class DirectRatio(NamedTuple):
+    """The share of tokens on which Muon reaches AdamW's loss, from runs of several lengths.
+
+    Attributes:
+        ratio: By the line through Muon's losses, both axes logarithmic.
+        inside: Whether it lies between the shortest and the longest run; else it is extrapolated.
+    """
+
+    ratio: float
+    inside: bool
+
+
+def direct_ratio(muon: Mapping[float, float], adamw: float) -> DirectRatio:
+    """Where Muon's losses over the fraction of tokens meet AdamW's loss with all of them.
+
+    Args:
+        muon: Mean loss by fraction of AdamW's tokens, each run with its own schedule.
+        adamw: Mean loss with all tokens.
+
+    Raises:
+        ValueError: There are fewer than two fractions.
+    """
+    if len(muon) < 2:
+        raise ValueError(f"runs of at least two lengths are needed, got {len(muon)}")
+    law = fit_power_law(list(muon), list(muon.values()))
+    ratio = law.compute(adamw)
+    return DirectRatio(ratio, min(muon) <= ratio <= max(muon))
+
+
+# --------------------------------------------------------------------------------------------------
+# Seeds
+# --------------------------------------------------------------------------------------------------
+
+# Losses `[seeds]` of every cell: a size, an optimizer, a length.
+Losses = Mapping[Any, np.ndarray]
+
+
+class Interval(NamedTuple):
+    """An estimate, and the interval that holds `INTERVAL` of its resamples."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    losses: Losses,
+    statistic: Callable[[Mapping[Any, np.ndarray]], Mapping[str, float]],
+    *,
+    group: Callable[[Any], Any],
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> dict[str, Interval]:
+    """Resamples the seeds and looks at how far the statistics move.
+
+    Cells of one group drew the same initial weights and data, seed by seed, and are resampled
+    together. Deviations from a cell's mean are widened by sqrt(n / (n - 1)): n of few seeds would
+    otherwise look closer together than they are.
+
+    Args:
+        losses: Losses of every cell, seed by seed.
+        statistic: From such losses to numbers by name.
+        group: From a cell to what its seeds are drawn with.
+        seed: Of the resampling.
+        resamples: How many.
+
+    Returns:
+        Of each number its value on all seeds, and the interval.
+
+    Raises:
+        ValueError: Cells of one group have different numbers of seeds, or a cell has only one.
+    """
+    counts: dict[Any, int] = {}
+    for cell, values in losses.items():
+        if counts.setdefault(group(cell), len(values)) != len(values):
+            raise ValueError(f"{cell}: {len(values)} seeds, and {counts[group(cell)]} beside it")
+        if len(values) < 2:
+            raise ValueError(f"{cell}: one seed does not tell how far seeds are apart")
+    point = statistic(losses)
+    rng = np.random.default_rng(seed)
+    samples: dict[str, list[float]] = {name: [] for name in point}
+    for _ in range(resamples):
+        picked = {name: rng.integers(count, size=count) for name, count in counts.items()}
+        resampled = {}
+        for cell, values in losses.items():
+            mean, n = values.mean(), len(values)
+            widened = mean + (values - mean) * math.sqrt(n / (n - 1))
+            resampled[cell] = widened[picked[group(cell)]]
+        for name, value in statistic(resampled).items():
+            samples[name].append(value)
+    tail = 100 * (1 - INTERVAL) / 2
+    return {
+        name: Interval(
+            float(point[name]),
+            *(float(q) for q in np.percentile(values, [tail, 100 - tail], method="nearest")),
+        )
+        for name, values in samples.items()
+    }
+
+
+def _logs(
+    compute: Sequence[float], loss: Sequence[float], *, least: int
+) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(compute, float), np.asarray(loss, float)
+    if len(np.unique(x)) < least:
+        raise ValueError(f"this law needs {least} different computes, got {len(np.unique(x))}")
+    if not (np.isfinite(x).all() and np.isfinite(y).all() and (x > 0).all() and (y > 0).all()):
+        raise ValueError("compute and loss must be positive and finite")
+    return np.log(x), np.log(y)
+
+
+def _solve(residuals: Any, start: Sequence[float], bounds: Any = (-np.inf, np.inf)) -> np.ndarray:
+    low, high = (np.broadcast_to(bound, len(start)) for bound in bounds)
+    inside = np.clip(start, low + 1e-9, high - 1e-9)
+    return least_squares(
+        residuals, inside, bounds=(low, high), loss="soft_l1", f_scale=_OUTLIER, x_scale="jac"
+    ).x
