@@ -1,0 +1,119 @@
+"""Two parts, each with text held out: four sets of documents that share none."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from examples.scaling_law.corpus import TUNING_SHARE, Corpus, load_corpus
+
+FILES = 60
+
+
+def text(index: int) -> str:
+    return f"file {index} is about {index * index}\nand no other\n"
+
+
+def write_folder(folder: Path, files: int = FILES) -> Path:
+    (folder / "inner").mkdir(parents=True)
+    for i in range(files):
+        place = folder / ("inner" if i % 2 else ".") / f"{i}.txt"
+        place.write_text(text(i))
+    return folder
+
+
+def quarters(corpus: Corpus) -> list[list[str]]:
+    """Documents of tuning and study, each training and held out."""
+    parts = (corpus.tuning, corpus.study)
+    return [half.tobytes().decode().split("\0") for part in parts for half in part]
+
+
+def assert_same(a: Corpus, b: Corpus) -> None:
+    assert a.hash == b.hash and quarters(a) == quarters(b)
+
+
+@pytest.fixture(name="folder")
+def _folder(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "texts")
+
+
+def test_the_four_quarters_share_no_document_and_leave_out_none(folder):
+    found = quarters(load_corpus(folder))
+    together = [document for quarter in found for document in quarter]
+    assert sorted(together) == sorted(text(i) for i in range(FILES))
+    assert all(found)
+
+
+def test_the_parts_have_their_shares(folder):
+    tune, tune_held_out, study, study_held_out = map(len, quarters(load_corpus(folder)))
+    assert tune + tune_held_out == TUNING_SHARE * FILES
+    # A twentieth of 18 and of 42.
+    assert (tune_held_out, study_held_out) == (1, 2)
+    assert study + study_held_out == FILES - 18
+
+
+def test_all_is_bytes(folder):
+    corpus = load_corpus(folder)
+    for half in (*corpus.tuning, *corpus.study):
+        assert half.dtype == np.uint8 and half.ndim == 1
+
+
+def test_text_beyond_ascii_is_utf_8(tmp_path):
+    folder = write_folder(tmp_path / "texts", 8)
+    for file in folder.rglob("*.txt"):
+        file.write_text("naïve 一\n" + file.read_text(), encoding="utf-8")
+    found = quarters(load_corpus(folder))
+    assert sorted(d for quarter in found for d in quarter) == sorted(
+        "naïve 一\n" + text(i) for i in range(8)
+    )
+
+
+def test_the_same_folder_gives_the_same_bytes_wherever_it_lies(folder, tmp_path):
+    assert_same(load_corpus(folder), load_corpus(folder))
+    assert_same(load_corpus(folder), load_corpus(write_folder(tmp_path / "elsewhere")))
+
+
+def test_the_hash_follows_content_and_names(folder):
+    hashes = [load_corpus(folder).hash]
+    for name in ("0.txt", "17.txt"):
+        (file,) = folder.rglob(name)
+        file.write_text(file.read_text() + "!")
+        hashes.append(load_corpus(folder).hash)
+        file.rename(file.with_name(f"renamed_{name}"))
+        hashes.append(load_corpus(folder).hash)
+    assert len(set(hashes)) == 5
+
+
+def test_other_text_under_the_same_name_stays_where_it_was(folder):
+    before = quarters(load_corpus(folder))
+    for i in range(FILES):
+        (file,) = folder.rglob(f"{i}.txt")
+        file.write_text(file.read_text() + "and more\n")
+    after = quarters(load_corpus(folder))
+    assert after == [[document + "and more\n" for document in quarter] for quarter in before]
+
+
+def test_lines_of_a_jsonl_file_are_documents(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text(i)}) + "\n" for i in range(10)))
+    found = quarters(load_corpus(path))
+    assert [len(quarter) for quarter in found] == [2, 1, 6, 1]
+    assert len({document for quarter in found for document in quarter}) == 10
+
+
+def test_four_documents_are_enough(tmp_path):
+    found = quarters(load_corpus(write_folder(tmp_path / "texts", 4)))
+    assert [len(quarter) for quarter in found] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_too_few_documents_raise(tmp_path, files):
+    folder = write_folder(tmp_path / "texts", files)
+    with pytest.raises(ValueError, match=rf"--data .*texts: {files} documents are too few"):
+        load_corpus(folder)
+
+
+def test_a_path_to_nothing_raises(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        load_corpus(tmp_path / "nowhere")
