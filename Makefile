@@ -7,11 +7,11 @@ BIN := .venv/bin
 train: .venv/.examples
 	$(BIN)/python -m examples.moonlight.train --preset tiny --output-dir runs/moonlight --resume
 
-# The example's tests compile much and compute little: XLA's backend optimizes nothing there, which
+# The examples' tests compile much and compute little: XLA's backend optimizes nothing there, which
 # halves their time. The library's own tests promise bits, and run as users do.
 test: .venv/.test .aot/.tpu
-	$(BIN)/python -m pytest -n 2 --ignore=tests/moonlight
-	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest -n 2 tests/moonlight
+	$(BIN)/python -m pytest -n 2 --ignore=tests/moonlight --ignore=tests/scaling_law
+	XLA_FLAGS=--xla_backend_optimization_level=0 $(BIN)/python -m pytest -n 2 tests/moonlight tests/scaling_law
 
 lint: .venv/.test
 	$(BIN)/ruff check .

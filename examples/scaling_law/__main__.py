@@ -6,7 +6,7 @@
 
 1. AdamW is tuned on a grid of learning rates and batch sizes, on files that are not reported.
 2. Both optimizers train at every size with AdamW's values, the same seeds and the same data.
-3. Muon trains again on 40% to 80% of the tokens, each run with its own whole schedule.
+3. Muon trains again on 40% to 60% of the tokens, each run with its own whole schedule.
 4. Power laws are fitted, and the compute ratio at equal loss is found from them and, directly, from
    the shorter runs.
 
@@ -84,8 +84,8 @@ def run(args: Args) -> None:
     law = study.tuned(pool.finish(tuning_runs, "tuning AdamW"))
     if preset == "ablations":
         muon = study.run(law, SIZE, "muon", 0)
-        for ablation in ablations(muon).values():
-            pool.finish(ablation.runs, ablation.name)
+        runs = [run for ablation in ablations(muon).values() for run in ablation.runs]
+        pool.finish(runs, "ablations")
     else:
         pool.finish(study.runs(law), "both optimizers")
     summary = report(args.output_dir)

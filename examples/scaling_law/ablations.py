@@ -48,7 +48,9 @@ def ablations(muon: Run, seeds: tuple[int, ...] = SEEDS) -> dict[str, Ablation]:
     adamw = muon.replace(optimizer="adamw")
     both = (adamw, muon)
     two_layer = muon.replace(family="two_layer")
-    long = [run.replace(tokens=OVERTRAINING * muon.tokens, watch=WATCH) for run in both]
+    long_adamw, long_muon = (
+        run.replace(tokens=OVERTRAINING * muon.tokens, watch=WATCH) for run in both
+    )
     watched = [run.replace(watch=WATCH) for run in both]
 
     def over(runs: Iterable[tuple[str, Run]]) -> dict[str, tuple[Run, ...]]:
@@ -120,9 +122,11 @@ def ablations(muon: Run, seeds: tuple[int, ...] = SEEDS) -> dict[str, Ablation]:
             "weight_decay",
             f"What does weight decay do in {OVERTRAINING}-fold over-training? (Figure 2)",
             over(
-                (f"{run.optimizer}, {decay:g}", run.replace(weight_decay=decay))
-                for run in long
-                for decay in (0.1, 0.0)
+                [
+                    ("adamw, 0.1", long_adamw),
+                    ("muon, 0.1", long_muon),
+                    ("muon, 0", long_muon.replace(weight_decay=0.0)),
+                ]
             ),
         ),
         Ablation(

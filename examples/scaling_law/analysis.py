@@ -228,7 +228,11 @@ def _without_infinities(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _mean_of(values: list[dict[str, float]]) -> dict[str, float]:
-    """Means by name, over those that have the name."""
-    names = dict.fromkeys(name for value in values for name in value)
-    return {name: float(np.mean([v[name] for v in values if name in v])) for name in names}
+def _mean_of(values: list[dict[str, float | None]]) -> dict[str, float]:
+    """Means by name, over those that have a number: a run that diverged may have none."""
+    found: dict[str, list[float]] = {}
+    for value in values:
+        for name, number in value.items():
+            if number is not None:
+                found.setdefault(name, []).append(number)
+    return {name: float(np.mean(numbers)) for name, numbers in found.items()}

@@ -23,7 +23,7 @@ from examples.scaling_law.ablations import SIZE, ablations
 from examples.scaling_law.analysis import summarize, summarize_ablation
 from examples.scaling_law.protocol import Run
 from examples.scaling_law.store import RUNS, Record, read_runs
-from examples.scaling_law.studies import MAIN, STUDIES, Study
+from examples.scaling_law.studies import STUDIES, Study
 
 HERE = Path(__file__).parent
 SUMMARY = "summary.json"
@@ -61,8 +61,9 @@ def report(folder: Path, *, studies: Mapping[str, Study] = STUDIES) -> dict[str,
     for name, study in studies.items():
         if is_complete(study, records):
             summary[name] = summarize(study, records)
-    if is_tuned(MAIN, records):
-        muon = MAIN.run(MAIN.tuned(records), SIZE, "muon", 0)
+    main_study = studies.get("main")
+    if main_study is not None and is_tuned(main_study, records):
+        muon = main_study.run(main_study.tuned(records), SIZE, "muon", 0)
         summary["ablations"] = {
             name: summarize_ablation(ablation, records)
             for name, ablation in ablations(muon).items()

@@ -187,21 +187,27 @@ def _ablation(name: str, ablation: Summary) -> Table:
 
 
 def _extra_columns(name: str) -> Iterator[tuple[str, Any]]:
-    def update_rms(setting: Summary) -> str:
-        return f"{setting['update_rms']['muon']:.3f}"
+    def measured(what: str, kind: str, digits: int) -> Any:
+        def cell(setting: Summary) -> str:
+            value = setting[what].get(kind)
+            return "" if value is None else f"{value:.{digits}f}"
 
-    def weight(kind: str) -> Any:
-        return lambda setting: f"{setting['weight_rms'][kind]:.4f}"
+        return cell
+
+    update_rms = measured("update_rms", "muon", 3)
 
     if name == "scales":
         yield "update RMS", update_rms
-        yield "query RMS", weight("self_attn/q_proj")
-        yield "MLP RMS", weight("mlp/up_proj")
+        yield "query RMS", measured("weight_rms", "self_attn/q_proj", 4)
+        yield "MLP RMS", measured("weight_rms", "mlp/up_proj", 4)
     elif name in ("update_rms", "newton_schulz"):
         yield "update RMS", update_rms
     elif name == "weight_decay":
-        yield "down_proj RMS", weight("mlp/down_proj")
-        yield "last MLP's output RMS", lambda s: f"{s['watched'][-1]['mlp_rms'][-1]:.3f}"
+        yield "down_proj RMS", measured("weight_rms", "mlp/down_proj", 4)
+        yield (
+            "last MLP's output RMS",
+            lambda s: f"{s['watched'][-1]['mlp_rms'][-1]:.3f}" if s["watched"] else "",
+        )
     elif name == "learning_rate":
         yield "rate", lambda setting: f"{setting['learning_rate']:.3g}"
     elif name == "entropy":

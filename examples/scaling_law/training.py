@@ -261,11 +261,11 @@ def _mean(loss_k: jax.Array) -> float:
     return float(np.mean(np.asarray(loss_k, np.float64)))
 
 
-def _curve(loss_s: np.ndarray) -> list[float]:
+def _curve(loss_s: np.ndarray) -> list[float | None]:
     """Means over up to `_CURVE_POINTS` equal stretches of the run."""
     return [_rounded(np.mean(part)) for part in np.array_split(loss_s, _CURVE_POINTS) if len(part)]
 
 
-def _rounded(value: Any) -> float:
-    """Five significant digits: enough to plot, and short."""
-    return float(f"{float(value):.5g}")
+def _rounded(value: Any) -> float | None:
+    """Five significant digits, enough to plot, and short; None where JSON has no number."""
+    return float(f"{float(value):.5g}") if np.isfinite(value) else None
