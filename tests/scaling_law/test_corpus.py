@@ -74,15 +74,16 @@ def test_the_same_folder_gives_the_same_bytes_wherever_it_lies(folder, tmp_path)
     assert_same(load_corpus(folder), load_corpus(write_folder(tmp_path / "elsewhere")))
 
 
-def test_the_hash_follows_content_and_names(folder):
+def test_the_hash_follows_every_files_content_and_name(tmp_path):
+    folder = write_folder(tmp_path / "texts", 8)
     hashes = [load_corpus(folder).hash]
-    for name in ("0.txt", "17.txt"):
-        (file,) = folder.rglob(name)
+    for i in range(8):
+        (file,) = folder.rglob(f"{i}.txt")
         file.write_text(file.read_text() + "!")
         hashes.append(load_corpus(folder).hash)
-        file.rename(file.with_name(f"renamed_{name}"))
+        file.rename(file.with_name(f"renamed_{i}.md"))
         hashes.append(load_corpus(folder).hash)
-    assert len(set(hashes)) == 5
+    assert len(set(hashes)) == 17
 
 
 def test_other_text_under_the_same_name_stays_where_it_was(folder):
