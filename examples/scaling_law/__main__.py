@@ -15,7 +15,6 @@ each finished run is a line in `runs.jsonl` and is not trained twice.
 """
 
 import dataclasses
-import os
 import time
 from pathlib import Path
 from typing import Literal
@@ -25,6 +24,7 @@ import rich
 import tyro
 from rich.table import Table
 
+from examples.one_thread import available_cores
 from examples.scaling_law import tables
 from examples.scaling_law.ablations import SIZE, ablations
 from examples.scaling_law.models import flops_of
@@ -40,15 +40,17 @@ from examples.scaling_law.tuning import Bowl, fit_law
 class Args:
     """Measures Muon's share of AdamW's compute at equal loss."""
 
-    preset: Literal["quick", "main", "1m", "ablations", "gpu"] = "main"
-    """What to run; "1m" and "ablations" use the grids of "main" and run them if need be."""
+    preset: Literal["quick", "main", "distinct", "1m", "ablations", "gpu"] = "main"
+    """What to run; "distinct", "1m" and "ablations" use the grids of "main", and run them if need
+    be."""
     quick: bool = False
     """The same as `--preset quick`."""
     output_dir: Path = Path("runs/scaling_law")
     """Where runs, numbers and figures go, and where finished runs are found."""
     data: Path | None = None
-    """Folder of text files or .jsonl file; left out, the Python standard library's own source."""
-    jobs: int = os.cpu_count() or 1
+    """Folder of text files, or .jsonl file, of at least four documents; left out, the Python
+    standard library's own source."""
+    jobs: int = available_cores()
     """Runs at a time, each with one thread on a core of its own; one on an accelerator."""
     plan: bool = False
     """Print the plan and its budget, and train nothing."""
@@ -81,14 +83,18 @@ def run(args: Args) -> None:
     if args.plan:
         return
     tuning_runs = [run for runs in study.tuning_runs().values() for run in runs]
-    law = study.tuned(pool.finish(tuning_runs, "tuning AdamW"))
+    records = pool.finish(tuning_runs, "tuning AdamW")
+    for size, bowl in study.bowls(records).items():
+        if bowl.at_edge:
+            console.print(f"[bold]{size} layers: the best cell is at an edge of its grid[/bold]")
+    law = study.tuned(records)
     if preset == "ablations":
         muon = study.run(law, SIZE, "muon", 0)
         runs = [run for ablation in ablations(muon).values() for run in ablation.runs]
         pool.finish(runs, "ablations")
     else:
         pool.finish(study.runs(law), "both optimizers")
-    summary = report(args.output_dir)
+    summary = report(args.output_dir, corpus=pool.corpus_hash)
     for name, table in tables.all_tables(summary).items():
         if name.startswith(f"{preset}/"):
             console.print(table.rich())
@@ -97,7 +103,11 @@ def run(args: Args) -> None:
 
 
 def plan_table(pool: Pool, study: Study, preset: str, jobs: int) -> Table:
-    """What a preset runs, how much of it is there, and how long the rest takes."""
+    """What a preset runs, how much of it is there, and how long the rest takes.
+
+    Raises:
+        ValueError: The corpus is too small for a run.
+    """
     tuning_runs = [run for runs in study.tuning_runs().values() for run in runs]
     untuned = pool.missing(tuning_runs)
     law = fit_law(_middles(study)) if untuned else study.tuned(pool.finish(tuning_runs, ""))
@@ -109,6 +119,7 @@ def plan_table(pool: Pool, study: Study, preset: str, jobs: int) -> Table:
         for size in study.sizes:
             runs = [run for run in study.runs(law) if run.layers == size]
             stages[f"{size} layers, {runs[0].tokens:,} tokens"] = runs
+    pool.check([run for runs in stages.values() for run in runs])
     table = Table(title=f"{preset}: the plan{', before tuning' if untuned else ''}")
     for column in ("stage", "runs", "missing", "FLOPs", "core-minutes left"):
         table.add_column(column, justify="left" if column == "stage" else "right")

@@ -18,17 +18,29 @@ from examples.scaling_law.tuning import TunedLaw
 Summary = dict[str, Any]
 Records = Mapping[Run, Record]
 
-# A size, an optimizer, a fraction of the compute-optimal tokens.
+# A size, an optimizer, a fraction of AdamW's tokens.
 _Cell = tuple[int, str, float]
+
+_RATIOS = ("direct", "power/ratio", "irreducible/ratio")
 
 
 class _Comparison(NamedTuple):
-    """What a study declared and what came of it: losses `[seeds]` of every cell."""
+    """What a study declared and what came of it.
+
+    Attributes:
+        study: What was declared.
+        law: AdamW's rates and batches.
+        records: Of all runs.
+        days: Compute of AdamW's run at each size, in PFLOP/s-days.
+        shares: Of AdamW's tokens at each size, what each declared fraction came to in whole calls.
+        cells: Losses `[seeds]`.
+    """
 
     study: Study
     law: TunedLaw
     records: Records
     days: Mapping[int, float]
+    shares: Mapping[int, Mapping[float, float]]
     cells: Mapping[_Cell, np.ndarray]
 
 
@@ -44,10 +56,27 @@ def summarize(study: Study, records: Records) -> Summary:
         ValueError: A reported run diverged.
     """
     law = study.tuned(records)
-    days = {size: study.compute(size) / PETAFLOP_DAY for size in study.sizes}
-    comparison = _Comparison(study, law, records, days, _cells(study, law, records))
-    statistics = functools.partial(_statistics, study, days)
-    intervals = fit.bootstrap(comparison.cells, statistics, group=lambda cell: cell[0])
+    first = {size: study.run(law, size, "adamw", study.seeds[0]) for size in study.sizes}
+    days = {size: records[run]["flops"]["body"] / PETAFLOP_DAY for size, run in first.items()}
+    shares = {
+        size: {
+            f: study.run(law, size, "muon", study.seeds[0], f).trained_tokens / run.trained_tokens
+            for f in (*study.fractions, 1.0)
+        }
+        for size, run in first.items()
+    }
+    cells = _cells(study, law, records)
+    comparison = _Comparison(study, law, records, days, shares, cells)
+    statistics = functools.partial(_statistics, days, shares)
+    intervals = {
+        name: _exp(interval) if name.startswith(_RATIOS) else interval
+        for name, interval in fit.bootstrap(
+            cells,
+            statistics,
+            group=lambda cell: cell[0],
+            groups=lambda name: 1 if name.startswith(("direct/", "gain/")) else len(study.sizes),
+        ).items()
+    }
     some = records[study.run(law, study.sizes[0], "muon", study.seeds[0])]
     summary = {
         "corpus": some["corpus"],
@@ -113,30 +142,38 @@ def _cells(study: Study, law: TunedLaw, records: Records) -> dict[_Cell, np.ndar
 
 
 def _statistics(
-    study: Study, days: Mapping[int, float], cells: Mapping[_Cell, np.ndarray]
+    days: Mapping[int, float],
+    shares: Mapping[int, Mapping[float, float]],
+    cells: Mapping[_Cell, np.ndarray],
 ) -> dict[str, float]:
-    """Everything that has an interval."""
+    """Everything that has an interval; ratios are logarithms here, so that none falls below 0."""
     numbers = {}
-    for size in study.sizes:
+    for size in days:
         adamw = float(cells[size, "adamw", 1.0].mean())
-        muon = _by_fraction(study, cells, size)
-        numbers[f"direct/{size}"] = fit.direct_ratio(muon, adamw).ratio
+        muon = _by_share(shares, cells, size)
+        numbers[f"direct/{size}"] = math.log(fit.direct_ratio(muon, adamw).ratio)
         numbers[f"gain/{size}"] = adamw - muon[1.0]
-    directs = [numbers[f"direct/{size}"] for size in study.sizes]
-    numbers["direct"] = math.exp(float(np.mean(np.log(directs))))
+    directs = [numbers[f"direct/{size}"] for size in days]
+    numbers["direct"] = float(np.mean(directs))
     for name, fitted in _fitted(days, cells).items():
-        for size in study.sizes:
+        for size in days:
             ratio = fit.compute_ratio(fitted["muon"], fitted["adamw"], days[size])
-            numbers[f"{name}/{size}"] = ratio
+            numbers[f"{name}/ratio/{size}"] = math.log(ratio)
         for optimizer, law in fitted.items():
             for field, value in law._asdict().items():
                 numbers[f"{name}/{optimizer}/{field}"] = value
     return numbers
 
 
-def _by_fraction(study: Study, cells: Mapping[_Cell, np.ndarray], size: int) -> dict[float, float]:
-    """Muon's mean losses by its share of the tokens."""
-    return {f: float(cells[size, "muon", f].mean()) for f in (*study.fractions, 1.0)}
+def _exp(interval: fit.Interval) -> fit.Interval:
+    return fit.Interval(*np.exp(interval).tolist())
+
+
+def _by_share(
+    shares: Mapping[int, Mapping[float, float]], cells: Mapping[_Cell, np.ndarray], size: int
+) -> dict[float, float]:
+    """Muon's mean losses by its share of AdamW's tokens."""
+    return {share: float(cells[size, "muon", f].mean()) for f, share in shares[size].items()}
 
 
 def _fitted(
@@ -169,7 +206,9 @@ def _laws(comparison: _Comparison, intervals: Mapping[str, fit.Interval]) -> Sum
     study, days, cells = comparison.study, comparison.days, comparison.cells
     return {
         name: {
-            "ratio": {str(size): intervals[f"{name}/{size}"]._asdict() for size in study.sizes},
+            "ratio": {
+                str(size): intervals[f"{name}/ratio/{size}"]._asdict() for size in study.sizes
+            },
             **{
                 optimizer: {
                     **law._asdict(),
@@ -187,14 +226,14 @@ def _laws(comparison: _Comparison, intervals: Mapping[str, fit.Interval]) -> Sum
 
 
 def _size(comparison: _Comparison, intervals: Mapping[str, fit.Interval], size: int) -> Summary:
-    study, law, records, days, cells = comparison
+    study, law, records, days, shares, cells = comparison
     found = {
         name: [records[study.run(law, size, name, seed)] for seed in study.seeds]
         for name in OPTIMIZERS
     }
     run = study.run(law, size, "adamw", study.seeds[0])
     flops = {name: found[name][0]["flops"] for name in OPTIMIZERS}
-    muon = _by_fraction(study, cells, size)
+    muon = _by_share(shares, cells, size)
     direct = intervals[f"direct/{size}"]
     return {
         "parameters": found["adamw"][0]["parameters"]["body"],
@@ -206,7 +245,8 @@ def _size(comparison: _Comparison, intervals: Mapping[str, fit.Interval], size: 
         "compute": days[size],
         "flops": flops,
         "adamw": cells[size, "adamw", 1.0].tolist(),
-        "muon": {f"{f:g}": cells[size, "muon", f].tolist() for f in muon},
+        "muon": {f"{f:g}": cells[size, "muon", f].tolist() for f in shares[size]},
+        "shares": {f"{f:g}": share for f, share in shares[size].items()},
         "seeds_ahead": int(np.sum(cells[size, "muon", 1.0] < cells[size, "adamw", 1.0])),
         "gain": intervals[f"gain/{size}"]._asdict(),
         "direct": direct._asdict()

@@ -1,10 +1,14 @@
 """Bytes to train on, in two parts that share no file: one to tune on, one to report.
 
-A file's part and whether it is held out follow from its name alone. The default corpus is the
+The third, `distinct`, is the reported part without the files that mostly repeat others: of the
+standard library, some 80 tables of character encodings, nearly equal, of which some are held out.
+
+A file's part, and whether it is held out, follow from the files' names. The default corpus is the
 Python standard library's sources, which every machine has and which differ between Python
 releases: the hash of the text is part of every result.
 """
 
+import collections
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +21,15 @@ from examples.moonlight.data.corpus import (
     load_documents,
     split_documents,
 )
+from examples.scaling_law.protocol import Run
 
-# The largest study reads each of its bytes about once; tuning reads its fewer bytes more often.
+# The main study reads each of its bytes about once; tuning reads its fewer bytes more often.
 TUNING_SHARE = 0.3
+
+# A file is left out of `distinct` if this share of the bytes in its longer lines is in lines that
+# another file has, too.
+_REPEATED_SHARE = 0.5
+_LONG_LINE = 25
 
 # Repeating text up to four times is nearly as good as new text (Muennighoff et al. 2023).
 MAX_EPOCHS = 4
@@ -33,11 +43,31 @@ class Part(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """Both parts, and the hash over every file's name and text."""
+    """All parts, and the hash over every file's name and text."""
 
     hash: str
     tuning: Part
     study: Part
+    distinct: Part | None
+
+    def part(self, run: Run) -> Part:
+        """What a run reads.
+
+        Raises:
+            ValueError: It would read its text more than `MAX_EPOCHS` times, or there is none.
+        """
+        part: Part | None = getattr(self, run.part)
+        if part is None:
+            raise ValueError("the files of this corpus all repeat each other: give another --data")
+        epochs = run.trained_tokens / len(part.train)
+        if epochs > MAX_EPOCHS:
+            raise ValueError(
+                f"a run of {run.trained_tokens:,} tokens would read the {len(part.train):,} bytes "
+                f"of its part of the corpus {epochs:.1f} times, and more than {MAX_EPOCHS} times "
+                "no longer counts as new text: give a larger corpus with --data, or train a "
+                "smaller size"
+            )
+        return part
 
 
 def load_corpus(path: Path | None) -> Corpus:
@@ -50,14 +80,38 @@ def load_corpus(path: Path | None) -> Corpus:
         FileNotFoundError, ValueError: It cannot be read, or has too few documents for two parts.
     """
     documents = load_documents(path)
-    if len(documents) < 4:
+    ranks = sorted({_rank(document.name) for document in documents})
+    if len(ranks) < 4:
         raise ValueError(
-            f"--data {path}: {len(documents)} documents are too few to tune on some and report "
-            "others, with some of each held out; give a folder of files, or a .jsonl file"
+            f"--data {path}: {len(ranks)} different documents are too few to tune on some and "
+            "report others, with some of each held out; give a folder of files, or a .jsonl file"
         )
-    ranked = sorted(documents, key=lambda document: _rank(document.name))
-    count = min(max(2, round(TUNING_SHARE * len(ranked))), len(ranked) - 2)
-    return Corpus(hash_documents(documents), _part(ranked[:count]), _part(ranked[count:]))
+    cutoff = ranks[min(max(2, round(TUNING_SHARE * len(ranks))), len(ranks) - 2) - 1]
+    tuning = [document for document in documents if _rank(document.name) <= cutoff]
+    study = [document for document in documents if _rank(document.name) > cutoff]
+    distinct = _without_repeats(study)
+    return Corpus(
+        hash_documents(documents),
+        _part(tuning),
+        _part(study),
+        _part(distinct) if len(distinct) > 1 else None,
+    )
+
+
+def _without_repeats(documents: list[Document]) -> list[Document]:
+    """Leaves out files that mostly repeat others."""
+    lines = [
+        [line for line in document.text.splitlines() if len(line) >= _LONG_LINE]
+        for document in documents
+    ]
+    files_with = collections.Counter(line for each in lines for line in set(each))
+
+    def repeated(each: list[str]) -> float:
+        total = sum(map(len, each))
+        return sum(len(line) for line in each if files_with[line] > 1) / total if total else 0.0
+
+    kept = [d for d, each in zip(documents, lines, strict=True) if repeated(each) < _REPEATED_SHARE]
+    return kept
 
 
 def _part(documents: list[Document]) -> Part:
@@ -66,7 +120,7 @@ def _part(documents: list[Document]) -> Part:
 
 
 def _bytes(documents: list[Document]) -> np.ndarray:
-    # A zero byte, which no text has, ends each document.
+    # A zero byte, which source files have not, between documents.
     text = b"\0".join(document.text.encode() for document in documents)
     return np.frombuffer(text, np.uint8)
 

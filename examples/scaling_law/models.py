@@ -83,11 +83,17 @@ def moe_config(run: Run) -> MoonlightConfig:
     )
 
 
-def make_model(run: Run, key: jax.Array) -> LanguageModel:
-    """A run's model; the key decides on the initial weights."""
+def make_model(run: Run, key: jax.Array, *, unroll: bool = False) -> LanguageModel:
+    """A run's model.
+
+    Args:
+        run: Its size and family.
+        key: Of the initial weights.
+        unroll: As in `Execution`: faster on a CPU, and the same otherwise.
+    """
     execution = Execution(
         dtype=jnp.dtype(run.compute_dtype),
-        unroll=jax.default_backend() == "cpu",
+        unroll=unroll,
         attention_block=ATTENTION_BLOCK,
         monitor=run.watch > 0,
     )

@@ -59,6 +59,11 @@ class Pool:
         """Of the text that runs read."""
         return self._corpus.hash
 
+    def check(self, runs: Sequence[Run]) -> None:
+        """Raises ValueError if the corpus is too small for one of the runs."""
+        for run in runs:
+            self._corpus.part(run)
+
     def missing(self, runs: Sequence[Run]) -> list[Run]:
         """Those without a record, each once."""
         there = (run for run in dict.fromkeys(runs) if run.key(self._corpus.hash) in self._store)

@@ -11,6 +11,8 @@ import hashlib
 import json
 from typing import Any, Literal
 
+from muon_jax import SCHEDULES
+
 TOKENS_PER_PARAMETER = 20
 VOCABULARY = 256
 
@@ -25,7 +27,8 @@ GRADIENT_CLIP = 1.0
 ADAM_B1, ADAM_B2, ADAM_EPS = 0.9, 0.95, 1e-8
 VALIDATION_WINDOWS = 2048
 
-# Changes whenever the same `Run` would give other numbers: results of before are not reused.
+# Changes whenever the same `Run` would give other numbers, by another model, division of the files
+# or default of the library: results of before are neither reused nor reported.
 VERSION = 1
 
 
@@ -34,7 +37,8 @@ class Run:
     """One training, with everything that its result depends on besides the corpus.
 
     Attributes:
-        part: Which files it reads. Rates and batches are tuned on other files than are reported.
+        part: Which files it reads. Rates and batches are tuned on other files than are reported;
+            "distinct" are the reported ones without those that repeat others.
         family: "dense" is Llama's; "two_layer" has an MLP of two layers in the place of SwiGLU, as
             in the paper's Table 1; "moe" is Moonlight's, with experts.
         layers: Layers, and heads.
@@ -56,7 +60,7 @@ class Run:
         watch: How often, evenly spread, weights, outputs and spectra are measured on the way.
     """
 
-    part: Literal["tuning", "study"]
+    part: Literal["tuning", "study", "distinct"]
     layers: int
     tokens: int
     batch: int
@@ -77,15 +81,24 @@ class Run:
 
     def __post_init__(self):
         """Raises ValueError for numbers out of range, or options of Muon's in a run of AdamW."""
-        for name in ("layers", "tokens", "batch", "head_dim", "sequence_length"):
-            if getattr(self, name) < 1:
+        for name in ("learning_rate", "weight_decay", "update_rms"):
+            # 1 and 1.0 are equal, and would be two names in the cache.
+            object.__setattr__(self, name, float(getattr(self, name)))
+        object.__setattr__(self, "muon_too", tuple(self.muon_too))
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {known}")
+        for name in ("layers", "tokens", "batch", "head_dim", "sequence_length", "ns_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "update_rms"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         for name in ("weight_decay", "seed", "watch"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"{name} must be finite and not negative, got {getattr(self, name)}"
+                )
         if self.optimizer == "adamw":
             for name in ("scale", "update_rms", "ns_coeffs", "ns_steps", "muon_too"):
                 default = self.__dataclass_fields__[name].default
@@ -116,6 +129,15 @@ class Run:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+_CHOICES = {
+    "part": ("tuning", "study", "distinct"),
+    "optimizer": ("adamw", "muon"),
+    "family": ("dense", "two_layer", "moe"),
+    "compute_dtype": ("float32", "bfloat16"),
+    "scale": ("adjusted_lr", "baseline", "update_norm"),
+    "ns_coeffs": SCHEDULES,
+}
+
 PROTOCOL = {
     "version": VERSION,
     "vocabulary": VOCABULARY,
@@ -139,4 +161,4 @@ def from_json(fields: dict[str, Any]) -> Run:
     Raises:
         TypeError, ValueError: The fields are not a run's.
     """
-    return Run(**{**fields, "muon_too": tuple(fields.get("muon_too", ()))})
+    return Run(**fields)

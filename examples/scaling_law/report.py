@@ -36,15 +36,19 @@ class Args:
 
     results: Path = HERE / "results"
     """Folder with `runs.jsonl`; `summary.json` and the figures are written into it."""
-    page: Path | None = HERE / "REPORT.md"
-    """Markdown file whose tables are brought up to date; None for no page."""
+    page: Path | None = None
+    """Markdown file whose tables are brought up to date; left out, REPORT.md for the committed
+    results, and none for others."""
 
 
-def report(folder: Path, *, studies: Mapping[str, Study] = STUDIES) -> dict[str, Any]:
+def report(
+    folder: Path, *, corpus: str | None = None, studies: Mapping[str, Study] = STUDIES
+) -> dict[str, Any]:
     """Summarises and draws every study of a folder whose runs are all there.
 
     Args:
         folder: Where `runs.jsonl` is.
+        corpus: Hash of the corpus whose runs are reported; None where there is but one.
         studies: By name; ablations belong to the one named "main".
 
     Returns:
@@ -55,8 +59,10 @@ def report(folder: Path, *, studies: Mapping[str, Study] = STUDIES) -> dict[str,
         ValueError: They are not of one corpus, or no study is complete.
     """
     if not (folder / RUNS).is_file():
-        raise FileNotFoundError(f"{folder / RUNS} is not there: run `python -m {__package__}`")
-    records = read_runs(folder / RUNS)
+        raise FileNotFoundError(
+            f"{folder / RUNS} is not there: run `python -m {__package__} --output-dir {folder}`"
+        )
+    records = read_runs(folder / RUNS, corpus)
     summary: dict[str, Any] = {}
     for name, study in studies.items():
         if is_complete(study, records):
@@ -71,8 +77,8 @@ def report(folder: Path, *, studies: Mapping[str, Study] = STUDIES) -> dict[str,
         }
     if not any(name in summary for name in studies) and not summary.get("ablations"):
         raise ValueError(
-            f"{folder / RUNS}: no study is complete; run `python -m {__package__}` again, which "
-            "goes on where it stopped"
+            f"{folder / RUNS}: no study is complete; `python -m {__package__} --output-dir "
+            f"{folder}` goes on where it stopped"
         )
     text = json.dumps(summary, indent=1) + "\n"
     write_atomically(folder / SUMMARY, text.encode())
@@ -143,9 +149,12 @@ def main(args: Args) -> None:
     console = rich.get_console()
     for table in tables.all_tables(summary).values():
         console.print(table.rich())
-    if args.page is not None:
-        write_atomically(args.page, fill_in(args.page.read_text(), summary).encode())
-        console.print(f"tables   {args.page}", highlight=False, soft_wrap=True)
+    page = args.page
+    if page is None and args.results == Args.results:
+        page = HERE / "REPORT.md"
+    if page is not None:
+        write_atomically(page, fill_in(page.read_text(), summary).encode())
+        console.print(f"tables   {page}", highlight=False, soft_wrap=True)
     console.print(f"numbers  {args.results / SUMMARY}", highlight=False, soft_wrap=True)
     console.print(f"figures  {args.results / FIGURES}", highlight=False, soft_wrap=True)
 

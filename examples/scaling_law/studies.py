@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, Literal
 
 from examples.scaling_law.models import compute_optimal_tokens, flops_of
 from examples.scaling_law.protocol import Run
@@ -30,6 +31,7 @@ class Study:
         seeds: Of the reported runs.
         fractions: Of the compute-optimal tokens, on which Muon trains besides all of them, each
             run with its own whole schedule.
+        part: Which files are reported.
         head_dim: Width of a head.
         sequence_length: Predicted bytes per sequence.
         compute_dtype: Of the products.
@@ -39,9 +41,10 @@ class Study:
     grids: Mapping[int, Grid]
     seeds: tuple[int, ...]
     fractions: tuple[float, ...]
+    part: Literal["study", "distinct"] = "study"
     head_dim: int = 16
     sequence_length: int = 128
-    compute_dtype: str = "float32"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def tuning_runs(self) -> dict[int, list[Run]]:
         """Every cell of every grid, by size."""
@@ -97,14 +100,17 @@ class Study:
         )
         return run.replace(tokens=round(fraction * run.tokens))
 
-    def _run(self, size: int, optimizer: str, *, part: str = "study", **fields: float) -> Run:
-        tokens = compute_optimal_tokens(size, self.head_dim)
-        shared = {
-            "head_dim": self.head_dim,
-            "sequence_length": self.sequence_length,
-            "compute_dtype": self.compute_dtype,
-        }
-        return Run(part=part, layers=size, optimizer=optimizer, tokens=tokens, **shared, **fields)  # type: ignore
+    def _run(self, size: int, optimizer: Any, *, part: Any = None, **fields: Any) -> Run:
+        return Run(
+            part=part or self.part,
+            layers=size,
+            optimizer=optimizer,
+            tokens=compute_optimal_tokens(size, self.head_dim),
+            head_dim=self.head_dim,
+            sequence_length=self.sequence_length,
+            compute_dtype=self.compute_dtype,
+            **fields,
+        )
 
 
 QUICK = Study(
@@ -126,7 +132,10 @@ MAIN = Study(
 )
 
 # One size more, by the rule that the main study's grids gave.
-LARGE = dataclasses.replace(MAIN, sizes=(7,), seeds=(0, 1))
+LARGE = dataclasses.replace(MAIN, sizes=(7,))
+
+# Does it matter that the corpus repeats itself, and that some of the repeats are held out?
+DISTINCT = dataclasses.replace(MAIN, sizes=(3,), part="distinct")
 
 # 3M to 49M parameters: two orders of magnitude beyond the main study.
 GPU = Study(
@@ -142,8 +151,9 @@ GPU = Study(
     compute_dtype="bfloat16",
 )
 
-STUDIES = {"quick": QUICK, "main": MAIN, "1m": LARGE, "gpu": GPU}
+STUDIES = {"quick": QUICK, "main": MAIN, "distinct": DISTINCT, "1m": LARGE, "gpu": GPU}
 
 
 def _loss(record: Record) -> float:
+    """Final loss; a run that diverged has infinity."""
     return float("inf") if record["val_loss"] is None else record["val_loss"]

@@ -114,12 +114,12 @@ def _ratios(study: Summary) -> Table:
     )
     rows = []
     for name, size in study["sizes"].items():
-        direct = size["direct"]
+        direct, price = size["direct"], size["price_of_a_token"]
         rows.append(
             (
                 f"{size['parameters']:,}",
                 _interval(direct) + ("" if direct["inside"] else " (extrapolated)"),
-                f"{direct['value'] * size['price_of_a_token']:.2f}",
+                _number(None if direct["value"] is None else direct["value"] * price, 2),
                 *(_interval(study["laws"][law]["ratio"][name]) for law in laws),
             )
         )
@@ -134,9 +134,7 @@ def _laws(study: Summary) -> Table:
         (
             f"{_NAMES[optimizer]}, {_LAWS[name]}",
             *(_interval(law[optimizer]["intervals"][field], 3) for field in ("factor", "power")),
-            _interval(law[optimizer]["intervals"]["irreducible"], 3)
-            if name == "irreducible"
-            else "",
+            _irreducible(law[optimizer]) if name == "irreducible" else "",
             _number(law[optimizer]["aicc"], 1),
         )
         for name, law in study["laws"].items()
@@ -144,6 +142,11 @@ def _laws(study: Summary) -> Table:
     ]
     columns = ("law, C in PFLOP/s-days", "a", "b", "E", "AICc")
     return Table("Fitted laws", columns, rows)
+
+
+def _irreducible(law: Summary) -> str:
+    interval = _interval(law["intervals"]["irreducible"], 3)
+    return "0, at its bound" if law["irreducible"] < 1e-3 else interval
 
 
 def _updates(study: Summary) -> Table:

@@ -24,7 +24,7 @@ from examples.moonlight.model.language_model import ModelStats, next_token_loss
 from examples.moonlight.model.moonlight import update_router_bias
 from examples.moonlight.training.monitors import layer_rms, svd_entropies
 from examples.scaling_law import protocol
-from examples.scaling_law.corpus import MAX_EPOCHS, Corpus
+from examples.scaling_law.corpus import Corpus
 from examples.scaling_law.models import flops_of, make_model, muon_leaves, parameters_of
 from examples.scaling_law.protocol import STEPS_PER_CALL, Run
 from muon_jax import FixedScale, UpdateNorm, group_rms, muon
@@ -67,17 +67,9 @@ def train(run: Run, corpus: Corpus) -> Record:
         has diverged, which stops there.
 
     Raises:
-        ValueError: The corpus is too small: its training text would be read more than
-            `MAX_EPOCHS` times, or has not one sequence to hold out.
+        ValueError: The corpus is too small for the run, or has not one sequence to hold out.
     """
-    part = corpus.tuning if run.part == "tuning" else corpus.study
-    epochs = run.trained_tokens / len(part.train)
-    if epochs > MAX_EPOCHS:
-        raise ValueError(
-            f"a run of {run.trained_tokens:,} tokens would read the {len(part.train):,} bytes of "
-            f"its part of the corpus {epochs:.1f} times, and more than {MAX_EPOCHS} times no "
-            "longer counts as new text: give a larger corpus with --data, or train a smaller size"
-        )
+    part = corpus.part(run)
     started = time.perf_counter()
     programs = _programs(_shape(run))
     windows_kbt = validation_windows(
@@ -114,12 +106,10 @@ def train(run: Run, corpus: Corpus) -> Record:
             place = {"step": steps.stop, "tokens": steps.stop * run.batch * run.sequence_length}
             watched.append(
                 place
-                | {"val_loss": _mean(programs.validate(state, windows_kbt))}
+                | {"val_loss": _loss(programs.validate(state, windows_kbt))}
                 | _measure(state.params, stats)
             )
-    val_loss = None if diverged else _mean(programs.validate(state, windows_kbt))
-    if val_loss is not None and not np.isfinite(val_loss):
-        val_loss = None
+    val_loss = None if diverged else _loss(programs.validate(state, windows_kbt))
     loss_s = np.concatenate(losses)
     rms = {name: np.concatenate([r[name] for r in update_rms]) for name in update_rms[0]}
     return {
@@ -130,7 +120,7 @@ def train(run: Run, corpus: Corpus) -> Record:
         "curve": _curve(loss_s),
         "steps": run.steps,
         "trained_tokens": run.trained_tokens,
-        "epochs": round(epochs, 4),
+        "epochs": round(run.trained_tokens / len(part.train), 4),
         "parameters": parameters_of(run)._asdict(),
         "flops": flops_of(run)._asdict(),
         # Over the second half, when no start-up is in it.
@@ -201,12 +191,16 @@ def _shape(run: Run) -> Run:
 
 @functools.lru_cache(maxsize=4)
 def _programs(run: Run) -> _Programs:
-    abstract = nnx.eval_shape(lambda: make_model(run, jax.random.key(0)))
-    graphdef = nnx.graphdef(abstract)
+    unroll = jax.default_backend() == "cpu"
+    graphdef = nnx.graphdef(
+        nnx.eval_shape(lambda: make_model(run, jax.random.key(0), unroll=unroll))
+    )
     optimizer = make_optimizer(run)
 
     def init(seed: jax.Array) -> _State:
-        _, params, bias = nnx.split(make_model(run, jax.random.key(seed)), nnx.Param, RouterBias)
+        _, params, bias = nnx.split(
+            make_model(run, jax.random.key(seed), unroll=unroll), nnx.Param, RouterBias
+        )
         return _State(params, bias, optimizer.init(params))
 
     def loss_fn(params: nnx.State, bias: nnx.State, tokens_bt: jax.Array):
@@ -257,8 +251,10 @@ def _measure(params: nnx.State, stats: ModelStats | None) -> Record:
     return measured
 
 
-def _mean(loss_k: jax.Array) -> float:
-    return float(np.mean(np.asarray(loss_k, np.float64)))
+def _loss(loss_k: jax.Array) -> float | None:
+    """The mean of a validation, or None if it is no number."""
+    loss = float(np.mean(np.asarray(loss_k, np.float64)))
+    return loss if np.isfinite(loss) else None
 
 
 def _curve(loss_s: np.ndarray) -> list[float | None]:

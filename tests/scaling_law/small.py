@@ -29,7 +29,7 @@ def make_corpus(seed: int = 0) -> Corpus:
     def letters(count: int) -> np.ndarray:
         return np.repeat(rng.integers(97, 123, count // 2), 2).astype(np.uint8)
 
-    parts = (Part(letters(4000), letters(600)) for _ in range(2))
+    parts = (Part(letters(4000), letters(600)) for _ in range(3))
     return Corpus(f"random letters {seed}", *parts)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from examples.scaling_law.corpus import TUNING_SHARE, Corpus, load_corpus
+from examples.scaling_law.protocol import Run
 
 FILES = 60
 
@@ -111,10 +112,47 @@ def test_four_documents_are_enough(tmp_path):
 @pytest.mark.parametrize("files", [1, 3])
 def test_too_few_documents_raise(tmp_path, files):
     folder = write_folder(tmp_path / "texts", files)
-    with pytest.raises(ValueError, match=rf"--data .*texts: {files} documents are too few"):
+    with pytest.raises(
+        ValueError, match=rf"--data .*texts: {files} different documents are too few"
+    ):
         load_corpus(folder)
 
 
 def test_a_path_to_nothing_raises(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         load_corpus(tmp_path / "nowhere")
+
+
+def test_a_repeated_document_is_on_one_side(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": f"text {i % 9}, again"}) for i in range(18)]
+    path.write_text("\n".join(lines))
+    corpus = load_corpus(path)
+    sides = [
+        set(bytes(side).split(b"\0")) for part in (corpus.tuning, corpus.study) for side in part
+    ]
+    assert len(set().union(*sides)) == sum(map(len, sides)) == 9
+
+
+def test_files_that_repeat_others_are_left_out_of_the_distinct_part(tmp_path):
+    folder = write_folder(tmp_path / "texts", 12)
+    table = "".join(f"    {i}: 'a line of a long table that files share'\n" for i in range(40))
+    for i in range(12):
+        (folder / f"table_{i}.txt").write_text(f"the table {i}\n{table}")
+    corpus = load_corpus(folder)
+    assert b"a long table" in b"".join(map(bytes, corpus.study))
+    assert b"a long table" not in b"".join(map(bytes, corpus.distinct))
+    kept = {text for side in corpus.distinct for text in bytes(side).split(b"\0")}
+    assert kept <= {text for side in corpus.study for text in bytes(side).split(b"\0")}
+
+
+def test_a_corpus_of_nothing_but_repeats_has_no_distinct_part(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(8):
+        (tmp_path / "texts" / f"{i}.txt").write_text(
+            f"{i}\n" + "the same long line in every file\n"
+        )
+    corpus = load_corpus(tmp_path / "texts")
+    run = Run(part="distinct", layers=1, tokens=1, batch=1, learning_rate=1.0, optimizer="adamw")
+    with pytest.raises(ValueError, match="all repeat each other: give another --data"):
+        corpus.part(run)

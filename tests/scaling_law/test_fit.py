@@ -213,6 +213,15 @@ def test_adamw_ahead_is_a_ratio_above_one():
     assert found.ratio == pytest.approx(1.1, rel=EXACT_RATIO) and not found.inside
 
 
+def test_between_two_lengths_the_ratio_follows_them_alone():
+    muon = {0.25: 9.0, 0.5: 2.0, 1.0: 1.0}
+    assert fit.direct_ratio(muon, math.sqrt(2.0)).ratio == pytest.approx(math.sqrt(0.5))
+
+
+def test_losses_that_rise_give_no_ratio():
+    assert fit.direct_ratio({0.5: 3.0, 1.0: 3.1}, 3.05) == fit.DirectRatio(math.inf, False)
+
+
 def test_one_length_is_too_few():
     with pytest.raises(ValueError, match="at least two lengths are needed, got 1"):
         fit.direct_ratio({1.0: 2.0}, 2.1)
@@ -290,12 +299,22 @@ def test_resampled_means_spread_as_far_as_the_standard_error(seeds):
     assert np.mean(seen[1:]) == pytest.approx(losses[0].mean(), abs=0.1 * expected)
 
 
-def test_intervals_of_a_mean_cover_it_about_as_often_as_they_say():
-    # All trials are cells of one call. With 20 draws, Student's t gives 88%.
+@pytest.mark.parametrize("seeds", [3, 20])
+def test_intervals_of_a_mean_cover_it_about_as_often_as_they_say(seeds):
+    # All trials are cells of one call. Of three draws, resamples alone cover 72%.
     trials = 300
-    found = bootstrap(draw(trials, 20), means, group=by_cell, resamples=200)
+    found = bootstrap(draw(trials, seeds), means, group=by_cell, resamples=200)
     covered = np.mean([interval.low <= 2.0 <= interval.high for interval in found.values()])
-    assert 0.83 < covered < 0.93
+    assert 0.84 < covered < 0.95
+
+
+def test_numbers_of_several_groups_are_surer_than_those_of_one():
+    losses = draw(4, 3)
+    alone = bootstrap(losses, means, group=by_cell)
+    together = bootstrap(losses, means, group=by_cell, groups=lambda name: 4)
+    # Student's quantiles of 2 and of 8 degrees of freedom.
+    for name, interval in alone.items():
+        assert width(interval) / width(together[name]) == pytest.approx(2.920 / 1.860, rel=1e-3)
 
 
 def test_an_interval_may_reach_infinity():

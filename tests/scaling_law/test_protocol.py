@@ -138,9 +138,9 @@ def test_steps_of_one_example():
         ({"learning_rate": -1e-3}, r"learning_rate must be positive and finite, got -0\.001"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
         ({"update_rms": float("inf")}, "update_rms must be positive and finite, got inf"),
-        ({"weight_decay": -0.1}, r"weight_decay must not be negative, got -0\.1"),
-        ({"seed": -1}, "seed must not be negative, got -1"),
-        ({"watch": -1}, "watch must not be negative, got -1"),
+        ({"weight_decay": -0.1}, r"weight_decay must be finite and not negative, got -0\.1"),
+        ({"seed": -1}, "seed must be finite and not negative, got -1"),
+        ({"watch": -1}, "watch must be finite and not negative, got -1"),
     ],
 )
 def test_numbers_out_of_range_raise(change, message):
@@ -153,3 +153,15 @@ def test_options_of_muon_in_a_run_of_adamw_raise(name):
     adamw = RUN.replace(optimizer="adamw")
     with pytest.raises(ValueError, match=rf"^{name}=.* is Muon's, and the optimizer is AdamW"):
         adamw.replace(**{name: CHANGES[name]})
+
+
+def test_equal_runs_have_one_key():
+    run = RUN.replace(learning_rate=1, weight_decay=0)
+    same = RUN.replace(learning_rate=1.0, weight_decay=0.0)
+    assert run == same and run.key("corpus") == same.key("corpus")
+
+
+@pytest.mark.parametrize("field", ["part", "optimizer", "family", "scale", "ns_coeffs"])
+def test_unknown_choices_raise(field: str):
+    with pytest.raises(ValueError, match=f"{field} is 'other', not one of"):
+        RUN.replace(**{field: "other"})

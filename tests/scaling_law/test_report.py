@@ -64,16 +64,19 @@ def test_a_finished_study_trains_nothing_and_says_the_same(
     assert "equal loss" in capsys.readouterr().out
 
 
-def test_a_plan_trains_nothing(
+def test_a_plan_trains_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(command.Pool, "_train", lambda *args: pytest.fail("trained"))
-    corpus = small.write_corpus(tmp_path / "corpus")
-    for preset in ("quick", "main", "1m", "ablations", "gpu"):
-        command.run(
-            command.Args(preset=preset, output_dir=tmp_path / "out", data=corpus, plan=True)
-        )
+    for preset in ("quick", "main", "distinct", "1m", "ablations"):
+        command.run(command.Args(preset=preset, output_dir=tmp_path / "out", plan=True))
         assert f"{preset}: the plan, before tuning" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_corpus_that_is_too_small_is_refused_before_anything_is_trained(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"times, and more than 4 times.*--data"):
+        command.run(command.Args(preset="gpu", output_dir=tmp_path / "out", plan=True))
 
 
 def test_wrong_arguments_are_refused(tmp_path: Path):

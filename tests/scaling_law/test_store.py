@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples.scaling_law.protocol import Run, to_json
-from examples.scaling_law.store import RUNS, Store, losses, read_runs
+from examples.scaling_law.store import RUNS, Store, read_runs
 
 RUN = Run(part="study", layers=2, tokens=5_000, batch=4, learning_rate=4e-3, optimizer="muon")
 
@@ -29,10 +29,12 @@ def fill(folder: Path, *records: dict) -> Store:
 # --- what is written is found again ---------------------------------------------------------------
 
 
-def test_a_new_store_is_empty_and_makes_its_folder(tmp_path):
+def test_a_new_store_is_empty_and_makes_its_folder_when_it_writes(tmp_path):
     store = Store(tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b").is_dir()
     assert store.records == {} and RUN.key("c0") not in store
+    assert not (tmp_path / "a").exists()
+    store.append(record(0))
+    assert store.path == tmp_path / "a" / "b" / RUNS and store.path.exists()
 
 
 def test_appended_records_are_there_at_once_and_when_reopened(tmp_path):
@@ -79,15 +81,29 @@ def test_half_a_line_is_taken_off_wherever_it_ends(tmp_path):
     kept = whole[: whole.index(b"\n") + 1]
     for end in range(len(kept), len(whole)):
         store.path.write_bytes(whole[:end])
-        assert list(Store(tmp_path).records) == [record(0)["key"]]
-        assert store.path.read_bytes() == kept
+        reopened = Store(tmp_path)
+        assert list(reopened.records) == [record(0)["key"]]
+        assert len(read_runs(store.path)) == 1
+        assert store.path.read_bytes() == whole[:end]
+        reopened.append(record(2))
+        assert store.path.read_bytes().startswith(kept)
+        assert list(Store(tmp_path).records) == [record(0)["key"], record(2)["key"]]
 
 
 def test_half_of_the_only_line_is_taken_off(tmp_path):
     store = fill(tmp_path, record(0))
     store.path.write_bytes(store.path.read_bytes()[:40])
-    assert Store(tmp_path).records == {}
-    assert store.path.read_bytes() == b""
+    reopened = Store(tmp_path)
+    assert reopened.records == {}
+    reopened.append(record(1))
+    assert list(read_runs(store.path)) == [RUN.replace(seed=1)]
+
+
+def test_two_studies_may_write_into_one_folder(tmp_path):
+    first, second = Store(tmp_path), Store(tmp_path)
+    for seed, store in enumerate((first, second, first, second)):
+        store.append(record(seed))
+    assert len(read_runs(first.path)) == 4
 
 
 def test_the_run_that_was_torn_can_be_repeated(tmp_path):
@@ -153,21 +169,18 @@ def test_runs_are_found_by_what_was_run(tmp_path):
     assert found == {RUN: record(0, val_loss=2.0), RUN.replace(seed=1): record(1, val_loss=None)}
 
 
-def test_two_results_of_one_run_raise(tmp_path):
-    store = fill(tmp_path, record(0, corpus="c0"), record(0, corpus="c1"))
-    with pytest.raises(ValueError, match="two results for one run, of the corpora c0 and c1"):
+def test_runs_of_several_corpora_are_told_apart(tmp_path):
+    store = fill(tmp_path, record(0, corpus="c0"), record(0, corpus="c1", val_loss=2.0))
+    with pytest.raises(ValueError, match="runs on the corpora c0, c1: report one of them"):
         read_runs(store.path)
+    assert read_runs(store.path, "c1") == {RUN: record(0, corpus="c1", val_loss=2.0)}
+
+
+def test_runs_of_another_version_are_left_out(tmp_path):
+    old = record(0) | {"key": "0123456789abcdef"}
+    assert read_runs(fill(tmp_path, old, record(1)).path) == {RUN.replace(seed=1): record(1)}
 
 
 def test_a_file_that_is_not_there_raises(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_runs(tmp_path / RUNS)
-
-
-def test_losses_follow_the_runs_and_are_infinite_for_diverged_ones(tmp_path):
-    store = fill(tmp_path, record(0, val_loss=2.0), record(1, val_loss=None))
-    found = read_runs(store.path)
-    runs = [RUN.replace(seed=1), RUN, RUN]
-    assert losses(found, runs) == [math.inf, 2.0, 2.0]
-    with pytest.raises(KeyError):
-        losses(found, [RUN.replace(seed=2)])
