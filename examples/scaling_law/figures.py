@@ -98,7 +98,11 @@ def draw_scaling(path: Path, summary: Summary) -> None:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    step = 0.2 if high - low > 0.5 else 0.1
+    ticks = np.arange(np.ceil(low / step), np.floor(high / step) + 1) * step
     _plain_ticks(axes.yaxis)
+    axes.set_yticks(ticks, [f"{tick:.1f}" for tick in ticks])
     axes.set_xlabel("compute C = 6ND (PFLOP/s-days)")
     axes.set_ylabel("validation loss (nats per byte)")
     axes.set_title(
@@ -106,7 +110,7 @@ def draw_scaling(path: Path, summary: Summary) -> None:
         f"{len(summary['seeds'])} seeds; arrows: Muon's share of the compute at equal loss"
     )
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(loc="upper right")
     _save(figure, path)
 
 
@@ -121,10 +125,10 @@ def draw_ratios(path: Path, summary: Summary) -> None:
             ways[title] = list(summary["laws"][law]["ratio"].values())
     for i, (label, intervals) in enumerate(ways.items()):
         x = np.arange(len(names)) + (i - (len(ways) - 1) / 2) * 0.15
-        # None stands for infinity: at a loss that the law of Muon does not reach.
+        # None stands for infinity, at a loss that Muon does not reach: no point, or an open end.
         values, low, high = (
-            np.array([np.inf if interval[end] is None else interval[end] for interval in intervals])
-            for end in ("value", "low", "high")
+            np.array([none if interval[end] is None else interval[end] for interval in intervals])
+            for end, none in (("value", np.nan), ("low", 0.0), ("high", 10.0))
         )
         axes.errorbar(
             x,
@@ -147,7 +151,7 @@ def draw_ratios(path: Path, summary: Summary) -> None:
     axes.set_ylim(0, min(1.6, max(1.1, 1.05 * tallest)))
     axes.set_title(f"Compute at equal loss, with {INTERVAL:.0%} intervals over seeds")
     axes.grid(alpha=0.3, axis="y")
-    axes.legend()
+    axes.legend(loc="lower left")
     _save(figure, path)
 
 
@@ -155,7 +159,7 @@ def draw_bowls(path: Path, summary: Summary) -> None:
     """AdamW's loss over learning rate and batch size at every tuned size (Figure 5)."""
     grids = summary["tuned"]["grids"]
     figure, row = plt.subplots(
-        1, len(grids), figsize=(4 * len(grids), 4.2), layout="constrained", squeeze=False
+        1, len(grids), figsize=(4.4 * len(grids), 4.8), layout="constrained", squeeze=False
     )
     for axes, (size, cells) in zip(row[0], grids.items(), strict=True):
         bowl = summary["tuned"]["bowls"][size]
@@ -181,10 +185,13 @@ def draw_bowls(path: Path, summary: Summary) -> None:
         losses = [loss for _, _, loss in cells if loss is not None]
         axes.set_ylim(min(losses) - 0.02, min(max(losses), min(losses) + 0.45))
         axes.set_xscale("log")
+        rates = sorted({rate for rate, _, _ in cells})
+        _plain_ticks(axes.xaxis)
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         axes.set_xlabel("peak learning rate")
         axes.set_title(f"{size} layers")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=8)
     row[0][0].set_ylabel("AdamW's loss on the tuning files (nats per byte)")
     _save(figure, path)
 
@@ -234,7 +241,7 @@ def draw_entropy(path: Path, ablation: Summary) -> None:
             axes.set_title(f"{group}, {'experts' if family == 'moe' else 'dense'}", fontsize=10)
             axes.grid(alpha=0.3)
         row[0].set_ylabel("SVD entropy")
-        row[0].legend(fontsize=8)
+        row[0].legend(loc="lower left", fontsize=8)
     for axes in rows.flat:
         axes.set_xlabel("tokens (millions)")
     _save(figure, path)
@@ -273,7 +280,7 @@ def draw_weight_decay(path: Path, ablation: Summary) -> None:
     points = [p for setting in ablation["settings"].values() for p in setting["watched"][1:]]
     losses = [point["val_loss"] for point in points if point["val_loss"] is not None]
     row[0].set_ylim(min(losses) - 0.02, min(losses) + 0.5 * (max(losses) - min(losses)))
-    row[0].legend(title="optimizer, weight decay")
+    row[0].legend(loc="upper right", title="optimizer, weight decay")
     _save(figure, path)
 
 
@@ -286,7 +293,7 @@ def _draw_rates(axes: Axes, ablation: Summary) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("peak learning rate (dotted: AdamW's tuned)")
     axes.set_title("learning rate")
-    axes.legend()
+    axes.legend(loc="upper center")
     axes.grid(alpha=0.3)
 
 
@@ -297,7 +304,7 @@ def _draw_batches(axes: Axes, ablation: Summary) -> None:
     _plain_ticks(axes.xaxis)
     axes.set_xlabel("sequences per step")
     axes.set_title("batch size, same tokens")
-    axes.legend()
+    axes.legend(loc="upper left")
     axes.grid(alpha=0.3)
 
 
@@ -311,7 +318,7 @@ def _draw_update_rms(axes: Axes, ablation: Summary) -> None:
     axes.set_xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
     axes.set_xlabel("update RMS")
     axes.set_title("update RMS")
-    axes.legend()
+    axes.legend(loc="upper center")
     axes.grid(alpha=0.3)
 
 

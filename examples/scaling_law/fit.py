@@ -207,7 +207,9 @@ def bootstrap(
     def interval(name: str) -> Interval:
         freedom = groups(name) * (fewest - 1)
         widening = t.ppf(1 - tail, freedom) / norm.ppf(1 - tail)
-        ends = np.quantile(samples[name], [tail, 1 - tail], method="nearest")
+        # Not np.quantile, which interpolates between infinities.
+        ordered = np.sort(samples[name])
+        ends = ordered[np.rint(np.array([tail, 1 - tail]) * (len(ordered) - 1)).astype(int)]
         if not np.isfinite(point[name]):
             return Interval(float(point[name]), float(ends[0]), float(ends[1]))
         low, high = point[name] + widening * (ends - point[name])

@@ -48,7 +48,8 @@ def all_tables(summary: Summary) -> dict[str, Table]:
         made[f"{name}/tuning"] = _tuning(study)
         made[f"{name}/losses"] = _losses(study)
         made[f"{name}/ratios"] = _ratios(study)
-        made[f"{name}/laws"] = _laws(study)
+        if study["laws"]:
+            made[f"{name}/laws"] = _laws(study)
         made[f"{name}/updates"] = _updates(study)
     return made
 
