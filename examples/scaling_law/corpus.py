@@ -110,8 +110,8 @@ def _without_repeats(documents: list[Document]) -> list[Document]:
         total = sum(map(len, each))
         return sum(len(line) for line in each if files_with[line] > 1) / total if total else 0.0
 
-    kept = [d for d, each in zip(documents, lines, strict=True) if repeated(each) < _REPEATED_SHARE]
-    return kept
+    pairs = zip(documents, lines, strict=True)
+    return [document for document, each in pairs if repeated(each) < _REPEATED_SHARE]
 
 
 def _part(documents: list[Document]) -> Part:

@@ -105,8 +105,9 @@ def draw_scaling(path: Path, summary: Summary) -> None:
     axes.set_yticks(ticks, [f"{tick:.1f}" for tick in ticks])
     axes.set_xlabel("compute C = 6ND (PFLOP/s-days)")
     axes.set_ylabel("validation loss (nats per byte)")
+    names = [_millions(size["parameters"]) for size in sizes]
     axes.set_title(
-        f"{_millions(sizes[0]['parameters'])} to {_millions(sizes[-1]['parameters'])} parameters, "
+        f"{' to '.join(dict.fromkeys((names[0], names[-1])))} parameters, "
         f"{len(summary['seeds'])} seeds; arrows: Muon's share of the compute at equal loss"
     )
     axes.grid(alpha=0.3, which="both")
