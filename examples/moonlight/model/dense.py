@@ -11,7 +11,7 @@ and a cache is in `language_model.py`, and both are Moonlight's too. Shapes are 
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -174,6 +174,16 @@ class GroupedQueryAttention(nnx.Module):
         return q_bthp, k_btgp, v_btgp
 
 
+class FeedForward(Protocol):
+    """A module between activations `[n, hidden]`, built and called as `MLP` is."""
+
+    def __init__(self, hidden: int, inner: int, *, stddev: float, rngs: nnx.Rngs): ...
+
+    def __call__(self, act_nd: jax.Array) -> jax.Array:
+        """Maps `[n, hidden]` to `[n, hidden]`."""
+        ...
+
+
 class Dense(LanguageModel):
     """The language model: tokens to next-token logits.
 
@@ -187,8 +197,8 @@ class Dense(LanguageModel):
         ValueError: A mesh axis does not divide what it shards, or there is a capacity for experts.
     """
 
-    mlp_type: type[nnx.Module] = MLP
-    """What follows attention; a subclass may bring another, built and called alike."""
+    mlp_type: type[FeedForward] = MLP
+    """What follows attention; a subclass may bring another."""
 
     def __init__(self, config: DenseConfig, *, rngs: nnx.Rngs, execution: Execution | None = None):
         c, std = config, config.initializer_range

@@ -5,6 +5,7 @@ how the parts are run: forward, with a cache, and to a loss, with what training 
 the way. Shapes are suffixes, see `model.py`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,6 @@ from flax import nnx
 from examples.moonlight.model.config import Execution
 from examples.moonlight.model.experts import MoE, RouterBias
 from examples.moonlight.model.layers import (
-    MLP,
     AttentionStats,
     Embed,
     Linear,
@@ -55,7 +55,15 @@ class DecoderLayer(nnx.Module):
         monitor: Whether to measure the outputs' mean squares.
     """
 
-    def __init__(self, attention: Any, mlp: MLP | MoE, *, hidden: int, eps: float, monitor: bool):
+    def __init__(
+        self,
+        attention: Any,
+        mlp: MoE | Callable[[jax.Array], jax.Array],
+        *,
+        hidden: int,
+        eps: float,
+        monitor: bool,
+    ):
         self.input_layernorm = RMSNorm(hidden, eps=eps)
         self.self_attn = attention
         self.post_attention_layernorm = RMSNorm(hidden, eps=eps)
