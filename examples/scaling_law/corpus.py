@@ -6,14 +6,20 @@ standard library, some 80 tables of character encodings, nearly equal, of which 
 A file's part, and whether it is held out, follow from the files' names. The default corpus is the
 Python standard library's sources, which every machine has and which differ between Python
 releases: the hash of the text is part of every result.
+
+    python -m examples.scaling_law.corpus      how large the parts are, and how much is repeated
 """
 
 import collections
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import rich
+import tyro
+from rich.table import Table
 
 from examples.moonlight.data.corpus import (
     Document,
@@ -98,6 +104,14 @@ def load_corpus(path: Path | None) -> Corpus:
     )
 
 
+def repeated_share(part: Part) -> float:
+    """The share of held-out bytes that are in longer lines which training text has, too."""
+    train, held_out = (half.tobytes().replace(b"\0", b"\n").splitlines() for half in part)
+    known = set(train)
+    repeated = (len(line) for line in held_out if len(line) >= _LONG_LINE and line in known)
+    return sum(repeated) / len(part.validation)
+
+
 def _without_repeats(documents: list[Document]) -> list[Document]:
     """Leaves out files that mostly repeat others."""
     lines = [
@@ -128,3 +142,34 @@ def _bytes(documents: list[Document]) -> np.ndarray:
 def _rank(name: str) -> bytes:
     # Salted: the same hash without salt decides who is held out.
     return hashlib.sha256(b"part:" + name.encode()).digest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Prints the parts of a corpus."""
+
+    data: Path | None = None
+    """Folder of text files or .jsonl file; left out, the Python standard library's own source."""
+
+
+def main(args: Args) -> None:
+    """Prints a line for each part."""
+    corpus = load_corpus(args.data)
+    table = Table(title=f"corpus {corpus.hash}")
+    for i, column in enumerate(("part", "files", "bytes", "held out", "repeated")):
+        table.add_column(column, justify="right" if i else "left")
+    for name in ("tuning", "study", "distinct"):
+        part: Part | None = getattr(corpus, name)
+        if part is not None:
+            files = sum(int(np.sum(half == 0)) + 1 for half in part)
+            sizes = (files, len(part.train), len(part.validation))
+            table.add_row(name, *(f"{size:,}" for size in sizes), f"{repeated_share(part):.1%}")
+    rich.print(table)
+    rich.print(
+        f"repeated: of the held-out bytes, those in lines of {_LONG_LINE} bytes or more that "
+        "training files have, too"
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -6,7 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples.scaling_law.corpus import TUNING_SHARE, Corpus, load_corpus
+from examples.scaling_law.corpus import (
+    TUNING_SHARE,
+    Args,
+    Corpus,
+    Part,
+    load_corpus,
+    main,
+    repeated_share,
+)
 from examples.scaling_law.protocol import Run
 
 FILES = 60
@@ -156,3 +164,25 @@ def test_a_corpus_of_nothing_but_repeats_has_no_distinct_part(tmp_path):
     run = Run(part="distinct", layers=1, tokens=1, batch=1, learning_rate=1.0, optimizer="adamw")
     with pytest.raises(ValueError, match="all repeat each other: give another --data"):
         corpus.part(run)
+
+
+def test_repeated_bytes_are_those_of_long_lines_that_training_text_has():
+    def as_bytes(*documents: str) -> np.ndarray:
+        return np.frombuffer("\0".join(documents).encode(), np.uint8)
+
+    known, other = "k" * 30, "o" * 30
+    train = as_bytes(f"{known}\nshort\n", "last")
+    assert repeated_share(Part(train, as_bytes(f"{known}\n", other))) == 30 / 62
+    assert repeated_share(Part(train, as_bytes("short\nlast", other))) == 0
+
+
+def test_the_parts_are_printed(folder, capsys):
+    main(Args(data=folder))
+    printed = capsys.readouterr().out
+    assert load_corpus(folder).hash in printed
+    files = {
+        line.split("│")[1].strip(): int(line.split("│")[2])
+        for line in printed.splitlines()
+        if "│" in line
+    }
+    assert files == {"tuning": 18, "study": 42, "distinct": 42}
