@@ -124,7 +124,9 @@ def ablations(muon: Run, seeds: tuple[int, ...] = SEEDS) -> dict[str, Ablation]:
             over(
                 [
                     ("adamw, 0.1", long_adamw),
+                    ("adamw, 0", long_adamw.replace(weight_decay=0.0)),
                     ("muon, 0.1", long_muon),
+                    ("muon, 0.01", long_muon.replace(weight_decay=0.01)),
                     ("muon, 0", long_muon.replace(weight_decay=0.0)),
                 ]
             ),

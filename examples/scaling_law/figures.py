@@ -224,8 +224,9 @@ def draw_ablations(path: Path, ablations: Mapping[str, Summary]) -> None:
 def draw_entropy(path: Path, ablation: Summary) -> None:
     """SVD entropy over training, by group, dense and with experts, of seed 0 (Figure 4)."""
     settings = ablation["settings"]
+    families = {"dense": "dense", "moe": "with experts"}
     figure, rows = plt.subplots(2, 6, figsize=(15, 5.6), layout="constrained", sharey=True)
-    for row, family in zip(rows, ("dense", "moe"), strict=True):
+    for row, (family, family_name) in zip(rows, families.items(), strict=True):
         groups = list(settings[f"muon, {family}"]["svd_entropy"])
         for axes in row[len(groups) :]:
             axes.set_visible(False)
@@ -239,12 +240,14 @@ def draw_entropy(path: Path, ablation: Summary) -> None:
                     markersize=3,
                     **style,
                 )
-            axes.set_title(f"{group}, {'experts' if family == 'moe' else 'dense'}", fontsize=10)
+            axes.set_title(group, fontsize=10)
             axes.grid(alpha=0.3)
-        row[0].set_ylabel("SVD entropy")
-        row[0].legend(loc="lower left", fontsize=8)
+        row[0].set_ylabel(f"SVD entropy, {family_name}")
     for axes in rows.flat:
         axes.set_xlabel("tokens (millions)")
+    # Where the dense model has no groups to draw.
+    handles, labels = rows[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper right", fontsize=12, bbox_to_anchor=(0.98, 0.95))
     _save(figure, path)
 
 
@@ -281,7 +284,8 @@ def draw_weight_decay(path: Path, ablation: Summary) -> None:
     points = [p for setting in ablation["settings"].values() for p in setting["watched"][1:]]
     losses = [point["val_loss"] for point in points if point["val_loss"] is not None]
     row[0].set_ylim(min(losses) - 0.02, min(losses) + 0.5 * (max(losses) - min(losses)))
-    row[0].legend(loc="upper right", title="optimizer, weight decay")
+    handles, labels = row[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", title="optimizer,\nweight decay")
     _save(figure, path)
 
 
@@ -348,12 +352,13 @@ def _draw_bars(axes: Axes, ablation: Summary, title: str) -> None:
             axes.annotate(
                 f"{setting['mean']:.3f}",
                 (setting["mean"], y),
-                xytext=(0, 8),
+                xytext=(0, 10),
                 textcoords="offset points",
                 ha="center",
                 fontsize=9,
             )
-    axes.set_yticks(range(len(settings)), [name.replace("_", " ") for name, _ in settings])
+    names = [name.replace("_", " ").replace(" and ", "\n+ ") for name, _ in settings]
+    axes.set_yticks(range(len(settings)), names)
     axes.set_ylim(-0.5, len(settings) - 0.3)
     axes.margins(x=0.15)
     axes.set_xlabel("validation loss (nats per byte)")

@@ -100,7 +100,8 @@ def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
         suffix = "" if name == "main" else f"_{name}"
         add(figures.draw_scaling, f"scaling{suffix}", study)
         add(figures.draw_ratios, f"ratios{suffix}", study)
-        add(figures.draw_bowls, f"bowls{suffix}", study)
+        if tables.has_own_tuning(name, summary):
+            add(figures.draw_bowls, f"bowls{suffix}", study)
     there = summary.get("ablations", {})
     compared = {"learning_rate", "batch", "update_rms", "newton_schulz", "scales", "routing"}
     if compared <= there.keys():

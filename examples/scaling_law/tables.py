@@ -28,11 +28,14 @@ class Table(NamedTuple):
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def rich(self) -> rich.table.Table:
-        """For the terminal."""
+        """For the terminal, whose lines are short: the longer side goes down."""
+        header, rows = self.columns, self.rows
+        if len(rows) < len(header) - 1:
+            header, *rows = zip(header, *rows, strict=True)
         table = rich.table.Table(title=self.title)
-        for i, column in enumerate(self.columns):
+        for i, column in enumerate(header):
             table.add_column(column, justify="right" if i else "left")
-        for row in self.rows:
+        for row in rows:
             table.add_row(*row)
         return table
 
@@ -45,13 +48,19 @@ def all_tables(summary: Summary) -> dict[str, Table]:
             for ablation, numbers in study.items():
                 made[f"ablations/{ablation}"] = _ablation(ablation, numbers)
             continue
-        made[f"{name}/tuning"] = _tuning(study)
+        if has_own_tuning(name, summary):
+            made[f"{name}/tuning"] = _tuning(study)
         made[f"{name}/losses"] = _losses(study)
         made[f"{name}/ratios"] = _ratios(study)
         if study["laws"]:
             made[f"{name}/laws"] = _laws(study)
         made[f"{name}/updates"] = _updates(study)
     return made
+
+
+def has_own_tuning(name: str, summary: Summary) -> bool:
+    """Whether a study's grids are its own, and not those of the main study."""
+    return name == "main" or summary[name]["tuned"] != summary.get("main", {}).get("tuned")
 
 
 def _tuning(study: Summary) -> Table:
@@ -136,7 +145,8 @@ def _laws(study: Summary) -> Table:
             f"{_NAMES[optimizer]}, {_LAWS[name]}",
             *(_interval(law[optimizer]["intervals"][field], 3) for field in ("factor", "power")),
             _irreducible(law[optimizer]) if name == "irreducible" else "",
-            _number(law[optimizer]["aicc"], 1),
+            # Infinite where there are as few sizes as parameters.
+            "" if law[optimizer]["aicc"] is None else _number(law[optimizer]["aicc"], 1),
         )
         for name, law in study["laws"].items()
         for optimizer in _NAMES

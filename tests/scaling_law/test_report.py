@@ -157,7 +157,7 @@ def test_the_page_has_the_tables_of_the_committed_numbers():
     assert report.fill_in(page, there) == page
     made = tables.all_tables(there)
     for name in made:
-        assert f"<!-- table: {name} -->" in page or name in ("distinct/tuning", "distinct/updates")
+        assert f"<!-- table: {name} -->" in page or name == "distinct/updates"
 
 
 def _leaves(value, name: str = ""):
