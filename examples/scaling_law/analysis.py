@@ -120,6 +120,14 @@ def summarize_ablation(ablation: Ablation, records: Records) -> Summary:
             "weight_rms": _mean_of([record.get("weight_rms", {}) for record in found]),
             "svd_entropy": _mean_of([record.get("svd_entropy", {}) for record in found]),
             "newton_schulz_share": flops["newton_schulz"] / flops["whole"],
+            # What the last layer's MLP adds to the stream, where it was measured.
+            "output_rms": _mean_of(
+                [
+                    {"mlp": record["watched"][-1]["mlp_rms"][-1]}
+                    for record in found
+                    if record["watched"]
+                ]
+            ),
             "watched": found[0]["watched"],
         }
     return {"question": ablation.question, "settings": settings}

@@ -218,10 +218,7 @@ def _extra_columns(name: str) -> Iterator[tuple[str, Any]]:
         yield "update RMS", update_rms
     elif name == "weight_decay":
         yield "down_proj RMS", measured("weight_rms", "mlp/down_proj", 4)
-        yield (
-            "last MLP's output RMS",
-            lambda s: f"{s['watched'][-1]['mlp_rms'][-1]:.3f}" if s["watched"] else "",
-        )
+        yield "last MLP's output RMS", measured("output_rms", "mlp", 3)
     elif name == "learning_rate":
         yield "rate", lambda setting: f"{setting['learning_rate']:.3g}"
     elif name == "entropy":
@@ -232,7 +229,7 @@ def _extra_columns(name: str) -> Iterator[tuple[str, Any]]:
             ),
         )
     if name == "newton_schulz":
-        yield "FLOPs of the model's", lambda s: f"{s['newton_schulz_share']:.1%}"
+        yield "share of the model's FLOPs", lambda s: f"{s['newton_schulz_share']:.1%}"
 
 
 def _spread(losses: list[float]) -> str:

@@ -108,6 +108,24 @@ def test_tables_of_a_page_are_made_anew():
         report.fill_in("<!-- table: ablations/routing -->", summary)
 
 
+def test_the_longer_side_of_a_table_goes_down_in_the_terminal():
+    def columns(table: tables.Table) -> list[list[str]]:
+        made = table.rich()
+        return [[str(column.header), *column.cells] for column in made.columns]
+
+    wide = tables.Table("", ("size", "loss", "rate", "batch"), [("2", "1.5", "0.1", "8")])
+    assert columns(wide) == [["size", "loss", "rate", "batch"], ["2", "1.5", "0.1", "8"]]
+    long = tables.Table("", ("size", "loss"), [("2", "1.5"), ("3", "1.2"), ("4", "1.1")])
+    assert columns(long) == [["size", "2", "3", "4"], ["loss", "1.5", "1.2", "1.1"]]
+
+
+def test_a_study_that_uses_the_main_one_s_grids_has_no_tuning_of_its_own():
+    summary = {"main": {"tuned": 1}, "distinct": {"tuned": 1}, "quick": {"tuned": 2}}
+    own = [name for name in summary if tables.has_own_tuning(name, summary)]
+    assert own == ["main", "quick"]
+    assert tables.has_own_tuning("distinct", {"distinct": {"tuned": 1}})
+
+
 def test_ablations_change_one_thing_each():
     base = small.RUN
     for ablation in ablations.ablations(base).values():
