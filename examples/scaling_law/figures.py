@@ -108,7 +108,7 @@ def draw_scaling(path: Path, summary: Summary) -> None:
     names = [_millions(size["parameters"]) for size in sizes]
     axes.set_title(
         f"{' to '.join(dict.fromkeys((names[0], names[-1])))} parameters, "
-        f"{len(summary['seeds'])} seeds; arrows: Muon's share of the compute at equal loss"
+        f"{len(summary['seeds'])} seeds\narrows: Muon's share of the compute at equal loss"
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="upper right")
