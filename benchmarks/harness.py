@@ -1,7 +1,6 @@
 """What every benchmark needs: fair timing, the matmul peak, and a record of the machine."""
 
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -13,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from examples.one_thread import available_cores
 
 
 def time_interleaved(
@@ -60,11 +61,6 @@ def matmul_peak(size: int | None = None, repeats: int = 5) -> float:
     return 2 * size**3 / min(time_interleaved(calls, repeats, warmups=2)["peak"])
 
 
-def cpu_count() -> int:
-    """The processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def environment(*packages: str) -> dict[str, Any]:
     """Commit, device, processor and versions, for the record."""
     device = jax.devices()[0]
@@ -73,9 +69,7 @@ def environment(*packages: str) -> dict[str, Any]:
         "device": f"{device.platform}: {device.device_kind}",
         "devices": jax.device_count(),
         "processor": _processor(),
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpus": available_cores(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
         "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"),

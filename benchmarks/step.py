@@ -28,14 +28,8 @@ from optax.contrib import muon as optax_muon
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import (
-    cpu_count,
-    environment,
-    matmul_peak,
-    median,
-    time_interleaved,
-    write_json,
-)
+from benchmarks.harness import environment, matmul_peak, median, time_interleaved, write_json
+from examples.one_thread import available_cores
 from muon_jax import muon
 
 NS_STEPS = 5
@@ -132,7 +126,7 @@ def torch_candidate(values: dict[str, np.ndarray]) -> Candidate:
     """torch.optim.Muon on as many threads as there are processors; stacks become its matrices."""
     import torch
 
-    torch.set_num_threads(cpu_count())
+    torch.set_num_threads(available_cores())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     leaves = []
     for value in values.values():

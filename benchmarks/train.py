@@ -19,13 +19,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import cpu_count, environment, median, time_interleaved, write_json
+from benchmarks.harness import environment, median, time_interleaved, write_json
 from benchmarks.train_ours import Optimizer, Ours
 from benchmarks.train_theirs import Theirs
 from examples.moonlight.huggingface.hf_config import ModelConfig
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig
 from examples.moonlight.model.language_model import count_parameters
+from examples.one_thread import available_cores
 
 Family = Literal["moonlight", "llama", "qwen2"]
 
@@ -202,7 +203,7 @@ def main(args: Args, moonlight: MoonlightConfig | None = None) -> dict[str, Any]
         console.print(f"load average {load:.1f}: what else runs here will be in the figures")
     record: dict[str, Any] = {
         "environment": environment("jax", "jaxlib", "flax", "optax", "torch", "transformers"),
-        "threads": cpu_count(),
+        "threads": available_cores(),
         "load_average": load,
         "batch_size": args.batch_size,
         "sequence_length": args.sequence_length,

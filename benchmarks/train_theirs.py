@@ -14,11 +14,11 @@ import torch
 import transformers
 from flax import nnx
 
-from benchmarks.harness import cpu_count
 from benchmarks.train_ours import LEARNING_RATE, WEIGHT_DECAY, Calls, Optimizer
 from examples.moonlight import hf_export
 from examples.moonlight.huggingface import hf_import, hf_names
 from examples.moonlight.huggingface.hf_config import ModelConfig, config_fields
+from examples.one_thread import available_cores
 
 # What transformers offers for the same result. The fastest is timed, so that the peer is at its
 # best; ours runs as `examples.moonlight.train` does by default.
@@ -53,7 +53,7 @@ class Theirs:
         tokens_bt: np.ndarray,
         optimizers: tuple[Optimizer, ...],
     ):
-        torch.set_num_threads(cpu_count())
+        torch.set_num_threads(available_cores())
         fields = config_fields(config, dtype="float32")
         theirs = transformers.AutoConfig.for_model(**fields)
         self.model = transformers.AutoModelForCausalLM.from_config(theirs).float()

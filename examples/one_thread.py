@@ -5,15 +5,18 @@ import os
 
 def available_cores() -> int:
     """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(_allowed()) or os.cpu_count() or 1
 
 
 def cores(jobs: int) -> list[int | None]:
     """A core for each job; None, which lets it wander, where there are too few or no say in it."""
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    allowed = _allowed()
     return list(allowed[:jobs]) if len(allowed) >= jobs else [None] * jobs
+
+
+def _allowed() -> list[int]:
+    """The cores to choose from; none where the system does not let a process choose."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def one_thread_environment() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Bytes to train on, in two parts that share no file: one to tune on, one to report.
 
 The third, `distinct`, is the reported part without the files that mostly repeat others: of the
-standard library, some 80 tables of character encodings, nearly equal, of which some are held out.
+standard library, many tables of character encodings, nearly equal, of which some are held out.
 
 A file's part, and whether it is held out, follow from the files' names. The default corpus is the
 Python standard library's sources, which every machine has and which differ between Python
