@@ -1,6 +1,7 @@
 """Files: written whole or not at all, and read with an error that says what is wrong with them."""
 
 import json
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,16 @@ def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that a reader, or a run killed half-way, never meets a part of it.
 
-    The temporary name is hidden and unique: two processes may write the same file at the same time,
-    and the last one wins.
+    The bytes are on disk before the file has its name, also after a loss of power. The temporary
+    name is hidden and unique: two processes may write the same file at the same time, and the last
+    one wins.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

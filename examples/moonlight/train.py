@@ -31,7 +31,7 @@ device to rounding, and a run may change its mesh, or leave it, each time it is 
 import contextlib
 import dataclasses
 import io
-import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from examples.moonlight.data.sources import parse_mixes, parse_sources
 from examples.moonlight.data.tokenized import load_sources, token_byte_lengths
 from examples.moonlight.data.tokenizer import TOKENIZER
 from examples.moonlight.data.validation import make_validation
-from examples.moonlight.files import write_atomically
+from examples.moonlight.files import read_json, write_atomically
 from examples.moonlight.generation.decoding import Generator
 from examples.moonlight.generation.model_folder import copy_companions, stop_tokens
 from examples.moonlight.generation.sampling import Sampling
@@ -63,17 +63,21 @@ from examples.moonlight.model.language_model import count_parameters
 from examples.moonlight.model.moonlight import Moonlight
 from examples.moonlight.model.sharding import ModelSharding, bytes_per_device, make_mesh
 from examples.moonlight.stages import make_plan, plan_table
+from examples.moonlight.terminal import make_sturdy
 from examples.moonlight.training import metrics
 from examples.moonlight.training.args import Args, resolve, settings_of
 from examples.moonlight.training.branching import copy_branch, find_branch, go_back
-from examples.moonlight.training.checkpoint import CHECKPOINTS, Checkpoints, EveryTokens
-from examples.moonlight.training.loop import Clock, compile_programs, run_to_the_end, token_buffer
+from examples.moonlight.training.checkpoint import CHECKPOINTS, Checkpoints
+from examples.moonlight.training.loop import Clock, History, Run, compile_programs, token_buffer
 from examples.moonlight.training.muonclip import attention_heads
+from examples.moonlight.training.nonfinite import guard, wrap
 from examples.moonlight.training.placement import state_shardings
 from examples.moonlight.training.plots import draw_plan
 from examples.moonlight.training.results import RESULTS, SCHEDULE, SHARDING, present, write_results
+from examples.moonlight.training.retention import EveryTokens, Retention
 from examples.moonlight.training.run_folder import open_run_folder
 from examples.moonlight.training.steps import TrainState, make_train_steps, make_validate
+from examples.moonlight.training.stopping import Stopped, StopRequest
 from muon_jax import muon, qk_clip, sharding_report
 
 
@@ -110,8 +114,17 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
             begin with, is not there.
         ValueError: An argument is out of range, or differs from the run that is to be resumed; or
             the model to begin with cannot be read.
-        FloatingPointError: The loss is no longer finite.
+        FloatingPointError: A loss, a gradient, or what an update left behind is not finite.
+        FolderInUse: Another process works in the output folder.
+        Damaged: No checkpoint of the run, or of the one to branch from, is as it was saved.
+        OSError: A file cannot be written, for want of space, say.
+        Stopped: A signal came. The run is saved, and goes on from there with `resume`.
     """
+    with StopRequest() as stop:
+        return _train(args, config, stop)
+
+
+def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[str, Any]:
     clock, console = Clock(), rich.get_console()
     recipe = resolve(args)
     sources = parse_sources(args.data)
@@ -190,26 +203,30 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
     settings |= {"config": dataclasses.asdict(config), "corpus": corpus.corpus_hash}
     branch = find_branch(args.branch_from, folder, settings, spans)
     goes_back = args.resume_step is not None
-    open_run_folder(folder, settings, resume=args.resume or goes_back, must_exist=goes_back)
-    write_atomically(folder / TOKENIZER, corpus.tokenizer.to_str(pretty=True).encode())
-    if pretrained is not None:
-        copy_companions(pretrained, folder)
-    if branch is not None:
-        copy_branch(branch, folder)
     every = args.keep_every_tokens
-    with contextlib.closing(
-        Checkpoints(
-            folder / CHECKPOINTS,
-            max_to_keep=args.max_to_keep,
-            keep_steps=[*plan.stage_ends().values()],
-            every_tokens=None if every is None else EveryTokens(every, plan.tokens),
+    retention = Retention(
+        latest=args.max_to_keep,
+        steps=[*plan.stage_ends().values()],
+        every_tokens=None if every is None else EveryTokens(every, plan.tokens),
+    )
+    stop.check("stopped before the first step: nothing was written")
+    with contextlib.ExitStack() as held:
+        lock = held.enter_context(
+            open_run_folder(folder, settings, resume=args.resume or goes_back, must_exist=goes_back)
         )
-    ) as checkpoints:
+        write_atomically(folder / TOKENIZER, corpus.tokenizer.to_str(pretty=True).encode())
+        if pretrained is not None:
+            copy_companions(pretrained, folder)
+        if branch is not None:
+            copy_branch(branch, folder, console)
+        checkpoints = held.enter_context(
+            contextlib.closing(Checkpoints(folder / CHECKPOINTS, retention, console))
+        )
         if args.resume_step is not None:
             go_back(folder, checkpoints, args.resume_step, console)
         if (folder / RESULTS).exists():
             console.print(f"{folder} holds a finished run: nothing left to train")
-            return present(folder, json.loads((folder / RESULTS).read_text()))
+            return present(folder, read_json(folder / RESULTS))
         console.print(plan_table(plan, recipe))
         title = f"{args.init_from or f'Moonlight {args.preset}'}, {recipe.schedule} schedule"
         draw_plan(folder / SCHEDULE, plan, title=title)
@@ -257,7 +274,7 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
                 write_atomically(folder / SHARDING, f"{report}\n".encode())
 
         # State
-        step, meshes = 0, {}  # meshes by the first step that was taken on each
+        step, history = 0, History()
         if checkpoints.latest_step() is not None:
             target = jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings)
             restored = checkpoints.restore(
@@ -268,7 +285,7 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
             params, bias = (restored.model[name] for name in ("params", "router_bias"))
             state = TrainState(params, bias, restored.optimizer)
             clock.add(saved["clock"])
-            meshes = saved["meshes"]
+            history = History.read(saved["history"])
             batches.set_state(saved["data"])
             console.print(f"continuing after step {step}, in the stage {plan.segment(step).stage}")
         elif pretrained is not None:
@@ -279,79 +296,111 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
             state = start()  # eagerly: one compilation per shape, not one of all draws
         else:
             state = jax.jit(start, out_shardings=shardings)()
-        if step < plan.steps and [*meshes.values()][-1:] != [str(sharding)]:
-            meshes[str(step + 1)] = str(sharding)
+        if step < plan.steps and [*history.meshes.values()][-1:] != [str(sharding)]:
+            history.meshes[str(step + 1)] = str(sharding)
+        guarded = guard(optimizer, args.on_nonfinite)
+        state = state._replace(opt_state=wrap(state.opt_state, args.on_nonfinite, history.skipped))
 
         # Loop
-        with contextlib.closing(metrics.MetricsLog(folder, after_step=step)) as log:
-            if step < plan.steps:
-                started = clock.wall_seconds
-                programs = compile_programs(
-                    make_train_steps(
-                        graphdef,
-                        optimizer,
-                        plan.learning_rate,
-                        bias_rate=plan.bias_rate,
-                        monitor=execution.monitor,
-                    ),
-                    make_validate(abstract_model(config, dropless)[0]),
-                    state=state,
-                    shardings=shardings,
-                    sharding=sharding,
-                    buffer_sabt=token_buffer(args, recipe, plan),
-                    windows_kbt=validation.windows_kbt,
-                )
-                console.print(f"compiled in {clock.wall_seconds - started:.1f} s")
-                state = run_to_the_end(
-                    state,
-                    step,
-                    args=args,
-                    recipe=recipe,
-                    plan=plan,
-                    programs=programs,
-                    batches=batches,
-                    spans=spans,
-                    validation=validation,
-                    checkpoints=checkpoints,
-                    log=log,
-                    meshes=meshes,
-                    clock=clock,
-                    console=console,
-                )
+        log = held.enter_context(
+            contextlib.closing(metrics.MetricsLog(folder, after_step=step, console=console))
+        )
+        stop.check(f"stopped after step {step}")
+        if step < plan.steps:
+            started = clock.wall_seconds
+            programs = compile_programs(
+                make_train_steps(
+                    graphdef,
+                    guarded,
+                    plan.learning_rate,
+                    bias_rate=plan.bias_rate,
+                    on_nonfinite=args.on_nonfinite,
+                    monitor=execution.monitor,
+                ),
+                make_validate(abstract_model(config, dropless)[0]),
+                state=state,
+                shardings=shardings._replace(
+                    opt_state=wrap(
+                        shardings.opt_state, args.on_nonfinite, history.skipped, sharding.place()
+                    )
+                ),
+                sharding=sharding,
+                buffer_sabt=token_buffer(args, recipe, plan),
+                windows_kbt=validation.windows_kbt,
+            )
+            console.print(f"compiled in {clock.wall_seconds - started:.1f} s")
+            stop.check(f"stopped after step {step}")
+            run = Run(
+                args=args,
+                recipe=recipe,
+                plan=plan,
+                programs=programs,
+                batches=batches,
+                spans=spans,
+                validation=validation,
+                checkpoints=checkpoints,
+                lock=lock,
+                stop=stop,
+                log=log,
+                history=history,
+                clock=clock,
+                console=console,
+            )
+            state = run.to_the_end(state, step)
 
-    # Results
-    generator = Generator(
-        abstract_model(config, dropless)[0],
-        state.params,
-        state.bias,
-        batch=1,
-        length=recipe.sequence_length,
-        chunk=1,  # one program to compile: the prompt is short
-        sampling=Sampling(seed=args.seed),
-        sharding=sharding,
-    )
-    [continuation] = continue_texts(
-        generator,
-        corpus.tokenizer,
-        [prompt],
-        max_new_tokens=recipe.sequence_length,
-        stop_ids=stop_tokens(folder, corpus.tokenizer),
-    )
-    results = {
-        "steps": plan.steps,
-        "stages": plan.stage_ends(),
-        "tokens": plan.tokens(plan.steps),
-        "tokens_per_second": plan.tokens(plan.steps) / clock.step_seconds,
-        "wall_seconds": clock.wall_seconds,
-        "bytes_per_token": validation.bytes_per_token,
-        "parameters": counts._asdict(),
-        "settings": settings,
-        "meshes": meshes,
-        "optimizer_state_bytes_per_device": state_bytes,
-        "sample": args.prompt + continuation,
-    }
-    return present(folder, write_results(folder, results))
+        # Results
+        generator = Generator(
+            abstract_model(config, dropless)[0],
+            state.params,
+            state.bias,
+            batch=1,
+            length=recipe.sequence_length,
+            chunk=1,  # one program to compile: the prompt is short
+            sampling=Sampling(seed=args.seed),
+            sharding=sharding,
+        )
+        [continuation] = continue_texts(
+            generator,
+            corpus.tokenizer,
+            [prompt],
+            max_new_tokens=recipe.sequence_length,
+            stop_ids=stop_tokens(folder, corpus.tokenizer),
+        )
+        results = {
+            "steps": plan.steps,
+            "stages": plan.stage_ends(),
+            "tokens": plan.tokens(plan.steps),
+            "tokens_per_second": plan.tokens(plan.steps) / clock.step_seconds,
+            "wall_seconds": clock.wall_seconds,
+            "bytes_per_token": validation.bytes_per_token,
+            "parameters": counts._asdict(),
+            "settings": settings,
+            "meshes": history.meshes,
+            "skipped_updates": history.skipped.total,
+            "optimizer_state_bytes_per_device": state_bytes,
+            "sample": args.prompt + continuation,
+        }
+        stop.check(f"stopped after step {plan.steps}, before the results were written")
+        lock.check()
+        last, best = history.validation, history.best
+        assert last is not None and best is not None  # the last step is validated
+        return present(folder, write_results(folder, last, best, results))
+
+
+def main(args: Args | None = None, config: ModelConfig | None = None) -> None:
+    """The program: `train` on a terminal that may fail; stopped, it says how to go on.
+
+    Args:
+        args: Left out, the command line's.
+        config: As for `train`.
+    """
+    make_sturdy()
+    try:
+        train(args or tyro.cli(Args), config)
+    except Stopped as stopped:
+        rich.print(f"{stopped}; the same command with --resume goes on")
+        sys.exit(128 + stopped.signum)
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args))
+    main()

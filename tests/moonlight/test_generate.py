@@ -22,6 +22,7 @@ from examples.moonlight.generation.texts import continue_texts, converse
 from examples.moonlight.huggingface.hf_import import load_pretrained
 from examples.moonlight.model.config import Execution
 from examples.moonlight.training.checkpoint import Checkpoints
+from examples.moonlight.training.retention import Retention
 
 CONFIG = dataclasses.replace(hf_toy.MOONLIGHT, vocab_size=300, max_position_embeddings=64)
 SPECIAL = ["[EOS]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>"]
@@ -55,7 +56,7 @@ def _run(tmp_path_factory: pytest.TempPathFactory, folder: Path) -> Path:
     (run / "settings.json").write_text(json.dumps({"config": dataclasses.asdict(CONFIG)}))
     (run / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     _, params, bias = load_pretrained(folder)
-    checkpoints = Checkpoints(run / "checkpoints", max_to_keep=2)
+    checkpoints = Checkpoints(run / "checkpoints", Retention(2))
     for step, loss in ((1, 0.5), (2, 0.7)):
         zeroed = jax.tree.map(lambda x, step=step: x * (step == 1), params)
         model = {"params": zeroed, "router_bias": bias}

@@ -23,6 +23,7 @@ from examples.moonlight.huggingface.hf_import import Pretrained, load_pretrained
 from examples.moonlight.model.config import Execution
 from examples.moonlight.model.sharding import ModelSharding, make_mesh
 from examples.moonlight.training.checkpoint import Checkpoints
+from examples.moonlight.training.retention import Retention
 
 TOY = hf_toy.MOONLIGHT
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -224,7 +225,7 @@ def test_wrong_arguments_of_an_export_are_refused(folder, tmp_path):
 def test_a_run_is_exported_from_its_checkpoint_and_a_directory_anew(folder, tensors, tmp_path):
     config, params, bias = load_pretrained(folder)
     run = tmp_path / "run"
-    with contextlib.closing(Checkpoints(run / "checkpoints", max_to_keep=2)) as checkpoints:
+    with contextlib.closing(Checkpoints(run / "checkpoints", Retention(2))) as checkpoints:
         for step, factor in ((3, 1), (4, 2)):
             checkpoints.save(
                 step,

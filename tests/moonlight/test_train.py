@@ -26,12 +26,13 @@ from examples.moonlight import generate
 from examples.moonlight.files import write_atomically
 from examples.moonlight.model.language_model import ModelStats, merge_stats
 from examples.moonlight.train import train
-from examples.moonlight.training import loop, metrics
-from examples.moonlight.training.checkpoint import Checkpoints, EveryTokens, kept_steps
+from examples.moonlight.training import metrics
+from examples.moonlight.training.checkpoint import kept_steps
 from examples.moonlight.training.steps import StepMetrics, make_train_steps
 
 # Of a run whose experts have no capacity.
 MEASURED = [name for name in StepMetrics._fields if name != "dropped_share"]
+RECORDED = [name for name in MEASURED if not name.endswith("_finite")]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -65,7 +66,7 @@ def test_a_run_leaves_everything_it_promises(finished: Path):
         "step",
         "tokens",
         "tokens_per_second",
-        *MEASURED,
+        *RECORDED,
     }
     assert all(np.isfinite(list(record.values())[1:]).all() for record in steps)
     validations = metrics.read_metrics(run / metrics.FILE, metrics.VALIDATION)
@@ -285,48 +286,6 @@ def test_statistics_are_those_of_the_micro_batches_that_were_taken():
     assert taken == [7, None, -3, 0.375, pytest.approx(np.sqrt(12.5)), None]
 
 
-def test_checkpoints_are_kept_by_every_policy(tmp_path: Path):
-    def save(step: int, loss: float) -> None:
-        value = {"w": jnp.full(3, step, jnp.float32)}
-        kept.save(step, model=value, optimizer=value, progress={"at": step}, val_loss=loss)
-
-    policy = {
-        "max_to_keep": 1,
-        "keep_steps": [3],
-        "every_tokens": EveryTokens(100, lambda step: 12 * step),
-    }
-    for losses in (
-        {1: 3.0, 2: 1.0, 3: 2.5, 8: 2.4, 9: 2.3},
-        # What a killed run left; and the losses of earlier checkpoints are remembered.
-        {10: 2.0, 16: 2.1, 18: 2.2, 19: 2.2},
-    ):
-        kept = Checkpoints(tmp_path, **policy)
-        for step, loss in losses.items():
-            save(step, loss)
-        kept.close()
-    # The latest, the best, what is asked for, and the first after 100 and 200 tokens.
-    kept = Checkpoints(tmp_path, **policy)
-    assert kept.all_steps() == kept_steps(tmp_path) == [2, 3, 9, 18, 19]
-    assert kept.delete_after(9) == [18, 19]
-    assert kept_steps(tmp_path) == [2, 3, 9]
-    template = {"w": jnp.zeros(3)}
-    restored = kept.restore(model=template, optimizer=template)
-    assert (restored.step, restored.progress) == (9, {"at": 9})
-    np.testing.assert_array_equal(restored.model["w"], np.full(3, 9))
-    save(10, 0.5)  # the best, now
-    assert kept.all_steps() == [3, 9, 10]
-    kept.close()
-
-
-def test_checkpoints_refuse_what_they_cannot_do(tmp_path: Path):
-    with pytest.raises(ValueError, match="--max-to-keep must be at least 1, got 0"):
-        Checkpoints(tmp_path, max_to_keep=0)
-    checkpoints = Checkpoints(tmp_path, max_to_keep=1)
-    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        checkpoints.restore(model={}, optimizer={})
-    checkpoints.close()
-
-
 def test_an_occupied_folder_needs_resume(finished: Path):
     with pytest.raises(FileExistsError, match="is not empty: continue that run with --resume"):
         train(toy.arguments(finished), toy.CONFIG)
@@ -395,31 +354,6 @@ def test_wrong_arguments_are_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         train(toy.arguments(tmp_path, **changes), toy.CONFIG)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_diverging_run_stops(tmp_path: Path, monkeypatch):
-    def train_steps(state, tokens_sabt, *_):
-        losses = jnp.arange(len(tokens_sabt), dtype=jnp.float32).at[2].set(jnp.nan)
-        return state, StepMetrics(*(losses for _ in StepMetrics._fields)), None
-
-    programs = loop.Programs(train_steps, lambda *_: pytest.fail("validated"))
-    monkeypatch.setattr("examples.moonlight.train.compile_programs", lambda *_, **__: programs)
-    with pytest.raises(FloatingPointError, match=r"step 3; lower --learning-rate \(was 0.004\)"):
-        train(toy.arguments(tmp_path), toy.CONFIG)
-    assert not kept_steps(tmp_path / "run" / "checkpoints")
-
-
-def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path):
-    log = metrics.MetricsLog(tmp_path, after_step=0)
-    for step in (1, 2, 3):
-        log.write(metrics.TRAIN, step, {"loss": 1.0 / step})
-    log.close()
-    path = tmp_path / metrics.FILE
-    path.write_text(path.read_text() + '{"kind": "train", "st')
-    metrics.MetricsLog(tmp_path, after_step=2).close()
-    assert [record["step"] for record in metrics.read_metrics(path, metrics.TRAIN)] == [1, 2]
-    with pytest.raises(ValueError, match="lacks steps that the checkpoint of step 3"):
-        metrics.MetricsLog(tmp_path, after_step=3)
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch):

@@ -13,9 +13,10 @@ from flax import nnx
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.moonlight import Moonlight
-from examples.moonlight.train import make_optimizer, train
+from examples.moonlight.train import main, make_optimizer
 from examples.moonlight.training.args import Args
 from examples.moonlight.training.checkpoint import Checkpoints, Restored
+from examples.moonlight.training.retention import Retention
 from examples.moonlight.training.steps import TrainState
 
 CONFIG = dataclasses.replace(
@@ -72,7 +73,7 @@ def restore(run: Path) -> Restored:
     settings = json.loads((run / "settings.json").read_text())
     optimizer = make_optimizer("muon", lambda _: 1.0, 0.1)
     _, state = split(MoonlightConfig(**settings["config"]), optimizer)
-    checkpoints = Checkpoints(run / "checkpoints", max_to_keep=100)
+    checkpoints = Checkpoints(run / "checkpoints", Retention(100))
     model = {"params": state.params, "router_bias": state.bias}
     restored = checkpoints.restore(model=model, optimizer=state.opt_state)
     checkpoints.close()
@@ -90,7 +91,7 @@ def assert_same_state(ours: Path, theirs: Path) -> None:
 
 if __name__ == "__main__":
     run_folder, steps = Path(sys.argv[1]), int(sys.argv[2])
-    train(
+    main(
         arguments(
             run_folder, steps=steps, checkpoint_every=7, gradient_accumulation=2, resume=True
         ),

@@ -130,6 +130,9 @@ class Args:
     steps_per_call: int | None = None
     """Optimizer steps per call into XLA, which saves dispatch time on small models; left out, up to
     20, of at most 4M tokens together."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a gradient that is not finite: end the run there, or leave that update out, count it, and
+    go on; ten in a row end the run all the same. A resumed run may change it."""
     prompt: str = "def "
     """Text that the sample at the end continues."""
     resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
@@ -160,6 +163,7 @@ FREE = {
     "unroll",
     "monitor_every",
     "steps_per_call",
+    "on_nonfinite",
     "prompt",
     "resume",
     "resume_step",

@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from examples.moonlight.data.batches import Span, windows_read
+from examples.moonlight.files import read_json
 from examples.moonlight.training import metrics
 from examples.moonlight.training.checkpoint import (
     CHECKPOINTS,
     Checkpoints,
+    check_checkpoint,
     copy_checkpoint,
     kept_steps,
     read_progress,
@@ -44,6 +46,7 @@ def go_back(folder: Path, checkpoints: Checkpoints, step: int, console: Console)
 
     Raises:
         ValueError: The step's checkpoint is not kept; the message lists those that are.
+        Damaged: It is not what was saved. Nothing was deleted.
     """
     kept = checkpoints.all_steps()
     if step not in kept:
@@ -51,6 +54,7 @@ def go_back(folder: Path, checkpoints: Checkpoints, step: int, console: Console)
             f"--resume-step {step}: {folder} keeps no checkpoint of that step; it keeps "
             f"{', '.join(map(str, kept)) or 'none'}"
         )
+    check_checkpoint(checkpoints.directory, step)
     later = [str(other) for other in kept if other > step]
     if later or (folder / RESULTS).exists():
         console.print(
@@ -92,7 +96,7 @@ def find_branch(
             f"--branch-from {text}: this run ends after {settings['steps']} steps; nothing would "
             "be left to train"
         )
-    there = json.loads((branch.folder / SETTINGS).read_text())
+    there = read_json(branch.folder / SETTINGS)
     here = json.loads(json.dumps(dict(settings)))
     changed = [
         f"{name} was {there.get(name)!r} and is now {here.get(name)!r}"
@@ -126,8 +130,8 @@ def parse_branch(text: str) -> tuple[Path, int]:
     return Path(folder), int(step)
 
 
-def copy_branch(branch: Branch, folder: Path) -> None:
+def copy_branch(branch: Branch, folder: Path, console: Console) -> None:
     """Copies a run's metrics and checkpoint of a step; the checkpoint last, whole or not at all."""
-    records = metrics.records_until(branch.folder / metrics.FILE, branch.step)
+    records = metrics.records_until(branch.folder / metrics.FILE, branch.step, console)
     metrics.write_records(folder / metrics.FILE, records)
     copy_checkpoint(branch.folder / CHECKPOINTS, branch.step, folder / CHECKPOINTS)

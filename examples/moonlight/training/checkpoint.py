@@ -1,32 +1,42 @@
-"""Checkpoints that a run killed at any moment can continue from.
+"""Checkpoints that a run killed at any moment can continue from, and that show their damage.
 
-Orbax writes a step into a temporary folder and renames it when everything is on disk, so a
-checkpoint is whole or absent. Three items lie side by side, so that whoever needs only the weights
-(sampling, export, fine-tuning) restores only `model`:
+A checkpoint is written into a hidden folder, sealed (`seal.py`), put on disk with everything in it,
+and only then given its name, the number of its step: it is whole or absent, also after a loss of
+power. After that, older ones are deleted. Three items lie side by side, so that whoever needs only
+the weights (sampling, export, fine-tuning) restores only `model`:
 
   model      parameters and router bias, as pure nested dicts
   optimizer  the optax state
   progress   JSON: what the loop needs besides arrays (the position in the data, seconds spent)
 
 A run keeps its most recent checkpoints, the best by validation loss, the ends of its stages, and
-the first after every so many tokens: to any of them it can go back.
+the first after every so many tokens: to any of them it can go back. Nothing is restored whose seal
+does not hold.
 """
 
-import dataclasses
+import contextlib
 import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
+import rich
+from rich.console import Console
+
+from examples.moonlight.training import seal
+from examples.moonlight.training.retention import Retention, best_step
+from examples.moonlight.training.seal import Damaged
 
 PyTree = Any
 
-# The folder of a run's checkpoints, in the run's.
+# The folder of a run's checkpoints, in the run's; and beside it that of the damaged ones.
 CHECKPOINTS = "checkpoints"
+DAMAGED = "damaged"
 
-_policies = ocp.checkpoint_managers
+_MODEL, _OPTIMIZER, _PROGRESS = "model", "optimizer", "progress"
 
 
 class Restored(NamedTuple):
@@ -38,79 +48,33 @@ class Restored(NamedTuple):
     progress: dict[str, Any]
 
 
-@dataclasses.dataclass
-class EveryTokens:
-    """Orbax' policy that preserves the first checkpoint after every so many tokens.
-
-    It looks at no clock and no earlier decision: what is kept follows from the steps alone.
-
-    Attributes:
-        interval: Tokens.
-        tokens_at: The tokens that are behind a run after so many steps.
-    """
-
-    interval: int
-    tokens_at: Callable[[int], int]
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Whether each checkpoint, in order of steps, is preserved."""
-        del context
-        passed = [self.tokens_at(info.step) // self.interval for info in checkpoints]
-        return [now > before for before, now in zip([0, *passed], passed, strict=False)]
-
-
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoints of one run, of which this is the only writer (`run_folder.py` sees to that).
 
     Args:
-        directory: absolute or relative; created when missing.
-        max_to_keep: how many of the most recent to keep; what else is kept comes on top.
-        keep_steps: steps whose checkpoints are kept for good.
-        every_tokens: keeps the first checkpoint after every so many tokens; None for none.
+        directory: Absolute or relative; created when missing. What a killed run left half-written
+            or half-deleted in it is removed.
+        retention: Which checkpoints are kept.
+        console: Told of damage; left out, the terminal.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        max_to_keep: int,
-        keep_steps: Collection[int] = (),
-        every_tokens: EveryTokens | None = None,
-    ):
-        if max_to_keep < 1:
-            raise ValueError(f"--max-to-keep must be at least 1, got {max_to_keep}")
-        policies = [
-            _policies.LatestN(max_to_keep),
-            # The highest of the metric is kept, and the best loss is the lowest.
-            _policies.BestN(get_metric_fn=lambda metrics: -metrics["val_loss"], n=1),
-            _policies.CustomSteps([*keep_steps]),
-        ]
-        if every_tokens is not None:
-            policies.append(every_tokens)
-        keep = _policies.AnyPreservationPolicy(policies)
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=keep,
-                # The policy decides; but without best_fn Orbax writes no metrics, and after a
-                # resume it would take every earlier checkpoint for one worth keeping.
-                best_fn=lambda metrics: metrics["val_loss"],
-                best_mode="min",
-                # The training step donates the arrays that an asynchronous save would still read,
-                # and on CPU a "copy to the host" is the same memory.
-                enable_async_checkpointing=False,
-                # What a killed run left half-written.
-                cleanup_tmp_directories=True,
-            ),
-        )
+    def __init__(self, directory: Path, retention: Retention, console: Console | None = None):
+        self.directory = directory.absolute()
+        self._retention = retention
+        self._console = console or rich.get_console()
+        self._orbax = _checkpointer()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for path in self.directory.iterdir():
+            if path.name.startswith("."):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def latest_step(self) -> int | None:
         """The number of optimizer steps behind the newest checkpoint; None without any."""
-        return self._manager.latest_step()
+        return max(self.all_steps(), default=None)
 
     def all_steps(self) -> list[int]:
         """The steps that are kept, in order."""
-        return sorted(self._manager.all_steps())
+        return kept_steps(self.directory)
 
     def save(
         self,
@@ -119,18 +83,58 @@ class Checkpoints:
         model: PyTree,
         optimizer: PyTree,
         progress: Mapping[str, Any],
-        val_loss: float,
+        val_loss: float | None,
     ) -> None:
-        """Writes a checkpoint, then deletes those that are no longer kept."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(model),
-                optimizer=ocp.args.StandardSave(optimizer),
-                progress=ocp.args.JsonSave(dict(progress)),
-            ),
-            metrics={"val_loss": val_loss},
-        )
+        """Writes a checkpoint, puts it on disk, then deletes those that are no longer kept.
+
+        The folder is made again where somebody deleted it, and that is said.
+
+        Raises:
+            OSError: It cannot be written, for want of space, say: nothing was deleted for it.
+        """
+        if not self.directory.exists():
+            self._warn(f"{self.directory} was deleted: it is made again for step {step}.")
+        partial = self.directory / f".saving-{step}"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            args = ocp.args
+            self._orbax.save(
+                partial,
+                args=args.Composite(
+                    model=args.StandardSave(model),
+                    optimizer=args.StandardSave(optimizer),
+                    progress=args.JsonSave(dict(progress)),
+                ),
+            )
+            seal.seal(partial, {"step": step, "val_loss": val_loss})
+            partial.rename(self.directory / str(step))
+            seal.sync(self.directory)
+        except Exception as error:  # Orbax and its engine raise what they like
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = self.latest_step()
+            raise OSError(
+                f"the checkpoint of step {step} could not be written to {self.directory}: "
+                f"{_cause(error)}. The newest that is there is "
+                f"{'none' if kept is None else f'of step {kept}'}; mend the cause, and go on with "
+                "the same command and --resume"
+            ) from error
+        self._delete_what_is_not_kept()
+
+    def _delete_what_is_not_kept(self) -> None:
+        losses = {}
+        for step in self.all_steps():
+            # One that is damaged is left for whoever finds out what happened to it.
+            with contextlib.suppress(Damaged):
+                losses[step] = seal.read_seal(self.directory / str(step))["val_loss"]
+        for step in losses.keys() - self._retention.kept(losses):
+            self.delete(step)
+
+    def delete(self, step: int) -> None:
+        """Deletes a checkpoint; killed half-way, it is gone all the same."""
+        doomed = self.directory / f".deleting-{step}-{uuid.uuid4().hex}"
+        (self.directory / str(step)).rename(doomed)
+        shutil.rmtree(doomed)
 
     def delete_after(self, step: int) -> list[int]:
         """Deletes every checkpoint after a step, and returns which.
@@ -139,52 +143,119 @@ class Checkpoints:
         """
         later = [other for other in self.all_steps() if other > step]
         for other in reversed(later):
-            self._manager.delete(other)
+            self.delete(other)
         return later
 
+    def _set_damaged_aside(self) -> None:
+        """Moves damaged checkpoints out of the way of the newest whole one, and says so."""
+        wrong = {}
+        for step in reversed(self.all_steps()):
+            try:
+                _check(self.directory, step)
+                break
+            except Damaged as error:
+                wrong[step] = str(error)
+        else:
+            if wrong:
+                raise Damaged(
+                    f"{self.directory}: no checkpoint is whole, so the run cannot go on: "
+                    f"{_listed(wrong)}. Restore the folder from a copy, or start again in another "
+                    "--output-dir"
+                )
+        for step, reason in wrong.items():
+            aside = self.directory.parent / DAMAGED / f"{step}-{uuid.uuid4().hex[:8]}"
+            aside.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(aside)
+            self._warn(
+                f"The checkpoint of step {step} is damaged: {reason}. It is not used, and lies in "
+                f"{aside} now."
+            )
+        if wrong:
+            self._warn(
+                f"Going back to step {self.latest_step()}, the newest checkpoint that is whole; "
+                "the steps after it are taken again."
+            )
+
+    def _warn(self, message: str) -> None:
+        self._console.print(
+            message, style="bold red", markup=False, highlight=False, soft_wrap=True
+        )
+
     def restore(self, *, model: PyTree, optimizer: PyTree) -> Restored:
-        """Reads the newest checkpoint into the structure, dtypes and shardings of the arguments.
+        """Reads the newest whole checkpoint into structure, dtypes and shardings of the arguments.
+
+        Newer ones that are damaged are kept, but out of the way, in `damaged/` beside the folder,
+        and it is said loudly.
 
         Raises:
-            FileNotFoundError: there is no checkpoint.
+            FileNotFoundError: There is no checkpoint.
+            Damaged: There are checkpoints, and none of them is whole; they stay where they are.
         """
+        self._set_damaged_aside()
         step = self.latest_step()
         if step is None:
-            raise FileNotFoundError(f"no checkpoint in {self._manager.directory}")
-        abstract = ocp.utils.to_shape_dtype_struct
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(jax.tree.map(abstract, model)),
-                optimizer=ocp.args.StandardRestore(jax.tree.map(abstract, optimizer)),
-                progress=ocp.args.JsonRestore(),
+            raise FileNotFoundError(f"no checkpoint in {self.directory}")
+        args = ocp.args
+        restored = self._orbax.restore(
+            self.directory / str(step),
+            args=args.Composite(
+                model=args.StandardRestore(_abstract(model)),
+                optimizer=args.StandardRestore(_abstract(optimizer)),
+                progress=args.JsonRestore(),
             ),
         )
-        return Restored(step, restored["model"], restored["optimizer"], restored["progress"])
+        return Restored(step, restored[_MODEL], restored[_OPTIMIZER], restored[_PROGRESS])
 
     def close(self) -> None:
         """Lets go of Orbax' threads."""
-        self._manager.close()
+        self._orbax.close()
 
 
 def kept_steps(directory: Path) -> list[int]:
     """The steps that a run's folder of checkpoints keeps, in order; the folder is left as it is."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return sorted(int(name) for name in names if name.isdecimal())
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+
+
+def check_checkpoint(directory: Path, step: int, *, only: str = "") -> None:
+    """Compares a checkpoint with its seal.
+
+    Args:
+        directory: The checkpoints of a run.
+        step: Of the checkpoint.
+        only: An item: the others are not read.
+
+    Raises:
+        Damaged: It is not what was saved; the message names an older one that is, if there is one.
+    """
+    try:
+        _check(directory, step, only)
+    except Damaged as error:
+        raise Damaged(
+            f"{directory / str(step)}: this checkpoint is damaged: {error}. "
+            f"{_older_whole(directory, step, only)}"
+        ) from error
 
 
 def read_progress(directory: Path, step: int) -> dict[str, Any]:
-    """Reads the `progress` item of a checkpoint that is there, and leaves the folder as it is."""
-    options = ocp.CheckpointManagerOptions(create=False)  # see `read_model`
-    with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
-        item = ocp.args.Composite(progress=ocp.args.JsonRestore())
-        return manager.restore(step, args=item)["progress"]
+    """Reads the `progress` item of a checkpoint that is there, and leaves the folder as it is.
+
+    Raises:
+        Damaged: It is not what was saved.
+    """
+    check_checkpoint(directory, step, only=_PROGRESS)
+    return _restore_item(directory, step, _PROGRESS, ocp.args.JsonRestore())
 
 
 def copy_checkpoint(source: Path, step: int, target: Path) -> None:
-    """Copies one checkpoint of a run into another's folder of checkpoints, whole or not at all."""
+    """Copies one checkpoint of a run into another's folder of checkpoints, whole or not at all.
+
+    Raises:
+        Damaged: It is not what was saved.
+    """
+    check_checkpoint(source, step)
     target.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}-{step}.partial")
+    partial = target / f".copying-{step}"
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source / str(step), partial)
     partial.rename(target / str(step))
@@ -194,30 +265,89 @@ def read_model(directory: Path, target: PyTree, which: str | int = "last") -> tu
     """Reads the `model` item alone, and leaves the folder as it is: its run may be under way.
 
     Args:
-        directory: the checkpoints of a run.
-        target: structure, dtypes and shardings to read into.
+        directory: The checkpoints of a run.
+        target: Structure, dtypes and shardings to read into.
         which: "last", "best" by validation loss, or a step.
 
     Returns:
         The step, and the item.
 
     Raises:
-        FileNotFoundError: there is no such checkpoint.
+        FileNotFoundError: There is no such checkpoint.
+        Damaged: It is not what was saved.
     """
-    steps: list[int] = []
-    if directory.is_dir():
-        # Without read_only, of which Orbax warns: what is never saved to deletes nothing.
-        options = ocp.CheckpointManagerOptions(
-            create=False, best_fn=lambda metrics: metrics["val_loss"], best_mode="min"
+    steps = kept_steps(directory)
+    step = steps[-1] if which == "last" and steps else which
+    if which == "best":
+        losses = {
+            step: loss for step in steps if (loss := _loss(directory / str(step))) is not None
+        }
+        step = best_step(losses) if losses else which
+    if not isinstance(step, int) or step not in steps:
+        raise FileNotFoundError(
+            f"{directory} has no checkpoint {which!r}; there are the steps {steps}, last and best"
         )
-        with ocp.CheckpointManager(directory.absolute(), options=options) as manager:
-            steps = sorted(manager.all_steps())
-            named = {"last": manager.latest_step(), "best": manager.best_step()}
-            step = named.get(which) if isinstance(which, str) else which
-            if step is not None and step in steps:
-                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-                item = ocp.args.Composite(model=ocp.args.StandardRestore(abstract))
-                return step, manager.restore(step, args=item)["model"]
-    raise FileNotFoundError(
-        f"{directory} has no checkpoint {which!r}; there are the steps {steps}, last and best"
+    check_checkpoint(directory, step, only=_MODEL)
+    item = ocp.args.StandardRestore(_abstract(target))
+    return step, _restore_item(directory, step, _MODEL, item)
+
+
+def _restore_item(directory: Path, step: int, name: str, item: Any) -> Any:
+    with _checkpointer() as orbax:
+        path = directory.absolute() / str(step)
+        return orbax.restore(path, args=ocp.args.Composite(**{name: item}))[name]
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(
+            **{
+                _MODEL: ocp.StandardCheckpointHandler(),
+                _OPTIMIZER: ocp.StandardCheckpointHandler(),
+                _PROGRESS: ocp.JsonCheckpointHandler(),
+            }
+        )
     )
+
+
+def _abstract(tree: PyTree) -> PyTree:
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+
+
+def _loss(folder: Path) -> float | None:
+    """The validation loss of a checkpoint; None of one without, or whose seal cannot be read."""
+    try:
+        return seal.read_seal(folder)["val_loss"]
+    except Damaged:
+        return None
+
+
+def _older_whole(directory: Path, step: int, only: str) -> str:
+    """What can be done about a damaged checkpoint."""
+    for other in reversed([other for other in kept_steps(directory) if other < step]):
+        try:
+            _check(directory, other, only)
+        except Damaged:
+            continue
+        return (
+            f"The checkpoint of step {other} is whole: `train --resume` goes back to it by itself, "
+            f"`--resume-step {other}`, `--branch-from {directory.parent}@{other}` and, where "
+            f"a model is read, `--checkpoint {other}` take it"
+        )
+    return "No older checkpoint is whole: restore the folder from a copy, or train again"
+
+
+def _check(directory: Path, step: int, only: str = "") -> None:
+    """Raises `Damaged` unless the folder of a step holds what that step was sealed with."""
+    sealed = seal.check(directory / str(step), only=only)
+    if sealed.get("step") != step:
+        raise Damaged(f"its {seal.SEAL} is of step {sealed.get('step')}")
+
+
+def _listed(wrong: Mapping[int, str]) -> str:
+    return "; ".join(f"of step {step}, {reason}" for step, reason in wrong.items())
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what an error says, which may be long and have many causes."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,5 +1,6 @@
 """The training loop: batches in, programs called, metrics and checkpoints out."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,8 +17,17 @@ from examples.moonlight.model.sharding import BATCH_AXES, ModelSharding
 from examples.moonlight.training import metrics, monitors
 from examples.moonlight.training.args import Args, Recipe, steps_per_call
 from examples.moonlight.training.checkpoint import Checkpoints
+from examples.moonlight.training.nonfinite import (
+    MOST_IN_A_ROW,
+    Skipped,
+    explain,
+    remedy,
+    unwrap,
+)
+from examples.moonlight.training.run_lock import RunLock
 from examples.moonlight.training.schedule import Plan
 from examples.moonlight.training.steps import TrainState, TrainSteps
+from examples.moonlight.training.stopping import StopRequest
 
 
 class Programs(NamedTuple):
@@ -100,28 +110,45 @@ def token_buffer(args: Args, recipe: Recipe, plan: Plan) -> np.ndarray:
     return np.zeros(shape, np.int32)
 
 
-def run_to_the_end(
-    state: TrainState,
-    step: int,
-    *,
-    args: Args,
-    recipe: Recipe,
-    plan: Plan,
-    programs: Programs,
-    batches: grain.DatasetIterator,
-    spans: Sequence[Span],
-    validation: Validation,
-    checkpoints: Checkpoints,
-    log: metrics.MetricsLog,
-    meshes: dict[str, str],
-    clock: Clock,
-    console: Console,
-) -> TrainState:
-    """Takes a run from a step to the end of its plan.
+@dataclasses.dataclass
+class History:
+    """What a run remembers of its course, in its checkpoints: its results are made of this.
 
-    Args:
-        state: What the run has after `step` steps.
-        step: Optimizer steps taken.
+    Attributes:
+        meshes: The meshes so far, by the first step taken on each.
+        validation: The last validation's record, with its step; None before the first.
+        best: The lowest validation loss, and its step.
+        skipped: The updates that were left out.
+    """
+
+    meshes: dict[str, str] = dataclasses.field(default_factory=dict)
+    validation: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
+    skipped: Skipped = dataclasses.field(default_factory=Skipped)
+
+    def validated(self, step: int, record: Mapping[str, Any]) -> None:
+        """Adds a validation."""
+        self.validation = {"step": step, **record}
+        if self.best is None or record["val_loss"] <= self.best["val_loss"]:
+            self.best = {"step": step, "val_loss": record["val_loss"]}
+
+    def record(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return vars(self) | {"skipped": self.skipped._asdict()}
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> "History":
+        """Inverts `record`."""
+        history = cls(record["meshes"], record["validation"], record["best"])
+        history.skipped = Skipped(**record["skipped"])
+        return history
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run is trained with, from its first call to its last.
+
+    Attributes:
         args: How often to validate, save and monitor, and how many steps a call takes.
         recipe: The sizes of a batch.
         plan: What each step trains with.
@@ -130,85 +157,164 @@ def run_to_the_end(
         spans: The mixes that they are read in.
         validation: The held-out windows.
         checkpoints: Where the state is saved.
+        lock: Of the run's folder: held, or nothing is saved.
+        stop: Asked after each call whether to go on.
         log: Where losses and all else are recorded.
-        meshes: The meshes so far, by the first step taken on each.
+        history: The run's course so far.
         clock: The time so far.
         console: Shows progress.
-
-    Raises:
-        FloatingPointError: The loss is no longer finite.
     """
-    buffer_sabt = token_buffer(args, recipe, plan)
-    stage_ends = {*plan.stage_ends().values()}
-    val_loss = float("nan")
-    with _progress_bar(console) as bar:
-        task = bar.add_task("training", total=plan.steps, completed=step, status="")
-        while step < plan.steps:
-            called = time.perf_counter()
-            count = _steps_until_stop(step, len(buffer_sabt), args, stage_ends)
-            micro_s = np.zeros(len(buffer_sabt), np.int32)
-            for i in range(count):
-                micro_s[i] = plan.segment(step + i).batch // recipe.batch_size
-                for j in range(micro_s[i]):
-                    buffer_sabt[i, j] = next(batches)
-            state, measured, watched = jax.block_until_ready(
-                programs.train_steps(state, buffer_sabt, step, count, micro_s)
-            )
-            seconds = time.perf_counter() - called
-            clock.step_seconds += seconds
 
-            rate = (plan.tokens(step + count) - plan.tokens(step)) / seconds
-            columns = {
-                name: np.asarray(x).tolist()
-                for name, x in measured._asdict().items()
-                if x is not None
-            }
-            for i in range(count):
+    args: Args
+    recipe: Recipe
+    plan: Plan
+    programs: Programs
+    batches: grain.DatasetIterator
+    spans: Sequence[Span]
+    validation: Validation
+    checkpoints: Checkpoints
+    lock: RunLock
+    stop: StopRequest
+    log: metrics.MetricsLog
+    history: History
+    clock: Clock
+    console: Console
+
+    def to_the_end(self, state: TrainState, step: int) -> TrainState:
+        """Takes the run from a step, and the state after it, to the end of its plan.
+
+        Raises:
+            FloatingPointError: An update, a state or a validation is not finite: it is not saved.
+            FolderLost: The run's folder was deleted, or taken over by another process.
+            OSError: A file cannot be written.
+            Stopped: A signal came; the state is saved.
+        """
+        args, plan = self.args, self.plan
+        buffer_sabt = token_buffer(args, self.recipe, plan)
+        stage_ends = {*plan.stage_ends().values()}
+        with _progress_bar(self.console) as bar:
+            task = bar.add_task("training", total=plan.steps, completed=step, status="")
+            while step < plan.steps:
+                count = _steps_until_stop(step, len(buffer_sabt), args, stage_ends)
+                state, watched, columns, rate = self._call(state, step, count, buffer_sabt)
+                step += count
+                self._check_finite(state, step - count, columns)
+                loss = columns["loss"][count - 1]
+
+                saves = step % args.checkpoint_every == 0 or step in stage_ends
+                if saves or step % args.eval_every == 0:
+                    self._validate(state, step)
+                    dropped = ""
+                    if "dropped_share" in columns:
+                        dropped = f"  dropped {columns['dropped_share'][count - 1]:.1%}"
+                    if self.history.skipped.total:
+                        dropped += f"  skipped {self.history.skipped.total}"
+                    bar.console.print(
+                        f"step {step:>6}  loss {loss:.4f}  validation {self._val_loss:.4f}  "
+                        f"{rate:,.0f} tokens/s{dropped}"
+                    )
+                if watched is not None and step % args.monitor_every == 0:
+                    svd = monitors.svd_entropies(state.params)
+                    record = monitors.make_record(watched, svd, columns["grad_norm"][count - 1])
+                    self.log.write(metrics.MONITOR, step, record, monitors.board_scalars(record))
+                self.log.flush()
+                if saves:
+                    self._save(state, step, val_loss=self._val_loss)
+                if self.stop.signum is not None:
+                    if not saves:
+                        self._save(state, step, val_loss=None)
+                    self.stop.check(f"stopped after step {step}")
+                status = f"loss {loss:.3f}  val {self._val_loss:.3f}  {rate:,.0f} tokens/s"
+                bar.update(task, completed=step, status=status)
+        return state
+
+    def _call(
+        self, state: TrainState, step: int, count: int, buffer_sabt: np.ndarray
+    ) -> tuple[TrainState, monitors.Watched | None, dict[str, list[Any]], float]:
+        """Takes steps, and records them: the state, what is watched, the records, tokens/s."""
+        called = time.perf_counter()
+        micro_s = np.zeros(len(buffer_sabt), np.int32)
+        for i in range(count):
+            micro_s[i] = self.plan.segment(step + i).batch // self.recipe.batch_size
+            for j in range(micro_s[i]):
+                buffer_sabt[i, j] = next(self.batches)
+        state, measured, watched = jax.block_until_ready(
+            self.programs.train_steps(state, buffer_sabt, step, count, micro_s)
+        )
+        seconds = time.perf_counter() - called
+        self.clock.step_seconds += seconds
+
+        rate = (self.plan.tokens(step + count) - self.plan.tokens(step)) / seconds
+        columns = {
+            name: np.asarray(x)[:count].tolist()
+            for name, x in measured._asdict().items()
+            if x is not None
+        }
+        for i in range(count):
+            values = {name: column[i] for name, column in columns.items()}
+            finite = values.pop("grads_finite"), values.pop("state_finite")
+            values |= {} if all(finite) else {"finite": False}
+            values |= {"tokens": self.plan.tokens(step + i + 1), "tokens_per_second": rate}
+            self.log.write(metrics.TRAIN, step + i + 1, values)
+        return state, watched, columns, rate
+
+    def _check_finite(self, state: TrainState, step: int, columns: dict[str, list[Any]]) -> None:
+        """Ends the run at the first step of a call that the user does not want to go past.
+
+        Args:
+            state: After the call.
+            step: Before the call.
+            columns: What its steps measured.
+        """
+        _, self.history.skipped = unwrap(state.opt_state)
+        skips = self.args.on_nonfinite == "skip"
+        for i, finite in enumerate(
+            zip(columns["grads_finite"], columns["state_finite"], strict=True)
+        ):
+            if not finite[1] or not (finite[0] or skips):
                 values = {name: column[i] for name, column in columns.items()}
-                values |= {"tokens": plan.tokens(step + i + 1), "tokens_per_second": rate}
-                log.write(metrics.TRAIN, step + i + 1, values)
-            step += count
-            loss = columns["loss"][count - 1]
-            if not np.isfinite(columns["loss"][:count]).all():
-                raise FloatingPointError(
-                    f"the loss is not finite at step {step}; lower --learning-rate (was "
-                    f"{recipe.learning_rate:g})"
-                )
+                self._give_up(explain(step + i + 1, values))
+        if self.history.skipped.in_a_row >= MOST_IN_A_ROW:
+            self._give_up(
+                f"step {step + len(columns['loss'])}: the gradients of the last "
+                f"{self.history.skipped.in_a_row} steps were not finite, and were left out. "
+            )
 
-            saves = step % args.checkpoint_every == 0 or step in stage_ends
-            if saves or step % args.eval_every == 0:
-                losses_k = programs.validate(state.params, state.bias, validation.windows_kbt)
-                record = validation.record(np.asarray(losses_k))
-                dropped = ""
-                if "dropped_share" in columns:
-                    dropped = f"  dropped {columns['dropped_share'][count - 1]:.1%}"
-                val_loss = record["val_loss"]
-                log.write(metrics.VALIDATION, step, record)
-                bar.console.print(
-                    f"step {step:>6}  loss {loss:.4f}  validation {val_loss:.4f}  "
-                    f"{rate:,.0f} tokens/s{dropped}"
-                )
-            if watched is not None and step % args.monitor_every == 0:
-                svd = monitors.svd_entropies(state.params)
-                record = monitors.make_record(watched, svd, columns["grad_norm"][count - 1])
-                log.write(metrics.MONITOR, step, record, monitors.board_scalars(record))
-            log.flush()
-            if saves:
-                checkpoints.save(
-                    step,
-                    model={"params": state.params, "router_bias": state.bias},
-                    optimizer=state.opt_state,
-                    progress={
-                        "data": batches.get_state(),
-                        "read": windows_read(spans, plan.sequences(step)),
-                        "clock": clock.record(),
-                        "meshes": meshes,
-                    },
-                    val_loss=val_loss,
-                )
-            status = f"loss {loss:.3f}  val {val_loss:.3f}  {rate:,.0f} tokens/s"
-            bar.update(task, completed=step, status=status)
-    return state
+    def _give_up(self, what: str) -> None:
+        self.log.flush()
+        newest = self.checkpoints.latest_step()
+        raise FloatingPointError(what + remedy(newest, self.args))
+
+    def _validate(self, state: TrainState, step: int) -> None:
+        losses_k = self.programs.validate(state.params, state.bias, self.validation.windows_kbt)
+        record = self.validation.record(np.asarray(losses_k))
+        self.log.write(metrics.VALIDATION, step, record)
+        if not np.isfinite(record["val_loss"]):
+            self._give_up(f"step {step}: the validation loss is not finite. ")
+        self.history.validated(step, record)
+
+    @property
+    def _val_loss(self) -> float:
+        validation = self.history.validation
+        return float("nan") if validation is None else validation["val_loss"]
+
+    def _save(self, state: TrainState, step: int, *, val_loss: float | None) -> None:
+        """Saves: first the checkpoint is on disk, then the log."""
+        self.lock.check()
+        optimizer, _ = unwrap(state.opt_state)
+        self.checkpoints.save(
+            step,
+            model={"params": state.params, "router_bias": state.bias},
+            optimizer=optimizer,
+            progress={
+                "data": self.batches.get_state(),
+                "read": windows_read(self.spans, self.plan.sequences(step)),
+                "clock": self.clock.record(),
+                "history": self.history.record(),
+            },
+            val_loss=val_loss,
+        )
+        self.log.sync()
 
 
 def _steps_until_stop(step: int, most: int, args: Args, stage_ends: set[int]) -> int:

@@ -2,7 +2,9 @@
 
 import importlib.metadata
 import json
+import math
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,27 @@ SHARDING = "sharding.txt"
 _REPORTED_PACKAGES = ("muon-jax", "jax", "jaxlib", "flax", "optax", "tokenizers")
 
 
-def write_results(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
+def write_results(
+    folder: Path, last: Mapping[str, Any], best: Mapping[str, Any], results: dict[str, Any]
+) -> dict[str, Any]:
     """Completes a run's results by its losses and versions, and writes them.
 
+    All of it comes from the run itself: what lies in its folder may be another's, or gone.
+
     Args:
-        folder: The run's folder; its metrics are complete.
+        folder: The run's folder.
+        last: The record of the last validation, which is of the run's last step.
+        best: The lowest validation loss, and its step.
         results: What the run knows; `bytes_per_token` turns its losses into losses per byte.
+
+    Raises:
+        ValueError: The last validation is of an earlier step.
     """
-    validations = metrics.read_metrics(folder / metrics.FILE, metrics.VALIDATION)
-    best = min(validations, key=lambda record: record["val_loss"])
-    last = validations[-1]
+    if last["step"] != results["steps"]:
+        raise ValueError(
+            f"the results of a run of {results['steps']} steps need the validation of its last, "
+            f"got that of step {last['step']}"
+        )
     per_byte = last["val_loss"] / results["bytes_per_token"]
     results = {
         "final_val_loss": last["val_loss"],
@@ -57,18 +70,23 @@ def write_results(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
 def present(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     """Draws the curves, prints the outcome and the sample, and says where everything is."""
     settings = results["settings"]
-    train_records = metrics.read_metrics(folder / metrics.FILE, metrics.TRAIN)
+    train_records = [
+        record
+        for record in metrics.read_metrics(folder / metrics.FILE, metrics.TRAIN)
+        if math.isfinite(record["loss"])
+    ]
     validations = metrics.read_metrics(folder / metrics.FILE, metrics.VALIDATION)
     title = (
         f"Moonlight {settings['preset']}, {settings['optimizer']}, "
         f"peak rate {settings['learning_rate']:g}"
     )
-    draw_losses(
-        folder / CURVES,
-        train=([r["step"] for r in train_records], [r["loss"] for r in train_records]),
-        validation=([r["step"] for r in validations], [r["val_loss"] for r in validations]),
-        title=title,
-    )
+    if train_records:  # a log that was lost is no reason to say nothing
+        draw_losses(
+            folder / CURVES,
+            train=([r["step"] for r in train_records], [r["loss"] for r in train_records]),
+            validation=([r["step"] for r in validations], [r["val_loss"] for r in validations]),
+            title=title,
+        )
     if records := metrics.read_metrics(folder / metrics.FILE, metrics.MONITOR):
         threshold = settings["qk_clip_threshold"]
         draw_stability(folder / STABILITY, records, title=title, threshold=threshold)
@@ -82,6 +100,8 @@ def present(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
         f"at step {results['best_step']}); {results['tokens']:,} tokens in "
         f"{results['wall_seconds']:.0f} s, {results['tokens_per_second']:,.0f} tokens/s"
     )
+    if skipped := results["skipped_updates"]:
+        console.print(f"{skipped} updates were left out: their gradients were not finite")
     for name, loss in results["final_val_loss_by_source"].items():
         console.print(f"  of the source {name}: {loss:.4f} nats per token")
     for what, name in (
@@ -91,7 +111,7 @@ def present(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
         ("schedule", SCHEDULE),
         ("sharding", SHARDING),
         ("metrics", metrics.FILE),
-        ("TensorBoard", "tensorboard"),
+        ("TensorBoard", metrics.TENSORBOARD),
         ("checkpoints", "checkpoints"),
     ):
         if (folder / name).exists():

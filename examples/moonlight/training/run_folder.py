@@ -1,19 +1,22 @@
-"""A run's folder: what was asked for, and whether a new call asks for the same."""
+"""A run's folder: what was asked for, whether a new call asks for the same, and who works in it."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.moonlight.files import write_atomically
+from examples.moonlight.files import read_json, write_atomically
+from examples.moonlight.training.run_lock import RunLock
 
 SETTINGS = "settings.json"
 
 
+@contextlib.contextmanager
 def open_run_folder(
     folder: Path, settings: Mapping[str, Any], *, resume: bool, must_exist: bool = False
-) -> None:
-    """Creates a run's folder, or enters one that was created with the same settings.
+) -> Iterator[RunLock]:
+    """Creates a run's folder, or enters one that was created with the same settings, and locks it.
 
     Args:
         folder: Where the run keeps everything.
@@ -21,17 +24,35 @@ def open_run_folder(
         resume: Continue what is there. Nothing there, or only an empty folder, is a fresh start.
         must_exist: It is not: there has to be a run.
 
+    Yields:
+        The lock, held until the context ends: to be checked before anything is saved.
+
     Raises:
         FileExistsError: The folder is not empty and `resume` is False, or what it holds is no run.
         FileNotFoundError: There is no run, and `must_exist` is True.
-        ValueError: The run there was started with other settings.
+        FolderInUse: Another process works in it.
+        ValueError: The run there was started with other settings, or they cannot be read.
     """
+    asked = json.loads(json.dumps(dict(settings)))
+    _check(folder, asked, resume=resume, must_exist=must_exist)
+    folder.mkdir(parents=True, exist_ok=True)
+    with RunLock(folder) as lock:
+        # Again: another process may have begun, and ended, in between.
+        occupied = _check(folder, asked, resume=resume, must_exist=must_exist)
+        if not occupied:
+            text = json.dumps(asked, indent=2)
+            write_atomically(folder / SETTINGS, f"{text}\n".encode())
+        yield lock
+
+
+def _check(folder: Path, asked: dict[str, Any], *, resume: bool, must_exist: bool) -> bool:
+    """Whether there is a run in the folder, which then is the one that is asked for."""
     path = folder / SETTINGS
     if must_exist and not path.exists():
         raise FileNotFoundError(f"--resume-step: no run was started in {folder}")
-    folder.mkdir(parents=True, exist_ok=True)
     # A hidden file is what a kill in the middle of an atomic write leaves behind.
-    occupied = any(not entry.name.startswith(".") for entry in folder.iterdir())
+    entries = folder.iterdir() if folder.exists() else ()
+    occupied = any(not entry.name.startswith(".") for entry in entries)
     if occupied and not resume:
         raise FileExistsError(
             f"{folder} is not empty: continue that run with --resume, or choose another "
@@ -42,11 +63,9 @@ def open_run_folder(
             f"--resume: {folder} holds files but no {SETTINGS}, so no run was started there; "
             "choose another --output-dir"
         )
-    asked = json.loads(json.dumps(dict(settings)))
     if occupied:
-        _check_same(folder, json.loads(path.read_text()), asked)
-    else:
-        write_atomically(path, (json.dumps(asked, indent=2) + "\n").encode())
+        _check_same(folder, read_json(path), asked)
+    return occupied
 
 
 def _check_same(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -58,5 +77,6 @@ def _check_same(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> N
     if changed:
         raise ValueError(
             f"--resume: the run in {folder} was started with other settings: {'; '.join(changed)}. "
-            "Ask for the same, or choose another --output-dir"
+            "Ask for the same; begin there in a new folder, with --branch-from, where the model, "
+            "the data and the batches stay; or choose another --output-dir"
         )

@@ -16,6 +16,7 @@ from examples.moonlight.model.language_model import ModelStats, merge_stats, nex
 from examples.moonlight.model.moonlight import max_violation, update_router_bias
 from examples.moonlight.training.monitors import Watched, layer_rms
 from examples.moonlight.training.muonclip import logits_by_module
+from examples.moonlight.training.nonfinite import OnNonfinite, all_finite
 from muon_jax import group_rms
 
 
@@ -46,6 +47,8 @@ class StepMetrics(NamedTuple):
         max_violation: Load imbalance of the worst layer, 0 when balanced; None without experts.
         max_attention_logit: Largest attention logit of any layer and head.
         dropped_share: Share of the tokens' choices that a capacity dropped; None without one.
+        grads_finite: Whether the loss and every gradient are finite; bool.
+        state_finite: Whether all is finite that the step left behind; bool.
     """
 
     loss: jax.Array
@@ -56,6 +59,8 @@ class StepMetrics(NamedTuple):
     max_violation: jax.Array | None
     max_attention_logit: jax.Array
     dropped_share: jax.Array | None
+    grads_finite: jax.Array
+    state_finite: jax.Array
 
 
 def _dropped_share(stats: ModelStats) -> jax.Array | None:
@@ -74,6 +79,7 @@ def make_train_steps(
     *,
     bias_rate: float | optax.Schedule,
     monitor: bool = False,
+    on_nonfinite: OnNonfinite = "stop",
 ) -> TrainSteps:
     """Builds the function that takes several optimizer steps in one call.
 
@@ -82,6 +88,7 @@ def make_train_steps(
         optimizer: What turns the mean gradient into an update, learning rate included.
         schedule: The optimizer's learning rate by step, for the record.
         bias_rate: Step of the router biases; by step, where it changes.
+        on_nonfinite: What the optimizer was guarded with, see `nonfinite.guard`.
         monitor: Also bring back what `monitors.py` watches, of the last step of a call; of a model
             whose `Execution` monitors.
 
@@ -130,6 +137,15 @@ def make_train_steps(
         )
         learning_rate = jnp.asarray(schedule(step), jnp.float32)
         update_rms = group_rms(updates, state.params)
+        grads_finite = all_finite((grads, loss))
+        bias = state.bias
+        if load_le is not None:
+            rate = jnp.asarray(bias_schedule(step))
+            if on_nonfinite == "skip":
+                rate = jnp.where(grads_finite, rate, 0.0)
+            bias = jax.tree.map(lambda bias_le: update_router_bias(bias_le, load_le, rate), bias)
+        params: Any = optax.apply_updates(state.params, updates)
+        after = TrainState(params, bias, opt_state)
         measured = StepMetrics(
             loss=loss,
             learning_rate=learning_rate,
@@ -139,12 +155,9 @@ def make_train_steps(
             max_violation=None if load_le is None else max_violation(load_le).max(),
             max_attention_logit=stats.max_logit_lh.max(),
             dropped_share=_dropped_share(stats),
+            grads_finite=grads_finite,
+            state_finite=all_finite(after),
         )
-        bias = state.bias
-        if load_le is not None:
-            rate = jnp.asarray(bias_schedule(step))
-            bias = jax.tree.map(lambda bias_le: update_router_bias(bias_le, load_le, rate), bias)
-        params: Any = optax.apply_updates(state.params, updates)
         watched = None
         if monitor:
 
@@ -154,7 +167,7 @@ def make_train_steps(
 
             none_taken = jax.tree.map(jnp.zeros_like, jax.eval_shape(take_rms))
             watched = Watched(stats, *jax.lax.cond(last, take_rms, lambda: none_taken))
-        return TrainState(params, bias, opt_state), measured, watched
+        return after, measured, watched
 
     def train_steps(
         state: TrainState,

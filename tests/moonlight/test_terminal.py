@@ -1,0 +1,50 @@
+"""A program outlives its terminal."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PROGRAM = r"""
+import sys, pathlib
+from examples.moonlight.terminal import make_sturdy
+make_sturdy()
+from rich.console import Console
+console = Console(width=40)
+console.rule("a title")
+print("\u2500 \u4e2d")
+for i in range(4000):
+    console.print("line", i)
+    print("plain", i)
+pathlib.Path(sys.argv[1]).write_text("done")
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "encoding"),
+    [
+        ("{python} | head -n 1", "utf-8"),
+        ("{python} > /dev/full", "utf-8"),
+        ("{python} > /dev/full 2> /dev/full", "utf-8"),
+        ("{python} >&-", "utf-8"),
+        ("{python} > /dev/null", "ascii"),
+        ("{python} > /dev/null", "latin-1"),
+    ],
+)
+def test_a_program_outlives_its_terminal(tmp_path: Path, shell: str, encoding: str):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    done = tmp_path / "done"
+    command = f"{sys.executable} {tmp_path / 'program.py'} {done}; echo $? >&2"
+    result = subprocess.run(
+        shell.format(python=f"({command})"),
+        shell=True,
+        env={"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.read_text() == "done"
+    assert result.stderr.strip() in ("0", "")
