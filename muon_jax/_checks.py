@@ -1,4 +1,4 @@
-"""Checks of scalar arguments, where their values are known before the program runs."""
+"""Checks of numbers, booleans and dtypes, where their values are known before the program runs."""
 
 import math
 from collections.abc import Callable
@@ -32,9 +32,16 @@ def check_scalar(
       TypeError: where `value` is no number.
       ValueError: where it is out of range, NaN or infinite.
     """
+    allowed = "a number" + (" or a schedule" if schedule else "")
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        real = jnp.issubdtype(value.dtype, np.integer) or jnp.issubdtype(value.dtype, np.floating)
+        if value.shape or not real:
+            raise TypeError(
+                f"{name} must be {allowed}; got an array of shape {value.shape} and dtype "
+                f"{value.dtype}."
+            )
     if isinstance(value, Tracer) or (schedule and callable(value)):
         return
-    allowed = "a number" + (" or a schedule" if schedule else "")
     if isinstance(value, (str, bool)) or value is None:
         raise TypeError(f"{name} must be {allowed}; got {value!r}.")
     try:
@@ -46,9 +53,32 @@ def check_scalar(
         raise ValueError(f"{name} must be {bounds}; got {value}.")
 
 
+def check_bool(name: str, value: Any) -> bool:
+    """Return a static boolean as `bool`.
+
+    Raises:
+      TypeError: for anything else. A string such as "no" would count as True, and a tracer could
+        not choose between two programs.
+    """
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name} shapes the compiled program and must be static; got a traced {value.dtype}. "
+            f'Pass True or False; under optax.inject_hyperparams with static_args=("{name}",).'
+        )
+    is_array = isinstance(value, jax.Array | np.ndarray) and not value.shape
+    if isinstance(value, bool | np.bool_) or (is_array and value.dtype == np.bool_):
+        return bool(value)
+    raise TypeError(f"{name} must be True or False; got {value!r}.")
+
+
+def is_integer(value: Any) -> bool:
+    """Whether `value` is a whole number, of any integer type."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
 def is_positive_integer(value: Any) -> bool:
     """Whether `value` is a whole number of at least 1, of any integer type."""
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) > 0
+    return is_integer(value) and int(value) > 0
 
 
 def check_group_bytes(max_group_bytes: Any, default: int) -> int:

@@ -1,7 +1,9 @@
-"""Let `optax.inject_hyperparams` take a factory that has a `mesh` argument.
+"""Let `optax.inject_hyperparams` take factories whose functions are no schedules.
 
-It calls every callable argument as a schedule, and a Mesh is callable (as a decorator). It asks
-`inspect.signature` how to bind the arguments, and there the mesh is put into something that is not.
+It calls every callable argument with the count of steps, as a schedule: a Mesh (which is callable,
+as a decorator), a mask, a scale. A mask of `jax.tree.map` would then see one number, return False,
+and no weight would decay, without a word. It asks `inspect.signature` how to bind the arguments,
+and there these arguments are put into something that cannot be called.
 """
 
 import dataclasses
@@ -9,34 +11,42 @@ import inspect
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-from jax.sharding import Mesh
-
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 
+_NO_SCHEDULES = (
+    "mesh",
+    "muon_weight_dimension_numbers",
+    "param_specs",
+    "update_scale",
+    "weight_decay_mask",
+    "weight_dimension_numbers",
+)
+
 
 @dataclasses.dataclass(frozen=True)
-class HeldMesh:
-    """A mesh that cannot be called."""
+class Held:
+    """A function, or another thing that can be called, where it is not to be."""
 
-    mesh: Mesh
+    value: Any
 
 
-def unheld(mesh: Any) -> Any:
-    """The mesh that was given."""
-    return mesh.mesh if isinstance(mesh, HeldMesh) else mesh
+def unheld(argument: Any) -> Any:
+    """The argument that was given."""
+    return argument.value if isinstance(argument, Held) else argument
 
 
 class _HoldingSignature(inspect.Signature):
     def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
         bound = super().bind(*args, **kwargs)
-        if isinstance(mesh := bound.arguments.get("mesh"), Mesh):
-            bound.arguments["mesh"] = HeldMesh(mesh)
+        for name in _NO_SCHEDULES:
+            if callable(value := bound.arguments.get(name)):
+                bound.arguments[name] = Held(value)
         return bound
 
 
 def injectable(factory: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Mark a factory whose `mesh` is no schedule; the function itself is returned."""
+    """Mark a factory by its arguments that are no schedules; the function itself is returned."""
     plain = inspect.signature(factory)
     held = _HoldingSignature(
         list(plain.parameters.values()), return_annotation=plain.return_annotation

@@ -7,13 +7,15 @@ axis holds several matrices side by side, such as Q, K and V.
 
 import dataclasses
 import math
-import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 from optax.contrib import MuonDimensionNumbers
+
+from muon_jax._checks import is_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,24 +24,38 @@ class FusedBlocks:
 
     Attributes:
       sizes: the length of each block along `axis`; together they fill it.
-      axis: the fused axis, one of the matrix axes.
-      dimension_numbers: the matrix axes of the whole leaf, of which `axis` is one.
+      axis: the fused axis, one of the matrix axes; None means the output axis.
+      dimension_numbers: the matrix axes of the whole leaf, of which `axis` is one. None means
+        `[in, out]`, for a leaf of two axes: which of more are the matrices' cannot be known.
+
+    Raises:
+      TypeError: for sizes or an axis that are no whole numbers, and for other dimension numbers;
+        what the leaf contradicts raises from the optimizer's `init`.
 
     Example: a fused QKV kernel `[d, q + k + v]` and a gate-up stack `[experts, d, 2 * f]`:
-      >>> qkv = FusedBlocks(sizes=(512, 128, 128), axis=1)
-      >>> gate_up = FusedBlocks((1408, 1408), axis=2, dimension_numbers=MuonDimensionNumbers(1, 2))
+      >>> qkv = FusedBlocks(sizes=(512, 128, 128))
+      >>> gate_up = FusedBlocks((1408, 1408), dimension_numbers=MuonDimensionNumbers(1, 2))
     """
 
     sizes: tuple[int, ...]
-    axis: int = 1
-    dimension_numbers: MuonDimensionNumbers = MuonDimensionNumbers(0, 1)  # noqa: RUF009
+    axis: int | None = None
+    dimension_numbers: MuonDimensionNumbers | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.sizes, Sequence):
+        sizes = self.sizes
+        if not isinstance(sizes, Sequence):
+            raise TypeError(f"FusedBlocks.sizes lists the length of each block; got {sizes!r}.")
+        if not all(map(is_integer, sizes)):
+            raise TypeError(f"FusedBlocks.sizes must be whole numbers; got {sizes!r}.")
+        if self.axis is not None and not is_integer(self.axis):
+            raise TypeError(f"FusedBlocks.axis must be one axis, an integer; got {self.axis!r}.")
+        numbers = self.dimension_numbers
+        if numbers is not None and not isinstance(numbers, MuonDimensionNumbers):
             raise TypeError(
-                f"FusedBlocks.sizes lists the length of each block; got {self.sizes!r}."
+                "FusedBlocks.dimension_numbers must be optax.contrib.MuonDimensionNumbers or None; "
+                f"got {numbers!r}."
             )
-        object.__setattr__(self, "sizes", tuple(self.sizes))
+        object.__setattr__(self, "sizes", tuple(map(int, sizes)))
 
 
 MatrixSpec = MuonDimensionNumbers | FusedBlocks
@@ -141,11 +157,13 @@ def leaf_views(shape: Sequence[int], spec: MatrixSpec, where: str) -> LeafViews:
       where: the leaf's path, for errors.
 
     Raises:
-      ValueError: for axes out of range, named twice or missing, and for blocks that do not lie
-        on a matrix axis or do not fill it.
+      ValueError: for axes out of range, named twice or missing, for blocks that do not lie on a
+        matrix axis or do not fill it, and for blocks of three axes or more of which none is said
+        to be a matrix's.
+      TypeError: for axes that are no integers.
     """
     shape = tuple(shape)
-    numbers = spec.dimension_numbers if isinstance(spec, FusedBlocks) else spec
+    numbers = _numbers_of_blocks(shape, spec, where) if isinstance(spec, FusedBlocks) else spec
     reduction = _axes(numbers.reduction_axis, shape, where, "reduction_axis")
     output = _axes(numbers.output_axis, shape, where, "output_axis")
     shared = sorted({*reduction} & {*output})
@@ -158,7 +176,13 @@ def leaf_views(shape: Sequence[int], spec: MatrixSpec, where: str) -> LeafViews:
     if not isinstance(spec, FusedBlocks):
         return LeafViews((whole,))
 
-    (axis,) = _axes(spec.axis, shape, where, "FusedBlocks.axis")
+    if spec.axis is None and len(output) > 1:
+        raise ValueError(
+            f"{where}, shape {shape}: FusedBlocks.axis must say which of the output axes {output} "
+            "holds the blocks."
+        )
+    given = numbers.output_axis if spec.axis is None else spec.axis
+    (axis,) = _axes(given, shape, where, "FusedBlocks.axis")
     if axis in whole.batch_axes:
         raise ValueError(
             f"{where}, shape {shape}: FusedBlocks.axis={spec.axis} is a batch axis under "
@@ -178,11 +202,29 @@ def leaf_views(shape: Sequence[int], spec: MatrixSpec, where: str) -> LeafViews:
     )
 
 
-def _axes(
-    axes: int | Sequence[int], shape: tuple[int, ...], where: str, name: str
-) -> tuple[int, ...]:
-    listed = tuple(axes) if isinstance(axes, Sequence) else (operator.index(axes),)
+def _numbers_of_blocks(
+    shape: tuple[int, ...], spec: FusedBlocks, where: str
+) -> MuonDimensionNumbers:
+    if spec.dimension_numbers is not None:
+        return spec.dimension_numbers
+    if len(shape) > 2:
+        raise ValueError(
+            f"{where}, shape {shape}: FusedBlocks({spec.sizes}) does not say which of its "
+            f"{len(shape)} axes form the matrices. For a stack of [in, out] matrices write "
+            f"FusedBlocks({spec.sizes}, dimension_numbers=MuonDimensionNumbers(-2, -1))."
+        )
+    return MuonDimensionNumbers(0, 1)
+
+
+def _axes(axes: Any, shape: tuple[int, ...], where: str, name: str) -> tuple[int, ...]:
+    several = isinstance(axes, Sequence) and not isinstance(axes, str)
+    listed: list[Any] = [*axes] if several else [axes]
     rank = len(shape)
+    if not all(map(is_integer, listed)):
+        raise TypeError(
+            f"{where}, shape {shape}: {name}={axes!r} must be an axis or several, as integers from "
+            f"{-rank} to {rank - 1}."
+        )
     wrong = [axis for axis in listed if not -rank <= axis < rank]
     if wrong or not listed:
         raise ValueError(

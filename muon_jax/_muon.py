@@ -16,8 +16,9 @@ from jaxtyping import PyTree
 
 from muon_jax._checks import Scalar, ScalarOrSchedule, check_scalar
 from muon_jax._gradients import gradient_leaves
-from muon_jax._injectable import HeldMesh, injectable
+from muon_jax._injectable import Held, injectable, unheld
 from muon_jax._orthogonalize import Preconditioning
+from muon_jax._prefix import resolve_mask
 from muon_jax._routing import DimensionNumbers, Heads, Route, route_leaves
 from muon_jax._scale_by_adam import scale_by_adam
 from muon_jax._scale_by_muon import scale_by_muon
@@ -47,11 +48,11 @@ def muon(
     adam_learning_rate: ScalarOrSchedule | None = None,
     muon_weight_dimension_numbers: DimensionNumbers = None,
     consistent_rms: Scalar | DefaultRMS | None = DEFAULT_RMS,
-    update_scale: UpdateScale | ShapeFunction | None = None,
+    update_scale: UpdateScale | ShapeFunction | Held | None = None,
     ns_dtype: jax.typing.DTypeLike = "bfloat16",
     heads: Heads = "joint",
     max_group_bytes: int | None = None,
-    mesh: AnyMesh | HeldMesh | None = None,
+    mesh: AnyMesh | Held | None = None,
     zero1_axes: Sequence[str] | str | None = None,
     param_specs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -75,10 +76,9 @@ def muon(
     5. Leaves are routed by their roles, not by ``ndim == 2``: print `routing_report(params)`.
     6. A list of coefficients runs whole, and another `ns_steps` raises; Optax runs its last rows.
 
-    Under `optax.inject_hyperparams`, which traces numbers and calls functions, name the arguments
-    that are neither rates nor schedules in `static_args`: `ns_steps`, `max_group_bytes`, and
-    functions given as `weight_decay_mask`, `update_scale` or `muon_weight_dimension_numbers`; and
-    write dtypes as strings.
+    Under `optax.inject_hyperparams`, which traces numbers and calls types, name `ns_steps` and
+    `max_group_bytes` in `static_args`, and write dtypes as strings. Masks, scales and dimension
+    numbers that are functions are not taken for schedules.
 
     Args:
       learning_rate: a number or a schedule; it multiplies the update and the weight decay of both
@@ -162,10 +162,10 @@ def muon(
         mesh=mesh,
         zero1_axes=zero1_axes,
     )
-    zero1 = resolve_zero1(mesh, zero1_axes, param_specs)
+    zero1 = resolve_zero1(mesh, zero1_axes, unheld(param_specs))
     make_muon()  # so that bad arguments raise here, not at the first init
     route = functools.partial(
-        route_leaves, dimension_numbers=muon_weight_dimension_numbers, heads=heads
+        route_leaves, dimension_numbers=unheld(muon_weight_dimension_numbers), heads=heads
     )
 
     def for_params(
@@ -178,9 +178,7 @@ def muon(
             layouts = zero1.layouts(params, routes)
             where = structure.unflatten([partition_spec(x.param, zero1.mesh) for x in layouts])
             layouts = [x for x, r in zip(layouts, routes, strict=True) if r.group == "adam"]
-        mask = weight_decay_mask
-        if routes and callable(mask) and jax.tree_util.all_leaves([mask]):
-            mask = mask(params)
+        mask = resolve_mask(unheld(weight_decay_mask), params, structure)
         return optax.partition(
             {
                 "muon": optax.chain(

@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from muon_jax._matrices import LeafViews, MatrixSpec, is_matrix_spec, leaf_views
+from muon_jax._parameters import check_tree, parameter_shape
 from muon_jax._paths import Path, flatten_with_names, is_absent, show
+from muon_jax._prefix import match_prefix
 from muon_jax._roles import Role, role_of
 from muon_jax._stacks import find_stacks
 
@@ -107,18 +107,15 @@ def route_leaves(
 
     Raises:
       ValueError: for leaves whose matrices cannot be known, for dimension numbers that do not fit
-        the leaves, for a tree without leaves.
-      TypeError: for a leaf that is neither real nor complex floating-point.
+        the leaves, for a tree without leaves, for a Linen model's variables given whole.
+      TypeError: for a leaf that is no array of a real or complex floating-point dtype of 16 bits or
+        more.
     """
     check_heads(heads)
     leaves, structure = flatten_with_names(params)
-    if not leaves and _is_bare(params):
-        raise ValueError(
-            f"muon was given a parameter tree without leaves: {params!r}. With Flax pass "
-            'variables["params"] or nnx.state(model, nnx.Param).'
-        )
+    check_tree(params, [path for path, _ in leaves])
     declared = _declared(params, leaves, dimension_numbers)
-    shapes = [(path, _shape(path, leaf)) for path, leaf in leaves]
+    shapes = [(path, parameter_shape(path, leaf)) for path, leaf in leaves]
     # Flat trees hold whole paths in one key: "layers/0/kernel", "layers.0.weight".
     named = [
         (tuple(part.lower() for name in path for part in re.split(r"[/.]", name)), shape)
@@ -164,26 +161,6 @@ def _how_to_declare(unknown: list[tuple[Path, tuple[int, ...], str]]) -> str:
     )
 
 
-def _is_bare(tree: Any) -> bool:
-    """Whether a tree without leaves is nothing but empty containers and None."""
-    plain = (Mapping, list, tuple, type(None))
-    masked = optax.MaskedNode
-    return not jax.tree.leaves(
-        tree, is_leaf=lambda node: isinstance(node, masked) or not isinstance(node, plain)
-    )
-
-
-def _shape(path: Path, leaf: Any) -> tuple[int, ...]:
-    dtype = jnp.dtype(leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf))
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        raise TypeError(
-            f"{show(path)} has dtype {dtype}, and an optimizer updates floating-point or complex "
-            "leaves only. Keep it out of the parameters: filter it by type (nnx.Param), mask it "
-            "with optax.masked, or give it to optax.set_to_zero in optax.partition."
-        )
-    return tuple(jnp.shape(leaf))
-
-
 def _route_by_role(path: Path, shape: tuple[int, ...], role: Role) -> Route:
     if role.spec is None:
         return Route(path, shape, role.reason)
@@ -216,7 +193,7 @@ def _declared(
     # A parameter tree may be callable itself (an Equinox module); a function is a tree's leaf.
     if callable(dimension_numbers) and jax.tree_util.all_leaves([dimension_numbers]):
         dimension_numbers = dimension_numbers(params)
-    return _declared_by_tree(leaves, dimension_numbers)
+    return _declared_by_tree(params, leaves, dimension_numbers)
 
 
 def _declared_by_rules(
@@ -239,30 +216,21 @@ def _declared_by_rules(
     return declared
 
 
-def _declared_by_tree(leaves: list[tuple[Path, Any]], tree: Any) -> dict[Path, MatrixSpec | None]:
-    # By path, not by structure: NNX wraps the same leaves differently in init and in update.
+def _declared_by_tree(
+    params: Any, leaves: list[tuple[Path, Any]], tree: Any
+) -> dict[Path, MatrixSpec | None]:
     entries, _ = flatten_with_names(tree, lambda node: is_absent(node) or is_matrix_spec(node))
-    specs: dict[Path, MatrixSpec | None] = {}
     for path, entry in entries:
         if not is_absent(entry) and not is_matrix_spec(entry):
             raise TypeError(
                 f"muon_weight_dimension_numbers has {entry!r} at {show(path)}; use "
                 "MuonDimensionNumbers, FusedBlocks, or None for AdamW."
             )
-        specs[path] = None if is_absent(entry) else entry
-    declared, used = {}, set()
-    for path, _ in leaves:
-        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in specs), None)
-        if prefix is None:
-            raise ValueError(
-                f"muon_weight_dimension_numbers says nothing of {show(path)}. A tree speaks of "
-                "every parameter (None for AdamW); to speak of some, use muon_jax.by_path."
-            )
-        used.add(prefix)
-        declared[path] = specs[prefix]
-    unused = [path for path in specs if path not in used and specs[path] is not None]
-    if unused:
-        raise ValueError(
-            f"muon_weight_dimension_numbers speaks of {show(unused[0])}, which is no parameter."
-        )
-    return declared
+    specs = match_prefix(
+        "muon_weight_dimension_numbers",
+        entries,
+        params,
+        "A tree speaks of every parameter (None for AdamW); to speak of some, use "
+        "muon_jax.by_path.",
+    )
+    return {path: spec for (path, _), spec in zip(leaves, specs, strict=True)}

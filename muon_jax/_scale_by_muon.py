@@ -16,10 +16,10 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from muon_jax._batching import DEFAULT_MAX_GROUP_BYTES, batched_update
-from muon_jax._checks import Scalar, check_group_bytes, check_scalar
+from muon_jax._checks import Scalar, check_bool, check_group_bytes, check_scalar
 from muon_jax._distributed import distributed_update
 from muon_jax._gradients import gradient_leaves
-from muon_jax._injectable import HeldMesh, injectable
+from muon_jax._injectable import Held, injectable, unheld
 from muon_jax._matrix_update import MatrixUpdate
 from muon_jax._momentum import check_mu_dtype, momentum_dtype
 from muon_jax._orthogonalize import (
@@ -39,6 +39,7 @@ from muon_jax._scaling import (
     DefaultRMS,
     ShapeFunction,
     UpdateScale,
+    check_update_scale,
     resolve_update_scale,
 )
 from muon_jax._specs import AnyMesh
@@ -69,11 +70,11 @@ def scale_by_muon(
     preconditioning: Preconditioning = "frobenius",
     ns_dtype: jax.typing.DTypeLike = "bfloat16",
     consistent_rms: Scalar | DefaultRMS | None = DEFAULT_RMS,
-    update_scale: UpdateScale | ShapeFunction | None = None,
+    update_scale: UpdateScale | ShapeFunction | Held | None = None,
     weight_dimension_numbers: DimensionNumbers = None,
     heads: Heads = "joint",
     max_group_bytes: int | None = None,
-    mesh: AnyMesh | HeldMesh | None = None,
+    mesh: AnyMesh | Held | None = None,
     zero1_axes: Sequence[str] | str | None = None,
     param_specs: Any = None,
 ) -> optax.GradientTransformation:
@@ -132,8 +133,11 @@ def scale_by_muon(
         check_preconditioning(preconditioning),
         check_ns_dtype(ns_dtype),
     )
-    scale = resolve_update_scale(consistent_rms, update_scale)
-    matrix_update = MatrixUpdate(iteration, scale, adaptive, beta, nesterov)
+    weight_dimension_numbers, param_specs = map(unheld, (weight_dimension_numbers, param_specs))
+    scale = resolve_update_scale(consistent_rms, unheld(update_scale))
+    matrix_update = MatrixUpdate(
+        iteration, scale, check_bool("adaptive", adaptive), beta, check_bool("nesterov", nesterov)
+    )
     check_heads(heads)
     group_bytes = check_group_bytes(max_group_bytes, DEFAULT_MAX_GROUP_BYTES)
     mu_dtype = check_mu_dtype(mu_dtype)
@@ -141,6 +145,9 @@ def scale_by_muon(
 
     def init_fn(params: PyTree) -> MuonState:
         routes, structure = _matrix_routes(params, weight_dimension_numbers, heads)
+        for route in routes:  # before a function of theirs fails inside a step, far from its leaf
+            for _, fan_in, fan_out in (view.matrices for view in _views(route).views):
+                check_update_scale(scale, fan_in, fan_out, show(route.path))
         leaves = jax.tree.leaves(params)
         dtypes = [momentum_dtype(mu_dtype, jnp.result_type(leaf)) for leaf in leaves]
         count = jnp.zeros([], jnp.int32)

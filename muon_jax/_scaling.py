@@ -6,6 +6,7 @@ matrix: never of a stack, a fused block or a shard.
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 
@@ -55,8 +56,14 @@ class ByShape:
     function: ShapeFunction
 
     def factor(self, fan_in: int, fan_out: int) -> Scalar:
-        """The factor on a `[fan_in, fan_out]` matrix, a scalar."""
-        return self.function(fan_in, fan_out)
+        """The factor on a `[fan_in, fan_out]` matrix, a scalar; TypeError for anything else."""
+        return self.checked(fan_in, fan_out, "its matrices")
+
+    def checked(self, fan_in: int, fan_out: int, where: str) -> Scalar:
+        """The same, where the error names whose factor is no finite number of at least 0."""
+        value = self.function(fan_in, fan_out)
+        check_scalar(f"update_scale({fan_in}, {fan_out}), the factor of {where},", value)
+        return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +118,7 @@ def resolve_update_scale(
 
     Raises:
       ValueError: where both are given, or a static `consistent_rms` is negative or not finite.
-      TypeError: where `update_scale` is neither a scale nor a function.
+      TypeError: where `update_scale` is neither a scale nor a function of two numbers.
     """
     if update_scale is None:
         if consistent_rms is None:
@@ -132,11 +139,31 @@ def resolve_update_scale(
         check_scalar("value of FixedScale", update_scale.value)
         return update_scale
     if callable(update_scale) and not isinstance(update_scale, type):
+        _check_arity(update_scale)
         return ByShape(update_scale)
     raise TypeError(
         "update_scale must be AdjustedLR, UpdateNorm, FixedScale or a function of "
         f"(fan_in, fan_out); got {update_scale!r}."
     )
+
+
+def _check_arity(function: ShapeFunction) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # some built-in functions have none
+        return
+    try:
+        signature.bind(1, 1)
+    except TypeError as error:
+        raise TypeError(
+            f"update_scale must take (fan_in, fan_out); {function!r} takes {signature}: {error}."
+        ) from error
+
+
+def check_update_scale(scale: UpdateScale, fan_in: int, fan_out: int, where: str) -> None:
+    """Raise where a function gives no factor for the `[fan_in, fan_out]` matrices of a leaf."""
+    if isinstance(scale, ByShape):
+        scale.checked(fan_in, fan_out, where)
 
 
 def describe_update_scale(scale: UpdateScale, fan_in: int, fan_out: int) -> str:

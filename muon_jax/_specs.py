@@ -15,7 +15,8 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from muon_jax._paths import Path, flatten_with_names, is_absent, show
+from muon_jax._paths import flatten_with_names, is_absent, show
+from muon_jax._prefix import match_prefix
 
 AnyMesh = Mesh | AbstractMesh
 
@@ -106,21 +107,25 @@ def place(x: jax.Array, mesh: AnyMesh, spec: PartitionSpec) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def param_layouts(params: PyTree, param_specs: Any, mesh: AnyMesh) -> list[Spec]:
+def param_layouts(
+    params: PyTree, param_specs: Any, mesh: AnyMesh, *, whole: bool = True
+) -> list[Spec]:
     """How each parameter lies on the mesh, in the order of ``jax.tree.leaves(params)``.
 
     Args:
       params: arrays, tracers or `jax.ShapeDtypeStruct`s.
       param_specs: a tree of `PartitionSpec` or `NamedSharding`, or a prefix of one, or None.
       mesh: the mesh.
+      whole: whether `params` are all that `param_specs` may speak of.
 
     Raises:
       ValueError: for specs that the mesh, the shapes or the arrays contradict, for a tree that
-        does not speak of a parameter, and for concrete sharded parameters without a spec.
+        does not speak of a parameter, or speaks of one that is not there, and for concrete sharded
+        parameters without a spec.
       TypeError: for an entry that is no spec.
     """
     leaves, _ = flatten_with_names(params)
-    declared = None if param_specs is None else _declared(leaves, param_specs)
+    declared = None if param_specs is None else _declared(params, param_specs, whole)
     specs = []
     for index, (path, leaf) in enumerate(leaves):
         shape = tuple(jnp.shape(leaf))
@@ -145,29 +150,23 @@ def param_layouts(params: PyTree, param_specs: Any, mesh: AnyMesh) -> list[Spec]
     return specs
 
 
-def _declared(leaves: list[tuple[Path, Any]], tree: Any) -> list[Any]:
-    # By path, not by structure: NNX wraps the same leaves differently in init and in update.
+def _declared(params: PyTree, tree: Any, whole: bool) -> list[Any]:
     is_spec = lambda node: is_absent(node) or isinstance(node, PartitionSpec | NamedSharding)  # noqa: E731
     entries, _ = flatten_with_names(tree, is_spec)
-    specs = {}
     for path, entry in entries:
         if not is_spec(entry):
             raise TypeError(
                 f"param_specs has {entry!r} at {show(path)}; use jax.sharding.PartitionSpec, "
                 "NamedSharding, or None for a replicated parameter."
             )
-        specs[path] = None if is_absent(entry) else entry
-    declared = []
-    for path, _ in leaves:
-        prefix = next((path[:n] for n in range(len(path), -1, -1) if path[:n] in specs), None)
-        if prefix is None:
-            raise ValueError(
-                f"param_specs says nothing of {show(path)}. It speaks of every parameter "
-                "(PartitionSpec() for a replicated one), as a tree like the parameters' or a "
-                "prefix of it."
-            )
-        declared.append(specs[prefix])
-    return declared
+    return match_prefix(
+        "param_specs",
+        entries,
+        params,
+        "It speaks of every parameter (PartitionSpec() for a replicated one), as a tree like the "
+        "parameters' or a prefix of it.",
+        whole=whole,
+    )
 
 
 def _normalize(

@@ -70,7 +70,8 @@ def _beside(record: Record, path: Path, shape: tuple[int, ...], params: PyTree) 
         for name, leaf in flatten_with_names(params)[0]:
             if name == path[start:] and tuple(jnp.shape(leaf)) == shape:
                 named = _nested(name, leaf)
-                return param_layouts(named, record.zero1.param_specs, record.zero1.mesh)[0]
+                specs, mesh = record.zero1.param_specs, record.zero1.mesh
+                return param_layouts(named, specs, mesh, whole=False)[0]
     return None
 
 

@@ -300,9 +300,13 @@ def test_a_declared_vector_shaped_matrix_stays_with_muon():
         (by_path({"mixer": Dims((0, 0), 1)}), ValueError, "mixer.*names an axis twice"),
         (by_path({"mixer": Dims((), 1)}), ValueError, "mixer.*does not name axes"),
         (by_path({"bias": Dims()}), ValueError, "proj/bias.*fewer than two axes"),
+        (by_path({"mixer": Dims("in", "out")}), TypeError, "mixer, .*reduction_axis='in' must be"),
+        (by_path({"mixer": Dims(1, ("out",))}), TypeError, r"mixer, .*output_axis=\('out',\) must"),
+        (by_path({"mixer": Dims(1.0, 2)}), TypeError, "mixer, .*axis=1.0 must be .* from -3 to 2"),
+        (by_path({"mixer": Dims(None, 2)}), TypeError, "mixer, .*reduction_axis=None must be"),
     ],
 )
-def test_dimension_numbers_that_do_not_fit_raise(numbers, error, why):
+def test_dimension_numbers_that_do_not_fit_raise(untyped, numbers, error, why):
     with pytest.raises(error, match=why):
         route_leaves(PARAMS, numbers)
 
@@ -332,6 +336,49 @@ def test_an_empty_tree_raises(empty):
 def test_a_masked_tree_is_no_empty_tree():
     routes, _ = route_leaves({"a": optax.MaskedNode()})
     assert routes == []
+
+
+class BatchNormed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False)(nn.Dense(4)(x))
+
+
+def test_the_variables_of_a_linen_model_given_whole_raise():
+    variables = BatchNormed().init(jax.random.key(0), jnp.ones((2, 3)))
+    muon(1e-3).init(variables["params"])
+    muon(1e-3).init({"params": variables["params"]})
+    for given in (variables, {"model": variables}, FrozenDict(variables), [variables]):
+        with pytest.raises(ValueError, match=r'batch_stats beside .*Pass variables\["params"\]'):
+            muon(1e-3).init(given)
+    # The user's own way to leave them alone.
+    parted = optax.partition(
+        {"train": muon(1e-3), "keep": optax.set_to_zero()},
+        {"params": "train", "batch_stats": "keep"},
+    )
+    parted.init(variables)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "why"),
+    [
+        (jax.random.key(0), "key<fry>, and an optimizer updates floating-point"),
+        (jnp.ones((4, 4), jnp.float8_e4m3fn), "float8_e4m3fn, which is too narrow.*float32"),
+        (jnp.ones(4, jnp.float8_e5m2), "float8_e5m2, which is too narrow"),
+    ],
+)
+def test_leaves_of_other_dtypes_raise(leaf, why):
+    params = {"w": jnp.ones((2, 2)), "layer": {"x": leaf}}
+    for call in (muon(1e-3).init, jax.jit(muon(1e-3).init), routing_report):
+        with pytest.raises(TypeError, match=f"layer/x has dtype {why}"):
+            call(params)
+
+
+def test_leaves_that_are_no_arrays_raise():
+    with pytest.raises(TypeError, match="layer/0 is 'relu', of type str, and no array"):
+        muon(1e-3).init({"layer": ["relu", jnp.ones((2, 2))]})
+    with pytest.raises(TypeError, match=r"act is .*, and no array. Keep it out"):
+        muon(1e-3).init({"act": jnp.tanh})
 
 
 @pytest.mark.parametrize("dtype", [jnp.int32, jnp.bool_])
@@ -455,6 +502,26 @@ def test_fused_blocks_are_separate_matrices():
     assert matrices("qkv", (8, 16), dimension_numbers=qkv) == [(1, 8, 8), (1, 8, 4), (1, 8, 4)]
     gate_up = by_path({"gate_up": FusedBlocks((6, 6), axis=-1, dimension_numbers=Dims(1, 2))})
     assert matrices("gate_up", (3, 8, 12), dimension_numbers=gate_up) == [(3, 8, 6), (3, 8, 6)]
+
+
+def test_blocks_of_a_stack_need_its_axes():
+    """Without, the stack would be read as the fan-in, and each layer's row as a matrix."""
+    plain = by_path({"qkv": FusedBlocks((4, 4))})
+    with pytest.raises(ValueError, match=r"qkv, shape \(4, 8, 8\): .*which of its 3 axes") as error:
+        matrices("qkv", (4, 8, 8), dimension_numbers=plain)
+    code = re.search(r"write (FusedBlocks\(.*\))\.$", str(error.value)).group(1)
+    names = {"FusedBlocks": FusedBlocks, "MuonDimensionNumbers": Dims}
+    written = by_path({"qkv": eval(code, names)})
+    assert matrices("qkv", (4, 8, 8), dimension_numbers=written) == [(4, 8, 4), (4, 8, 4)]
+    assert matrices("qkv", (8, 8), dimension_numbers=plain) == [(1, 8, 4), (1, 8, 4)]
+
+
+def test_blocks_lie_along_the_output_axis_unless_another_is_named():
+    rows = by_path({"w": FusedBlocks((2, 6), dimension_numbers=Dims(2, 1))})
+    assert matrices("w", (3, 8, 5), dimension_numbers=rows) == [(3, 5, 2), (3, 5, 6)]
+    joint = by_path({"w": FusedBlocks((2, 6), dimension_numbers=Dims(0, (1, 2)))})
+    with pytest.raises(ValueError, match=r"w, shape .*FusedBlocks.axis must say which of .*\(1, 2"):
+        matrices("w", (3, 8, 5), dimension_numbers=joint)
 
 
 @pytest.mark.parametrize(
