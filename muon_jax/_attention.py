@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muon_jax._checks import is_positive_integer
+from muon_jax._checks import check_bool, is_positive_integer
 
 Factors = dict[str, jax.Array]
 """From a projection's name to the factors of its columns, `[*stack, heads, width]`."""
@@ -36,12 +36,17 @@ class AttentionHeads(abc.ABC):
 
     heads: int
     logit_soft_cap: float | None = dataclasses.field(default=None, kw_only=True)
-    qk_norm: bool = dataclasses.field(default=False, kw_only=True)
+    qk_norm: bool | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     @abc.abstractmethod
     def projections(self) -> dict[str, tuple[int, int]]:
         """The clipped projections, the query's first: name -> number and width of its heads."""
+
+    @property
+    def normed(self) -> set[tuple[int, int]]:
+        """Number and width of the heads that a norm of queries or keys would have a gain for."""
+        return {*self.projections.values()}
 
     @abc.abstractmethod
     def factors(self, gamma: Float[Array, "*stack heads"]) -> Factors:
@@ -58,7 +63,7 @@ class AttentionHeads(abc.ABC):
                 "linear in the weights, so no factor on these sets them; the cap bounds them "
                 "already. Leave qk_clip out for this module."
             )
-        if self.qk_norm:
+        if self.qk_norm is not None and check_bool(f"{kind}.qk_norm", self.qk_norm):
             raise ValueError(f"{kind}.qk_norm={self.qk_norm!r}: {QK_NORM}")
 
 
@@ -81,7 +86,9 @@ class MultiHead(AttentionHeads):
       query: the name of the query projection in the module; Flax's own attention has "query".
       key: the name of the key projection; Flax's own attention has "key".
       logit_soft_cap: the model's own, to be passed on: any but None raises ValueError.
-      qk_norm: whether the model normalises queries or keys: True raises ValueError.
+      qk_norm: whether the model normalises queries or keys: True raises ValueError, and so does
+        None where a gain in the module is as long as a head or as all heads. False is your word
+        that such a gain normalises something else.
 
     Example:
       >>> llama_2 = MultiHead(heads=32, head_dim=128)
@@ -186,6 +193,12 @@ class MultiHeadLatent(AttentionHeads):
             self.query: (self.heads, self.nope_dim + self.rope_dim),
             self.key_value: (self.heads, self.nope_dim + self.v_dim),
         }
+
+    @property
+    def normed(self) -> set[tuple[int, int]]:
+        """See `AttentionHeads`: the parts of a head too, which can be normalised by themselves."""
+        parts = {(self.heads, self.nope_dim), (self.heads, self.rope_dim)}
+        return parts | {*self.projections.values()}
 
     def factors(self, gamma: Float[Array, "*stack heads"]) -> Factors:
         """See `AttentionHeads`."""

@@ -12,14 +12,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from muon_jax._attention import QK_NORM, AttentionHeads, MultiHeadLatent
+from muon_jax._attention import AttentionHeads
 from muon_jax._paths import Path, flatten_with_names, show
+from muon_jax._qk_norms import Leaves, check_no_norm
 
 _KERNEL = re.compile(r"kernel|w")
 _BIAS = re.compile(r"bias|b")
-_QK_NORM = re.compile(
-    r"_*(q|k|qk|query|key)_?(layer_?|rms_?)?(norm|ln)\w*|(layer_?|rms_?)?(norm|ln)_?(q|k|query|key)"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +57,6 @@ class AttentionModule:
     def logits_shape(self) -> tuple[int, ...]:
         """The shape of the module's largest logits, `[*stack, heads]`."""
         return (*self.stack, self.heads.heads)
-
-
-Leaves = list[tuple[Path, tuple[int, ...]]]
 
 
 def find_attention(
@@ -120,6 +115,7 @@ def _module(node: Path, names: set[str], heads: AttentionHeads, leaves: Leaves) 
     kind = type(heads).__name__
     parts: list[HeadsLeaf] = []
     stacks: dict[str, tuple[int, ...]] = {}
+    kernel_indices = []
     for projection, (count, width) in heads.projections.items():
         if projection not in names:
             raise ValueError(
@@ -142,6 +138,7 @@ def _module(node: Path, names: set[str], heads: AttentionHeads, leaves: Leaves) 
                 "into the kernel, transpose [out, in] weights, or leave qk_clip out."
             )
         (index, _, path, shape), *_ = kernels
+        kernel_indices.append(index)
         layout = f"{kind}: {count} heads of width {width} each"
         stack = _kernel_stack(shape, count, width)
         if stack is None:
@@ -166,8 +163,8 @@ def _module(node: Path, names: set[str], heads: AttentionHeads, leaves: Leaves) 
             f"qk_clip: the projections of {show(node)} are stacked differently, by leading axes of "
             f"{listed}; they must agree."
         )
-    query_shape = leaves[parts[0].index][1]
-    _check_no_norm(node, heads, leaves, fan_in=query_shape[len(stack)])
+    fan_ins = [leaves[index][1][len(stack)] for index in kernel_indices]
+    check_no_norm(node, heads, leaves, stack, fan_ins)
     return AttentionModule(node, heads, stack, tuple(parts))
 
 
@@ -181,16 +178,3 @@ def _kernel_stack(shape: tuple[int, ...], count: int, width: int) -> tuple[int, 
     if len(shape) >= 2 and shape[-1] == count * width:
         return shape[:-2]
     return None
-
-
-def _check_no_norm(node: Path, heads: AttentionHeads, leaves: Leaves, fan_in: int) -> None:
-    for path, shape in leaves:
-        below = path[len(node) :]
-        if path[: len(node)] != node or not below or not _QK_NORM.fullmatch(below[0].lower()):
-            continue
-        # DeepSeek's own code calls the norm of the low-rank query, before its second projection,
-        # q_norm. That one is harmless.
-        count, width = heads.projections[_query(heads)]
-        is_latent = isinstance(heads, MultiHeadLatent) and shape[-1:] == (fan_in,)
-        if not (is_latent and fan_in not in (width, count * width)):
-            raise ValueError(f"qk_clip: {show(node)} has a {below[0]!r}: {QK_NORM}")

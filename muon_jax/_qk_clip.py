@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Inexact, Int, PyTree
@@ -121,7 +122,9 @@ def qk_clip(
         modules, _ = find_attention(params, rules)
         if not accumulates:
             return optax.EmptyState()
-        none_yet = {show(m.path): jnp.full(m.logits_shape, -jnp.inf) for m in modules}
+        # Of an explicit dtype: a weakly typed -inf would change its type, and the program, in the
+        # first update.
+        none_yet = {show(m.path): jnp.full(m.logits_shape, -jnp.inf, jnp.float32) for m in modules}
         return QKClipState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), none_yet)
 
     def update_fn(
@@ -181,8 +184,10 @@ def _scale(
     wide = jnp.promote_types(jnp.promote_types(weight.dtype, update.dtype), jnp.float32)
     before = weight.astype(wide)
     after = factor.astype(wide) * (before + update.astype(wide))
-    # Of the update's shape by `|`, not by broadcasting, which knows no sharding on Explicit axes.
-    keeps = (factor == 1) | jnp.zeros_like(update, bool)
+    # The predicate takes its shape and its sharding from the update's own values. On Explicit axes
+    # broadcasting gives it none, as a constant does (`zeros_like`, from jax 0.11 on), and `where`
+    # wants its predicate sharded as its cases are. A NaN stays one either way.
+    keeps = (factor == 1) | jnp.isnan(update)
     return jnp.where(keeps, update, (after - before).astype(update.dtype))
 
 
@@ -210,7 +215,12 @@ def _check_logits(max_logits: Any, modules: list[AttentionModule]) -> dict[str, 
     checked = {}
     for name, shape in shapes.items():
         logits = max_logits[name]
-        dtype = jnp.result_type(logits)
+        if not isinstance(logits, jax.Array | np.ndarray):
+            raise TypeError(
+                f"max_logits[{name!r}] must be an array of shape {shape}; got "
+                f"{type(logits).__name__}. Stack the heads' largest logits with jnp.stack."
+            )
+        dtype = logits.dtype
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"max_logits[{name!r}] has dtype {dtype}; expected logits, floats.")
         if jnp.shape(logits) != shape:

@@ -341,6 +341,18 @@ def test_behind_multi_steps_the_maximum_of_the_micro_batches_counts(every):
         assert not jnp.any(jnp.isfinite(state[1].max_logits["attn"]))
 
 
+@pytest.mark.parametrize("every", [1, 2, lambda step: 2])
+def test_the_state_has_its_types_from_init_on(every):
+    """A weakly typed state would compile the step twice."""
+    tx = qk_clip(HEADS, 8.0, every_k_schedule=every)
+    state = tx.init(PARAMS)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+    update = jax.jit(tx.update)
+    for _ in range(3):
+        _, state = update(UPDATES, state, PARAMS, max_logits=jnp.ones(2))
+    assert update._cache_size() == 1
+
+
 def test_inject_hyperparams_sets_the_threshold():
     tx = optax.inject_hyperparams(qk_clip)({"attn": HEADS}, threshold=8.0)
     update, state = jax.jit(tx.update), tx.init(PARAMS)
@@ -442,6 +454,7 @@ LARGEST = jnp.ones(2)
         (lambda: GroupedQuery(4, 3, 4), ValueError, "4 query heads do not divide into 3 groups"),
         (lambda: MultiHead(2, 4, logit_soft_cap=50.0), ValueError, "soft_cap=50.0: .*not linear"),
         (lambda: MultiHeadLatent(2, 4, 2, 4, qk_norm=True), ValueError, "qk_norm=True: .*normalis"),
+        (lambda: MultiHead(2, 4, qk_norm="no"), TypeError, "qk_norm must be True or False.*'no'"),
         (lambda: qk_clip({}), TypeError, "takes the structure of the heads.*got {}"),
         (lambda: qk_clip("attn"), TypeError, "takes the structure of the heads.*got 'attn'"),
         (lambda: qk_clip({"attn": 8}), TypeError, "'attn' maps to 8; use MultiHead"),
@@ -509,6 +522,63 @@ def test_the_norm_of_a_low_rank_query_is_no_qk_norm():
     qk_clip(MultiHeadLatent(2, 2, 2, 2, query="wq_b")).init(params)
 
 
+# --- Gains of norms under names that are not known ---
+
+GAIN = jnp.ones(4)
+MLA = MultiHeadLatent(2, 3, 1, 3, query="q_b_proj")
+
+
+def latent(query_rank, rank, **norms):
+    return {"q_b_proj": jnp.ones((query_rank, 8)), "kv_b_proj": jnp.ones((rank, 12))} | norms
+
+
+@pytest.mark.parametrize(
+    ("heads", "params", "path"),
+    [
+        (HEADS, GOOD | {"RMSNorm_0": {"scale": GAIN}}, r"RMSNorm_0/scale, shape \(4,\)"),
+        (HEADS, GOOD | {"RMSNorm_0": {"scale": jnp.ones(8)}}, "RMSNorm_0/scale.*of all heads"),
+        (HEADS, GOOD | {"norm": {"bias": GAIN}}, "norm/bias"),
+        (HEADS, GOOD | {"a": {"b": {"weight": GAIN}}}, "a/b/weight"),
+        (HEADS, GOOD | {"a": {"q_norm": {"weight": jnp.ones(3)}}}, "a/q_norm/weight.*its name"),
+        (HEADS, GOOD | {"q_gain": GAIN}, "q_gain"),
+        (HEADS, GOOD | {"norm": {"scale": jnp.ones((1, 1, 4))}}, "norm/scale"),
+        (HEADS, GOOD | {"norm": {"scale": jnp.ones((2, 4))}}, "norm/scale"),
+        (GroupedQuery(4, 2, 2), {"q_proj": ARRAY, "k_proj": ARRAY[:, :4], "n": GAIN}, "n, shape"),
+        (
+            HEADS,
+            {"q_proj": jnp.ones((3, 8, 8)), "k_proj": jnp.ones((3, 8, 8)), "n": jnp.ones((3, 4))},
+            r"n, shape \(3, 4\)",
+        ),
+        (MLA, latent(6, 5, norm=jnp.ones(3)), "norm, shape"),
+        (MLA, latent(6, 5, norm=jnp.ones(8)), "norm, shape"),
+        (MLA, latent(6, 4, norm=jnp.ones(4)), "norm, shape"),
+        (MLA, latent(6, 5, kv_a_layernorm=jnp.ones(4)), "kv_a_layernorm, shape"),
+        (MLA, latent(4, 5, q_norm=jnp.ones(4)), "has a 'q_norm'"),
+    ],
+)
+def test_a_gain_as_long_as_a_head_raises_whatever_its_name(heads, params, path):
+    why = f"{path}.*scaling these changes no logit"
+    with pytest.raises(ValueError, match=why):
+        qk_clip(heads).init({"attn": params})
+
+
+@pytest.mark.parametrize(
+    ("heads", "params"),
+    [
+        (HEADS, GOOD | {"norm": jnp.ones(3), "temperature": jnp.ones(()), "sinks": GAIN}),
+        (HEADS, GOOD | {"v_proj": {"kernel": ARRAY, "bias": jnp.ones(8)}, "b_o": jnp.ones(8)}),
+        (HEADS, GOOD | {"value": {"kernel": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))}}),
+        (MultiHead(2, 4, qk_norm=False), GOOD | {"pre_norm": {"scale": jnp.ones(8)}}),
+        (MLA, latent(7, 5, RMSNorm_0=jnp.ones(7), RMSNorm_1=jnp.ones(5))),
+        # Ranks as long as a head: only the names tell.
+        (MLA, latent(4, 8, q_a_layernorm={"scale": GAIN}, kv_a_layernorm={"scale": jnp.ones(8)})),
+        (MLA, latent(6, 3, q_norm=jnp.ones(6), kv_norm=jnp.ones(3))),
+    ],
+)
+def test_gains_of_other_vectors_are_none_of_queries_or_keys(heads, params):
+    qk_clip(heads).init({"attn": params, "norm": {"scale": GAIN}})
+
+
 TWO = {"a": GOOD, "b": GOOD}
 
 
@@ -531,6 +601,13 @@ TWO = {"a": GOOD, "b": GOOD}
             r"\['a'\] has shape \(4, 2\); expected \(2,\), .*maximum over micro-batches",
         ),
         ({"a": GOOD}, {"max_logits": jnp.ones(2, int)}, TypeError, "dtype int32; expected logits"),
+        ({"a": GOOD}, {"max_logits": [1.0, 2.0]}, TypeError, r"\['a'\] must be an array.*got list"),
+        (
+            {"a": GOOD},
+            {"max_logits": {"a": 1.0}},
+            TypeError,
+            r"\['a'\] must be an array.*got float",
+        ),
     ],
 )
 def test_bad_logits_raise(params, options, error, why):
