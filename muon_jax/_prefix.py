@@ -42,7 +42,8 @@ def match_prefix(
         used.add(prefix)
         found.append(entries[prefix])
     unused = [path for path, entry in entries.items() if path not in used and entry is not None]
-    if whole and unused:
+    # Without leaves all are masked, or `optax.tree_map_params` gives its placeholder.
+    if whole and unused and leaves:
         hidden = [p for p, node in flatten_with_names(params, is_absent)[0] if is_absent(node)]
         for path in unused:
             if not any(other[: len(path)] == path[: len(other)] for other in hidden):
@@ -67,12 +68,10 @@ def resolve_mask(mask: Any, params: Any, structure: Any) -> Any:
       ValueError: where the mask's tree differs from that of the parameters.
     """
     # A parameter tree may be callable itself (an Equinox module); a function is a tree's leaf.
+    if mask is None or not structure.num_leaves:
+        return mask
     if callable(mask) and jax.tree_util.all_leaves([mask]):
-        if not structure.num_leaves:
-            return None
         mask = mask(params)
-    elif mask is None:
-        return None
     entries, _ = flatten_with_names(mask, is_absent)
     for path, entry in entries:
         if not is_absent(entry) and not isinstance(entry, bool | np.bool_):

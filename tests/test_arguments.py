@@ -314,6 +314,15 @@ def test_specs_of_the_whole_model_serve_a_part_of_it():
     assert jax.tree.leaves(muon_jax.opt_state_shardings(tx, params))
 
 
+def test_trees_of_specs_and_masks_do_not_mind_the_placeholder_of_tree_map_params():
+    specs, mask = {"dense": P(), "scale": P()}, {"dense": True, "scale": False}
+    tx = muon(1e-3, mesh=make_mesh(), param_specs=specs, weight_decay_mask=mask)
+    state = tx.init(PARAMS)
+    assert jax.tree.structure(optax.tree_map_params(tx, lambda x: x, state)) == jax.tree.structure(
+        state
+    )
+
+
 # --- states ---------------------------------------------------------------------------------
 
 
