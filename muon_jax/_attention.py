@@ -17,14 +17,13 @@ so that a head below the threshold keeps its queries and keys, and its logits, b
 
 import abc
 import dataclasses
-import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from muon_jax._checks import check_bool, is_positive_integer
+from muon_jax._checks import check_bool, check_pattern, is_positive_integer
 
 Factors = dict[str, jax.Array]
 """From a projection's name to the factors of its columns, `[*stack, heads, width]`."""
@@ -57,6 +56,13 @@ class AttentionHeads(abc.ABC):
         for name, value in vars(self).items():
             if name.endswith(("heads", "_dim")) and not is_positive_integer(value):
                 raise ValueError(f"{kind}.{name} must be a positive whole number; got {value!r}.")
+        fields = [name for name in ("query", "key", "key_value") if name in vars(self)]
+        names = [vars(self)[field] for field in fields]
+        for field, name in zip(fields, names, strict=True):
+            if not isinstance(name, str) or not name:
+                raise TypeError(f"{kind}.{field} must be the name of a projection; got {name!r}.")
+        if len({*names}) < len(names):
+            raise ValueError(f"{kind}: {' and '.join(fields)} are both {names[0]!r}; name two.")
         if self.logit_soft_cap is not None:
             raise ValueError(
                 f"{kind}.logit_soft_cap={self.logit_soft_cap!r}: logits under a soft cap are not "
@@ -212,10 +218,7 @@ class MultiHeadLatent(AttentionHeads):
 
 def check_rule(pattern: Any, heads: Any) -> None:
     """Raise where a pattern is no regular expression, or `heads` no structure known to QK-Clip."""
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"qk_clip: {pattern!r} is no regular expression: {error}.") from error
+    check_pattern("qk_clip", pattern)
     if not isinstance(heads, AttentionHeads):
         raise TypeError(
             f"qk_clip: {pattern!r} maps to {heads!r}; use MultiHead, GroupedQuery or "

@@ -75,6 +75,7 @@ def find_attention(
     Raises:
       ValueError: for a pattern that is found in no module, and for leaves that do not fit their
         structure or are not known to QK-Clip.
+      TypeError: for kernels that are not floating-point.
     """
     named, structure = flatten_with_names(params)
     # Flat trees hold whole paths in one key: "layers/0/kernel", "layers.0.weight".
@@ -82,6 +83,7 @@ def find_attention(
         (tuple(part for name in path for part in re.split(r"[/.]", name)), tuple(jnp.shape(leaf)))
         for path, leaf in named
     ]
+    dtypes = [jnp.result_type(leaf) for _, leaf in named]
     children: dict[Path, set[str]] = {}
     for path, _ in leaves:
         for depth, name in enumerate(path):
@@ -103,6 +105,12 @@ def find_attention(
                 f"{_query(heads)!r} that earlier patterns left; the {kind} are {listed}"
                 f"{', ...' if len(seen or leaves) > 8 else ''}. Mend the pattern, or name the "
                 f"projection: {type(heads).__name__}(query=...)."
+            )
+    for leaf in (leaf for module in modules for leaf in module.leaves):
+        if not jnp.issubdtype(dtypes[leaf.index], jnp.inexact):
+            raise TypeError(
+                f"qk_clip: {show(leaf.path)} has dtype {dtypes[leaf.index]}; only floating-point "
+                "weights can be scaled."
             )
     return modules, structure
 

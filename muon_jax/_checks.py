@@ -1,6 +1,8 @@
 """Checks of numbers, booleans and dtypes, where their values are known before the program runs."""
 
+import inspect
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -33,13 +35,12 @@ def check_scalar(
       ValueError: where it is out of range, NaN or infinite.
     """
     allowed = "a number" + (" or a schedule" if schedule else "")
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
-        real = jnp.issubdtype(value.dtype, np.integer) or jnp.issubdtype(value.dtype, np.floating)
-        if value.shape or not real:
-            raise TypeError(
-                f"{name} must be {allowed}; got an array of shape {value.shape} and dtype "
-                f"{value.dtype}."
-            )
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    if is_array and not _is_real_scalar(value):
+        raise TypeError(
+            f"{name} must be {allowed}; got an array of shape {value.shape} and dtype "
+            f"{value.dtype}."
+        )
     if isinstance(value, Tracer) or (schedule and callable(value)):
         return
     if isinstance(value, (str, bool)) or value is None:
@@ -51,6 +52,64 @@ def check_scalar(
     if not (low <= number < below):
         bounds = f"at least {low:g}" + (f" and below {below:g}" if below < math.inf else ", finite")
         raise ValueError(f"{name} must be {bounds}; got {value}.")
+
+
+def check_schedule(name: str, value: Any) -> Any:
+    """A number as it is; a schedule that checks what it returns, which is known in a step only.
+
+    Raises:
+      TypeError, ValueError: as `check_scalar`, and for a function that takes no count of steps;
+        from the schedule, TypeError for anything but one number.
+    """
+    check_scalar(name, value, schedule=True)
+    if not callable(value):
+        return value
+    check_arity(name, value, "the count of steps", 1)
+
+    def schedule(count: Any) -> Any:
+        rate = value(count)
+        if not _is_real_scalar(rate):
+            raise TypeError(f"{name}, a schedule, must return a number; it returned {rate!r}.")
+        return rate
+
+    return schedule
+
+
+def check_arity(name: str, function: Any, takes: str, count: int) -> None:
+    """Raise TypeError where a function cannot be called with `count` arguments."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(*[1] * count)
+    except TypeError as error:
+        raise TypeError(f"{name} must take {takes}; {function!r} takes {signature}.") from error
+
+
+def _is_real_scalar(value: Any) -> bool:
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        real = jnp.issubdtype(value.dtype, np.integer) or jnp.issubdtype(value.dtype, np.floating)
+        return real and not value.shape
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def as_array(name: str, value: Any) -> jax.Array:
+    """Return `value` as an array; raise TypeError where it is none."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} takes one array; got {value!r}. Map it over a tree with jax.tree.map."
+        ) from error
+
+
+def check_pattern(name: str, pattern: Any) -> None:
+    """Raise ValueError where `pattern` is no regular expression for strings."""
+    try:
+        re.compile(pattern).search("")
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{name}: {pattern!r} is no regular expression: {error}.") from error
 
 
 def check_bool(name: str, value: Any) -> bool:

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, PyTree
 
-from muon_jax._paths import is_absent, show
-from muon_jax._routing import DimensionNumbers, Heads, route_leaves
+from muon_jax._checks import as_array
+from muon_jax._paths import flatten_with_names, is_absent, show
+from muon_jax._routing import DimensionNumbers, Heads, Route, route_leaves
 
 
 def update_rms(updates: PyTree) -> PyTree:
@@ -27,7 +28,9 @@ def update_rms(updates: PyTree) -> PyTree:
     Returns:
       A pytree of float32 scalars with the structure of `updates`; 0 for an empty array.
     """
-    return jax.tree.map(lambda leaf: jnp.sqrt(_sum_of_squares(leaf) / _count([leaf])), updates)
+    leaves, structure = flatten_with_names(updates)
+    arrays = [as_array(f"update_rms, at {show(path)},", leaf) for path, leaf in leaves]
+    return structure.unflatten(jnp.sqrt(_sum_of_squares(x) / _count([x])) for x in arrays)
 
 
 def group_rms(
@@ -54,7 +57,7 @@ def group_rms(
     """
     routes, structure = route_leaves(params, muon_weight_dimension_numbers, heads)
     groups: dict[str, list[jax.Array]] = {"muon": [], "adam": []}
-    for route, leaf in zip(routes, structure.flatten_up_to(updates), strict=True):
+    for route, leaf in zip(routes, _leaves_like(structure, updates, routes), strict=True):
         if not is_absent(leaf):
             groups[route.group].append(leaf)
     return {
@@ -89,10 +92,12 @@ def map_matrices(
     Raises:
       ValueError, TypeError: where `muon` would, for the same parameters.
     """
+    if not callable(function):
+        raise TypeError(f"map_matrices takes a function of matrices first; got {function!r}.")
     routes, structure = route_leaves(params, muon_weight_dimension_numbers, heads)
     return {
         show(route.path): [function(matrices) for matrices in route.views.take(leaf)]
-        for route, leaf in zip(routes, structure.flatten_up_to(tree), strict=True)
+        for route, leaf in zip(routes, _leaves_like(structure, tree, routes), strict=True)
         if route.views is not None and not is_absent(leaf)
     }
 
@@ -113,8 +118,9 @@ def svd_entropy(matrix: Inexact[Array, "*batch m n"]) -> Float[Array, "*batch"]:
 
     Raises:
       ValueError: for fewer than two axes.
+      TypeError: for anything but an array.
     """
-    matrix = _as_matrices("svd_entropy", jnp.asarray(matrix))
+    matrix = _as_matrices("svd_entropy", matrix)
     rank = min(matrix.shape[-2:])
     if rank < 2:
         return jnp.zeros(matrix.shape[:-2], jnp.finfo(matrix.dtype).dtype)
@@ -139,8 +145,9 @@ def orthogonality_error(matrix: Inexact[Array, "*batch m n"]) -> Float[Array, "*
 
     Raises:
       ValueError: for fewer than two axes.
+      TypeError: for anything but an array.
     """
-    matrix = _as_matrices("orthogonality_error", jnp.asarray(matrix))
+    matrix = _as_matrices("orthogonality_error", matrix)
     wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
     rows = wide.shape[-2]
     gram = jnp.matmul(wide, wide.mT.conj(), precision=jax.lax.Precision.HIGHEST)
@@ -149,7 +156,23 @@ def orthogonality_error(matrix: Inexact[Array, "*batch m n"]) -> Float[Array, "*
     return jnp.sqrt(jnp.sum(excess, axis=(-2, -1)) / rows)
 
 
-def _as_matrices(name: str, matrix: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+def _leaves_like(structure: Any, tree: PyTree, routes: Sequence[Route]) -> list[Any]:
+    """The leaves of a tree like the parameters'."""
+    try:
+        leaves = structure.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(f"The tree differs from that of params: {error}") from error
+    for route, leaf in zip(routes, leaves, strict=True):
+        if not is_absent(leaf) and jnp.shape(leaf) != route.shape:
+            raise ValueError(
+                f"{show(route.path)} has shape {jnp.shape(leaf)} in the tree, and {route.shape} in "
+                "params."
+            )
+    return leaves
+
+
+def _as_matrices(name: str, matrix: Any) -> Inexact[Array, "*shape"]:
+    matrix = as_array(name, matrix)
     if matrix.ndim < 2:
         raise ValueError(f"{name} takes matrices in the last two axes, got shape {matrix.shape}.")
     return matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))

@@ -40,7 +40,7 @@ def gradient_leaves(
             )
         dtype = jnp.result_type(gradient)
         kind = jnp.inexact if jnp.iscomplexobj(leaf) else jnp.floating
-        if not jnp.issubdtype(dtype, kind):
+        if not jnp.issubdtype(dtype, kind) or jnp.dtype(dtype).itemsize < 2:
             raise TypeError(
                 f"{show(route.path)}: its gradient has dtype {dtype}, which is no gradient of a "
                 f"parameter of dtype {leaf.dtype}."

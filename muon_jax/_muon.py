@@ -14,7 +14,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from muon_jax._checks import Scalar, ScalarOrSchedule, check_scalar
+from muon_jax._checks import Scalar, ScalarOrSchedule, check_scalar, check_schedule
 from muon_jax._gradients import gradient_leaves
 from muon_jax._injectable import Held, injectable, unheld
 from muon_jax._orthogonalize import Preconditioning
@@ -135,12 +135,12 @@ def muon(
       >>> updates, state = tx.update(params, state, params)
       >>> params = optax.apply_updates(params, updates)
     """
-    adam_learning_rate = learning_rate if adam_learning_rate is None else adam_learning_rate
-    adam_weight_decay = weight_decay if adam_weight_decay is None else adam_weight_decay
-    check_scalar("learning_rate", learning_rate, schedule=True)
-    check_scalar("adam_learning_rate", adam_learning_rate, schedule=True)
-    check_scalar("weight_decay", weight_decay, schedule=True)
-    check_scalar("adam_weight_decay", adam_weight_decay, schedule=True)
+    adam_rate: Any = learning_rate if adam_learning_rate is None else adam_learning_rate
+    adam_decay: Any = weight_decay if adam_weight_decay is None else adam_weight_decay
+    learning_rate = check_schedule("learning_rate", learning_rate)
+    adam_rate = check_schedule("adam_learning_rate", adam_rate)
+    weight_decay = check_schedule("weight_decay", weight_decay)
+    adam_decay = check_schedule("adam_weight_decay", adam_decay)
     check_scalar("adam_b1", adam_b1, below=1.0)
     check_scalar("adam_b2", adam_b2, below=1.0)
     check_scalar("eps", eps)
@@ -188,8 +188,8 @@ def muon(
                 ),
                 "adam": optax.chain(
                     scale_by_adam(adam_b1, adam_b2, eps, adam_eps_root, mu_dtype, zero1, layouts),
-                    optax.add_decayed_weights(adam_weight_decay, mask),
-                    optax.scale_by_learning_rate(adam_learning_rate),
+                    optax.add_decayed_weights(adam_decay, mask),
+                    optax.scale_by_learning_rate(adam_rate),
                 ),
             },
             lambda _: labels,  # a function: the tree itself may be callable (Equinox modules)
@@ -210,6 +210,11 @@ def muon(
         if params is None:
             raise ValueError(
                 "muon decays weights and needs them: call tx.update(grads, state, params)."
+            )
+        if not hasattr(state, "inner_states"):
+            raise TypeError(
+                f"muon was given a state of type {type(state).__name__}; expected the one that its "
+                "init made, as tx.update(grads, state, params)."
             )
         routes, structure = route(params)
         leaves = jax.tree.leaves(params)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-from muon_jax._checks import check_dtype
+from muon_jax._checks import as_array, check_dtype
 from muon_jax._collectives import RowShare
 from muon_jax._polynomials import Schedule, resolve_schedule
 
@@ -70,7 +70,7 @@ def orthogonalize(
       >>> bool(abs(s - 1).max() < 0.02)
       True
     """
-    x = jnp.asarray(x)
+    x = as_array("orthogonalize", x)
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         raise TypeError(
             f"orthogonalize takes floating-point or complex matrices, got dtype {x.dtype}; "

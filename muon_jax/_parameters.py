@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muon_jax._paths import Path, show
+from muon_jax._paths import Path, flatten_with_names, show
 
 # Collections of Flax Linen that model.init returns beside "params".
 _COLLECTIONS = frozenset({"batch_stats", "cache", "intermediates", "perturbations"})
@@ -24,6 +24,7 @@ def check_tree(params: Any, paths: list[Path]) -> None:
             f"muon was given a parameter tree without leaves: {params!r}. With Flax pass "
             'variables["params"] or nnx.state(model, nnx.Param).'
         )
+    _check_variables(params)
     nodes = {path[: i + 1] for path in paths for i, _ in enumerate(path[:-1])}
     for node in sorted(nodes):
         if node[-1] in _COLLECTIONS and (*node[:-1], "params") in nodes:
@@ -31,6 +32,21 @@ def check_tree(params: Any, paths: list[Path]) -> None:
                 f"The parameters hold the collection {show(node)} beside "
                 f"{show((*node[:-1], 'params'))}: these are a Linen model's variables, of which "
                 'only the parameters are trained. Pass variables["params"].'
+            )
+
+
+def _check_variables(params: Any) -> None:
+    """Raise for the statistics among an NNX model's whole state, which `init` sees as Variables."""
+    is_other = lambda node: any(  # noqa: E731
+        kind.__name__ in ("BatchStat", "Cache", "Intermediate")
+        and str(kind.__module__).startswith("flax.nnx")
+        for kind in type(node).__mro__
+    )
+    for path, node in flatten_with_names(params, is_other)[0]:
+        if is_other(node):
+            raise ValueError(
+                f"The parameters hold {show(path)}, an nnx.{type(node).__name__}, which is not "
+                "trained. Pass nnx.state(model, nnx.Param), or wrt=nnx.Param to nnx.Optimizer."
             )
 
 

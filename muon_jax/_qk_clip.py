@@ -16,12 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Inexact, Int, PyTree
 
 from muon_jax._attention import AttentionHeads, check_rule
 from muon_jax._attention_leaves import AttentionModule, find_attention
-from muon_jax._checks import Scalar, check_scalar, is_positive_integer
-from muon_jax._paths import is_absent, show
+from muon_jax._checks import Scalar, check_arity, check_scalar, is_positive_integer
+from muon_jax._paths import flatten_with_names, is_absent, show
+from muon_jax._specs import partition_spec, place
 
 
 class QKClipState(NamedTuple):
@@ -111,11 +113,11 @@ def qk_clip(
     if not isinstance(threshold, Tracer) and float(threshold) == 0:
         raise ValueError("threshold must be positive; got 0, which would set the weights to 0.")
     traced = isinstance(every_k_schedule, jax.Array)
-    if not (traced or callable(every_k_schedule) or is_positive_integer(every_k_schedule)):
-        raise ValueError(
-            "every_k_schedule must be a whole number of at least 1 or a function of the step; got "
-            f"{every_k_schedule!r}."
-        )
+    if callable(every_k_schedule):
+        check_arity("every_k_schedule", every_k_schedule, "the count of steps", 1)
+    else:
+        _check_every(every_k_schedule, "or a function of the step; got")
+    _check_axis_name(axis_name)
     accumulates = traced or callable(every_k_schedule) or every_k_schedule > 1
 
     def init_fn(params: PyTree) -> QKClipState | optax.EmptyState:
@@ -125,7 +127,8 @@ def qk_clip(
         # Of an explicit dtype: a weakly typed -inf would change its type, and the program, in the
         # first update.
         none_yet = {show(m.path): jnp.full(m.logits_shape, -jnp.inf, jnp.float32) for m in modules}
-        return QKClipState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), none_yet)
+        zero = jnp.zeros((), jnp.int32)
+        return _replicated_like(params, QKClipState(zero, jnp.copy(zero), none_yet))
 
     def update_fn(
         updates: PyTree,
@@ -141,13 +144,22 @@ def qk_clip(
                 "qk_clip scales weights and needs them: call tx.update(updates, state, params, "
                 "max_logits=...)."
             )
+        if isinstance(state, QKClipState) != accumulates:
+            raise TypeError(
+                f"qk_clip was given a state of type {type(state).__name__}; expected the one that "
+                f"its init made, {'a QKClipState' if accumulates else 'optax.EmptyState()'}, as "
+                "every_k_schedule says."
+            )
         modules, structure = find_attention(params, rules)
         largest = _check_logits(max_logits, modules)
         if axis_name is not None:
-            largest = jax.lax.pmax(largest, axis_name)
+            largest = _largest_over(largest, axis_name)
         steps_now: Any = True
         if isinstance(state, QKClipState):
-            every = every_k_schedule(state.step) if callable(every_k_schedule) else every_k_schedule
+            every: Any = every_k_schedule
+            if callable(every_k_schedule):
+                every = every_k_schedule(state.step)
+                _check_every(every, "from its function; it returned")
             largest = jax.tree.map(jnp.maximum, state.max_logits, largest)
             steps_now = state.micro_step + 1 >= every
             state = QKClipState(
@@ -156,7 +168,7 @@ def qk_clip(
                 jax.tree.map(lambda x: jnp.where(steps_now, -jnp.inf, x), largest),
             )
         weights = jax.tree.leaves(params)
-        scaled = structure.flatten_up_to(updates)
+        scaled = _updates_like(params, structure, updates)
         for module in modules:
             logits = largest[show(module.path)]
             clips = jnp.isfinite(logits) & (logits > threshold) & steps_now
@@ -173,6 +185,61 @@ def qk_clip(
         return structure.unflatten(scaled), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _replicated_like(params: PyTree, state: QKClipState) -> QKClipState:
+    """The state on the parameters' mesh, to which the first update would otherwise move it."""
+    arrays = [x for x in jax.tree.leaves(params) if isinstance(x, jax.Array)]
+    shardings = [x.sharding for x in arrays if not isinstance(x, Tracer)]
+    mesh = next((x.mesh for x in shardings if isinstance(x, NamedSharding)), None)
+    if mesh is None:
+        return state
+    return jax.tree.map(lambda x: place(x, mesh, partition_spec(((),) * x.ndim, mesh)), state)
+
+
+def _check_every(every: Any, else_or: str) -> None:
+    """Raise where `every_k_schedule`, or what it returns, is no count; a traced one is an array."""
+    is_count = is_positive_integer(every)
+    if isinstance(every, jax.Array | np.ndarray):
+        is_count = jnp.issubdtype(every.dtype, np.integer) and not every.shape
+        is_count = is_count and (isinstance(every, Tracer) or int(every) > 0)
+    if not is_count:
+        raise ValueError(
+            f"every_k_schedule must be a whole number of at least 1 {else_or} {every!r}."
+        )
+
+
+def _check_axis_name(axis_name: Any) -> None:
+    names = axis_name if isinstance(axis_name, Sequence) else [axis_name]
+    if axis_name is not None and not all(isinstance(name, str) for name in names):
+        raise TypeError(f"axis_name must name mapped axes, such as 'data'; got {axis_name!r}.")
+
+
+def _largest_over(largest: dict[str, jax.Array], axis_name: Any) -> dict[str, jax.Array]:
+    try:
+        return jax.lax.pmax(largest, axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} names an axis that is not mapped here: {error} Under jax.jit "
+            "leave it out: a maximum over a global array is global."
+        ) from error
+
+
+def _updates_like(params: PyTree, structure: Any, updates: PyTree) -> list[Any]:
+    """The updates in the order of the parameters' leaves."""
+    try:
+        leaves = structure.flatten_up_to(updates)
+    except ValueError as error:
+        raise ValueError(
+            f"qk_clip: the updates' tree differs from that of the parameters: {error}"
+        ) from error
+    for (path, param), update in zip(flatten_with_names(params)[0], leaves, strict=True):
+        if not is_absent(update) and jnp.shape(update) != jnp.shape(param):
+            raise ValueError(
+                f"qk_clip: {show(path)} has shape {jnp.shape(param)}, but its update has "
+                f"{jnp.shape(update)}."
+            )
+    return leaves
 
 
 def _scale(

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 import jax
 
+from muon_jax._checks import check_pattern
 from muon_jax._matrices import LeafViews, MatrixSpec, is_matrix_spec, leaf_views
 from muon_jax._parameters import check_tree, parameter_shape
 from muon_jax._paths import Path, flatten_with_names, is_absent, show
@@ -51,10 +52,7 @@ def by_path(rules: Mapping[str, MatrixSpec | None]) -> PathRules:
     if not isinstance(rules, Mapping):
         raise TypeError(f"by_path takes a mapping from patterns to axes; got {rules!r}.")
     for pattern, spec in rules.items():
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise ValueError(f"by_path: {pattern!r} is no regular expression: {error}.") from error
+        check_pattern("by_path", pattern)
         if spec is not None and not is_matrix_spec(spec):
             raise TypeError(
                 f"by_path: {pattern!r} maps to {spec!r}; use MuonDimensionNumbers, FusedBlocks, or "
@@ -192,7 +190,21 @@ def _declared(
         return _declared_by_rules(leaves, dimension_numbers)
     # A parameter tree may be callable itself (an Equinox module); a function is a tree's leaf.
     if callable(dimension_numbers) and jax.tree_util.all_leaves([dimension_numbers]):
-        dimension_numbers = dimension_numbers(params)
+        function = dimension_numbers
+        if isinstance(function, type) or function is by_path:
+            raise TypeError(
+                f"muon_weight_dimension_numbers is {function.__name__} itself; call it, as in "
+                "MuonDimensionNumbers(-2, -1), FusedBlocks((512, 128, 128)) or "
+                'by_path({"embed": None}).'
+            )
+        dimension_numbers = function(params)
+        if dimension_numbers is None:
+            raise TypeError(
+                "muon_weight_dimension_numbers, a function, returned None, which would give all "
+                "parameters to AdamW; return a tree of MuonDimensionNumbers, FusedBlocks and None."
+            )
+        if isinstance(dimension_numbers, PathRules):
+            return _declared_by_rules(leaves, dimension_numbers)
     return _declared_by_tree(params, leaves, dimension_numbers)
 
 

@@ -164,6 +164,11 @@ def scale_by_muon(
     def update_fn(
         updates: PyTree, state: Any, params: PyTree | None = None
     ) -> tuple[PyTree, MuonState]:
+        if not isinstance(state, MuonState):
+            raise TypeError(
+                f"scale_by_muon was given a state of type {type(state).__name__}; expected the "
+                "MuonState that its init made, as tx.update(grads, state)."
+            )
         routes, structure = _matrix_routes(state.mu, weight_dimension_numbers, heads)
         mu = jax.tree.leaves(state.mu)
         gradients = gradient_leaves(structure, updates, mu, routes)

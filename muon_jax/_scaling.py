@@ -6,13 +6,12 @@ matrix: never of a stack, a fused block or a shard.
 """
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Callable
 
 from jax.core import Tracer
 
-from muon_jax._checks import Scalar, check_scalar
+from muon_jax._checks import Scalar, check_arity, check_scalar
 
 ShapeFunction = Callable[[int, int], Scalar]
 
@@ -139,25 +138,12 @@ def resolve_update_scale(
         check_scalar("value of FixedScale", update_scale.value)
         return update_scale
     if callable(update_scale) and not isinstance(update_scale, type):
-        _check_arity(update_scale)
+        check_arity("update_scale", update_scale, "(fan_in, fan_out)", 2)
         return ByShape(update_scale)
     raise TypeError(
         "update_scale must be AdjustedLR, UpdateNorm, FixedScale or a function of "
         f"(fan_in, fan_out); got {update_scale!r}."
     )
-
-
-def _check_arity(function: ShapeFunction) -> None:
-    try:
-        signature = inspect.signature(function)
-    except ValueError:  # some built-in functions have none
-        return
-    try:
-        signature.bind(1, 1)
-    except TypeError as error:
-        raise TypeError(
-            f"update_scale must take (fan_in, fan_out); {function!r} takes {signature}: {error}."
-        ) from error
 
 
 def check_update_scale(scale: UpdateScale, fan_in: int, fan_out: int, where: str) -> None:

@@ -190,6 +190,12 @@ def _normalize(
             f"{where}, shape {shape}: {source} is {spec}, which leaves an axis to XLA; the "
             "optimizer has to know it. Name its mesh axes, or None."
         )
+    for entry in entries:
+        if not isinstance(entry, str | tuple | None):
+            raise TypeError(
+                f"{where}, shape {shape}: {source} is {spec}; its entries are names of mesh axes, "
+                f"tuples of them, or None, not {entry!r}."
+            )
     normal = tuple(
         () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
         for entry in (*entries, *[None] * (len(shape) - len(entries)))

@@ -31,6 +31,7 @@ def opt_state_shardings(tx: Any, params: PyTree) -> PyTree:
 
     Raises:
       ValueError: where nothing in `tx` was given a mesh; and where `tx.init` would.
+      TypeError: where `tx` is no optimizer.
 
     Example:
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -39,6 +40,8 @@ def opt_state_shardings(tx: Any, params: PyTree) -> PyTree:
       >>> shardings = opt_state_shardings(tx, params)
       >>> state = jax.jit(tx.init, out_shardings=shardings)(params)
     """
+    if not callable(getattr(tx, "init", None)):
+        raise TypeError(f"opt_state_shardings takes an optimizer, not its state; got {tx!r}.")
     with recording() as record:
         # A function of its own: JAX would not trace one again that it knows.
         jaxpr, state = jax.make_jaxpr(lambda p: tx.init(p), return_shape=True)(params)

@@ -1,6 +1,7 @@
 """Bad arguments raise where they are given, with the remedy; docstrings agree with signatures."""
 
 import doctest
+import functools
 import importlib
 import inspect
 import math
@@ -93,6 +94,12 @@ from muon_jax import (
         ({"beta": np.complex64(0.9)}, TypeError, "beta must be a number.* complex64"),
         ({"eps": np.bool_(True)}, TypeError, "eps must be a number.* bool"),
         ({"learning_rate": jax.random.key(0)}, TypeError, "learning_rate must be .*key<fry>"),
+        ({"learning_rate": lambda: 1.0}, TypeError, "learning_rate must take the count of steps"),
+        (
+            {"weight_decay": lambda a, b: 1.0},
+            TypeError,
+            "weight_decay must take the count of steps",
+        ),
         ({"update_scale": lambda: 1.0}, TypeError, r"must take \(fan_in, fan_out\); .*takes \(\)"),
         ({"update_scale": lambda shape: 1.0}, TypeError, r"update_scale must .*takes \(shape\)"),
         ({"update_scale": AdjustedLR(np.ones(1))}, TypeError, "rms of AdjustedLR must be a number"),
@@ -163,6 +170,27 @@ def test_a_scale_out_of_range_raises_in_init_and_in_the_report():
             muon(1e-3, update_scale=scale).init(jnp.ones((4, 6)))
         with pytest.raises(ValueError, match=r"update_scale\(4, 6\).*at least 0, finite; got"):
             muon_jax.routing_report(jnp.ones((4, 6)), update_scale=scale)
+
+
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "adam_learning_rate", "weight_decay", "adam_weight_decay"]
+)
+def test_a_schedule_that_returns_no_number_raises(untyped, name):
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    for wrong in ("fast", None, jnp.ones(3), True, 1j):
+        tx = muon(**{"learning_rate": 1e-3, name: lambda count, wrong=wrong: wrong})
+        with pytest.raises(TypeError, match=f"{name}, a schedule, must return a number; it retur"):
+            jax.jit(tx.update)(params, tx.init(params), params)
+
+
+def test_states_of_other_transformations_raise():
+    params = {"w": jnp.ones((2, 3))}
+    with pytest.raises(TypeError, match="muon was given a state of type tuple; expected the one"):
+        muon(1e-3).update(params, optax.adam(1e-3).init(params), params)
+    with pytest.raises(TypeError, match="scale_by_muon was given a state of type EmptyState"):
+        scale_by_muon().update(params, optax.EmptyState())
+    with pytest.raises(TypeError, match="opt_state_shardings takes an optimizer, not its state"):
+        muon_jax.opt_state_shardings(muon(1e-3).init(params), params)
 
 
 # --- masks ----------------------------------------------------------------------------------
@@ -302,6 +330,13 @@ def test_specs_of_parameters_that_are_not_there_raise(specs, named):
             call()
 
 
+def test_specs_of_anything_but_names_raise():
+    with pytest.raises(
+        TypeError, match=r"scale, shape .*param_specs is .* names of mesh .*not 1.5"
+    ):
+        muon(1e-3, mesh=make_mesh(), param_specs={"dense": P(), "scale": P(1.5)}).init(PARAMS)
+
+
 def test_specs_of_the_whole_model_serve_a_part_of_it():
     mesh = make_mesh()
     specs = {"dense": {"kernel": P(), "bias": P()}, "scale": P(), "none": P()}
@@ -371,6 +406,13 @@ def test_gradients_of_another_shape_or_structure_raise():
         ("bias", jnp.ones((1,)), ValueError, r"bias: its gradient has shape \(1,\)"),
         ("kernel", jnp.ones((3, 4), jnp.int32), TypeError, "kernel: its gradient has dtype int32"),
         ("bias", jnp.ones(4, jnp.complex64), TypeError, "bias: its gradient has dtype complex64"),
+        (
+            "bias",
+            jnp.ones(4, jnp.float8_e5m2),
+            TypeError,
+            "bias: its gradient has dtype float8_e5m2",
+        ),
+        ("kernel", jax.random.split(jax.random.key(0), (3, 4)), TypeError, "kernel: .*key<fry>"),
     ],
 )
 def test_gradients_that_do_not_fit_raise_in_both_groups(path, gradient, error, why):
@@ -409,6 +451,25 @@ def test_orthogonalize_refuses_vectors_and_integers(untyped):
         orthogonalize(jnp.ones(3))
     with pytest.raises(TypeError, match="got dtype int32"):
         orthogonalize(jnp.ones((3, 3), jnp.int32))
+    for wrong in ({"w": jnp.ones((3, 3))}, None, "w"):
+        for function in (orthogonalize, muon_jax.svd_entropy, muon_jax.orthogonality_error):
+            with pytest.raises(TypeError, match=f"{function.__name__} takes one array; got"):
+                function(wrong)
+
+
+def test_diagnostics_of_trees_that_do_not_fit_raise(untyped):
+    params = {"w": jnp.ones((2, 3))}
+    measure = functools.partial(muon_jax.map_matrices, muon_jax.svd_entropy)
+    for function in (measure, muon_jax.group_rms):
+        with pytest.raises(ValueError, match="The tree differs from that of params"):
+            function({"v": jnp.ones((2, 3))}, params)
+        with pytest.raises(ValueError, match=r"w has shape \(6,\) in the tree, and \(2, 3\)"):
+            function({"w": jnp.ones(6)}, params)
+    with pytest.raises(TypeError, match=r"takes a function of matrices first; got \{"):
+        muon_jax.map_matrices(params, muon_jax.svd_entropy, params)
+    with pytest.raises(TypeError, match="update_rms, at w, takes one array; got 'x'"):
+        muon_jax.update_rms({"w": "x"})
+    assert muon_jax.update_rms({"w": 2.0, "none": None}) == {"w": 2.0, "none": None}
 
 
 # --- documentation that cannot drift --------------------------------------------------------

@@ -353,6 +353,17 @@ def test_the_state_has_its_types_from_init_on(every):
     assert update._cache_size() == 1
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_on_a_mesh_the_state_lies_there_from_init_on(kind):
+    mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind,) * 2)
+    params = jax.device_put(PARAMS, NamedSharding(mesh, P("data", "tensor")))
+    tx = qk_clip(HEADS, 8.0, every_k_schedule=2)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(3):
+        _, state = update(params, state, params, max_logits=jnp.ones(2))
+    assert update._cache_size() == 1
+
+
 def test_inject_hyperparams_sets_the_threshold():
     tx = optax.inject_hyperparams(qk_clip)({"attn": HEADS}, threshold=8.0)
     update, state = jax.jit(tx.update), tx.init(PARAMS)
@@ -455,6 +466,23 @@ LARGEST = jnp.ones(2)
         (lambda: MultiHead(2, 4, logit_soft_cap=50.0), ValueError, "soft_cap=50.0: .*not linear"),
         (lambda: MultiHeadLatent(2, 4, 2, 4, qk_norm=True), ValueError, "qk_norm=True: .*normalis"),
         (lambda: MultiHead(2, 4, qk_norm="no"), TypeError, "qk_norm must be True or False.*'no'"),
+        (lambda: MultiHead(2, 4, query=3), TypeError, "MultiHead.query must be the name.*got 3"),
+        (lambda: MultiHead(2, 4, "a", "a"), ValueError, "MultiHead: query and key are both 'a'"),
+        (lambda: qk_clip({b"attn": HEADS}), ValueError, "b'attn' is no regular expression"),
+        (lambda: qk_clip(HEADS, jnp.ones(2)), TypeError, r"threshold must be a number.* \(2,\)"),
+        (lambda: qk_clip(HEADS, axis_name=0), TypeError, "axis_name must name .*got 0"),
+        (
+            lambda: qk_clip(HEADS, every_k_schedule=jnp.ones(())),
+            ValueError,
+            "every_k_schedule must",
+        ),
+        (lambda: qk_clip(HEADS, every_k_schedule=jnp.asarray([2])), ValueError, "every_k_schedule"),
+        (lambda: qk_clip(HEADS, every_k_schedule=jnp.asarray(0)), ValueError, "at least 1 .*got"),
+        (
+            lambda: qk_clip(HEADS, every_k_schedule=lambda: 2),
+            TypeError,
+            "must take the count of st",
+        ),
         (lambda: qk_clip({}), TypeError, "takes the structure of the heads.*got {}"),
         (lambda: qk_clip("attn"), TypeError, "takes the structure of the heads.*got 'attn'"),
         (lambda: qk_clip({"attn": 8}), TypeError, "'attn' maps to 8; use MultiHead"),
@@ -614,6 +642,31 @@ def test_bad_logits_raise(params, options, error, why):
     tx = qk_clip(HEADS)
     with pytest.raises(error, match=why):
         tx.update(params, tx.init(params), params, **options)
+
+
+def test_schedules_states_and_axes_that_do_not_fit_raise():
+    for wrong in ("two", 2.5, jnp.asarray([2, 3])):
+        tx = qk_clip(HEADS, every_k_schedule=lambda step, wrong=wrong: wrong)
+        with pytest.raises(ValueError, match="at least 1 from its function; it returned"):
+            tx.update(GOOD, tx.init(GOOD), GOOD, max_logits=LARGEST)
+    often, once = qk_clip(HEADS, every_k_schedule=2), qk_clip(HEADS)
+    with pytest.raises(TypeError, match=r"type EmptyState; expected .* a QKClipState"):
+        often.update(GOOD, once.init(GOOD), GOOD, max_logits=LARGEST)
+    with pytest.raises(TypeError, match=r"state of type QKClipState; expected .*EmptyState\(\)"):
+        once.update(GOOD, often.init(GOOD), GOOD, max_logits=LARGEST)
+    with pytest.raises(ValueError, match="axis_name='data' names an axis that is not mapped here"):
+        clip([1.0, 1.0], qk_clip(HEADS, axis_name="data"))
+
+
+def test_updates_and_kernels_that_do_not_fit_raise():
+    tx, state = qk_clip(HEADS), optax.EmptyState()
+    with pytest.raises(ValueError, match="qk_clip: the updates' tree differs from that of the par"):
+        tx.update({"q_proj": ARRAY}, state, GOOD, max_logits=LARGEST)
+    narrow = GOOD | {"k_proj": jnp.ones((8, 1))}  # would broadcast
+    with pytest.raises(ValueError, match=r"k_proj has shape \(8, 8\), but its update has \(8, 1\)"):
+        tx.update(narrow, state, GOOD, max_logits=LARGEST)
+    with pytest.raises(TypeError, match="k_proj has dtype int32; only floating-point weights"):
+        tx.init(GOOD | {"k_proj": jnp.ones((8, 8), int)})
 
 
 def test_missing_parameters_or_updates_raise():

@@ -300,6 +300,9 @@ def test_a_declared_vector_shaped_matrix_stays_with_muon():
         (by_path({"mixer": Dims((0, 0), 1)}), ValueError, "mixer.*names an axis twice"),
         (by_path({"mixer": Dims((), 1)}), ValueError, "mixer.*does not name axes"),
         (by_path({"bias": Dims()}), ValueError, "proj/bias.*fewer than two axes"),
+        (Dims, TypeError, "muon_weight_dimension_numbers is MuonDimensionNumbers itself; call it"),
+        (by_path, TypeError, "muon_weight_dimension_numbers is by_path itself; call it"),
+        (lambda params: None, TypeError, "a function, returned None, which would give all"),
         (by_path({"mixer": Dims("in", "out")}), TypeError, "mixer, .*reduction_axis='in' must be"),
         (by_path({"mixer": Dims(1, ("out",))}), TypeError, r"mixer, .*output_axis=\('out',\) must"),
         (by_path({"mixer": Dims(1.0, 2)}), TypeError, "mixer, .*axis=1.0 must be .* from -3 to 2"),
@@ -317,6 +320,7 @@ def test_dimension_numbers_that_do_not_fit_raise(untyped, numbers, error, why):
         ({"(": None}, ValueError, "no regular expression"),
         ({"a": (0, 1)}, TypeError, "use MuonDimensionNumbers, FusedBlocks, or None"),
         ({1: None}, ValueError, "1 is no regular expression"),
+        ({b"a": None}, ValueError, "b'a' is no regular expression"),
         (["a"], TypeError, "takes a mapping from patterns to axes"),
     ],
 )
@@ -357,6 +361,25 @@ def test_the_variables_of_a_linen_model_given_whole_raise():
         {"params": "train", "batch_stats": "keep"},
     )
     parted.init(variables)
+
+
+class NnxBatchNormed(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(3, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+
+def test_the_state_of_an_nnx_model_given_whole_raises():
+    model = NnxBatchNormed(nnx.Rngs(0))
+    for given in (model, nnx.state(model)):
+        with pytest.raises(ValueError, match=r"hold norm/mean, an nnx.BatchStat.*nnx.Param"):
+            muon(1e-3).init(given)
+    nnx.Optimizer(model, muon(1e-3), wrt=nnx.Param)
+
+
+def test_a_function_may_return_rules():
+    rules = by_path({"mixer": Dims(1, 2)})
+    assert groups(PARAMS, lambda params: rules) == groups(PARAMS, rules)
 
 
 @pytest.mark.parametrize(
