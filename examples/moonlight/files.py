@@ -1,10 +1,12 @@
 """Files: written whole or not at all, and read with an error that says what is wrong with them."""
 
-import json
 import os
 import uuid
 from pathlib import Path
 from typing import Any
+
+from examples.moonlight.json_text import MAX_JSON, check_plain, parse_json
+from examples.moonlight.untrusted import check_inside, decode, read_bytes
 
 
 def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
@@ -16,25 +18,16 @@ def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The file is not there, and has to be.
-        ValueError: It holds something else; the message names file and line.
+        ValueError: It holds something else, is no regular file, or is a link out of its folder; the
+            message names file and line, or the field.
     """
-    if missing_ok and not path.is_file():
+    if missing_ok and not path.exists() and not path.is_symlink():
         return {}
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{path}: {repeated[0]!r} occurs twice")
-        return dict(pairs)
-
-    try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=unique)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    check_inside(path, path.parent)
+    content = parse_json(decode(read_bytes(path, limit=MAX_JSON), path), path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    check_plain(content, path)
     return content
 
 

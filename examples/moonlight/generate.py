@@ -8,7 +8,6 @@ output as it is drawn, what else there is to say to the standard error.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,13 +17,16 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
+from examples.moonlight.data.tokenizer import encode_text
 from examples.moonlight.generation.chat import Message, load_chat_template
 from examples.moonlight.generation.decoding import Generator, check_lengths
 from examples.moonlight.generation.model_folder import open_model
 from examples.moonlight.generation.sampling import Sampling
 from examples.moonlight.generation.texts import continue_texts, converse
+from examples.moonlight.json_text import read_jsonl
 from examples.moonlight.model.config import Execution
 from examples.moonlight.model.sharding import ModelSharding, make_mesh
+from examples.moonlight.untrusted import read_text
 
 # A conversation's cache where --max-length is silent: more would be memory that few of them use.
 CHAT_LENGTH = 8192
@@ -84,23 +86,12 @@ def read_prompts(path: Path) -> list[str]:
         FileNotFoundError: There is no such file.
         ValueError: It has no prompt, or a line does not hold one.
     """
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"--prompts-file {path}: no such file")
-    prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        if path.suffix == ".jsonl":
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
-            if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-                raise ValueError(
-                    f'{path}, line {number}: expected {{"prompt": "..."}}, got {line[:80]!r}'
-                )
-            line = record["prompt"]
-        prompts.append(line)
+    if path.suffix == ".jsonl":
+        prompts = [prompt for _, prompt in read_jsonl(path, "prompt")]
+    else:
+        prompts = [line for line in read_text(path).split("\n") if line.strip()]
     if not prompts:
         raise ValueError(f"--prompts-file {path}: no prompt in it")
     return prompts
@@ -184,7 +175,7 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
         system = [] if args.system is None else [Message("system", args.system)]
         ids = [encode([*system, Message("user", text)]) for text in args.message]
     else:
-        ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+        ids = [encode_text(tokenizer, prompt) for prompt in prompts]
     needed = max(map(len, ids)) + args.max_new_tokens
     length = cache_length(args.max_length, needed, longest)
     check_lengths(ids, length)

@@ -12,9 +12,7 @@ import tyro
 from rich.table import Table
 
 from examples.moonlight.huggingface import hf_names
-from examples.moonlight.huggingface.hf_config import read_config
-from examples.moonlight.huggingface.hf_files import TensorFiles
-from examples.moonlight.huggingface.hf_import import matching_table
+from examples.moonlight.huggingface.hf_import import checked_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +25,7 @@ class Args:
 
 def check(args: Args) -> None:
     """Checks a directory as `load_pretrained` does, and prints a summary."""
-    config = read_config(args.model)
-    with TensorFiles(args.model) as files:
-        rows = matching_table(files, config)
+    with checked_files(args.model) as (config, files, rows):
         dtypes = collections.Counter(info.dtype for info in files.tensors.values())
         shards = {info.file for info in files.tensors.values()}
         size = sum(file.stat().st_size for file in shards)

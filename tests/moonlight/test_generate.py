@@ -228,7 +228,7 @@ def test_prompts_come_from_files(tmp_path):
     assert read_prompts(lines) == ["a\nb", "c"]
     for content, message in (
         ('{"prompt": "a"}\n{', r"prompts\.jsonl, line 2: not valid JSON"),
-        ('{"text": "a"}', r'prompts\.jsonl, line 1: expected {"prompt": "\.\.\."}, got'),
+        ('{"text": "a"}', r'prompts\.jsonl, line 1: expected an object {"prompt": "\.\.\."}, got'),
         ("", r"prompts\.jsonl: no prompt in it"),
     ):
         lines.write_text(content)

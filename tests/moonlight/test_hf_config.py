@@ -124,7 +124,7 @@ ABSENT = object()
         ("deepseek_v3", "hidden_act", "gelu", "hidden_act is 'gelu'; .* with 'silu' only"),
         ("deepseek_v3", "quantization_config", {"quant_method": "fp8"}, "quantization_config is"),
         ("deepseek_v3", "kv_lora_rank", ABSENT, "kv_lora_rank is missing"),
-        ("deepseek_v3", "kv_lora_rank", "x", "kv_lora_rank must be an integer >= 1, got 'x'"),
+        ("deepseek_v3", "kv_lora_rank", "x", "kv_lora_rank must be an integer >= 1 and below"),
         ("deepseek_v3", "rms_norm_eps", "x", "rms_norm_eps must be a number, got 'x'"),
         ("deepseek_v3", "rope_theta", True, "rope_theta must be a number, got True"),
         ("deepseek_v3", "rope_scaling", {"type": "yarn", "factor": 4}, "rope_scaling is .*'yarn'"),
@@ -159,7 +159,7 @@ def test_a_model_that_ours_cannot_be_is_refused_by_field_and_value(
     "content, message",
     [
         (b"{", r"config\.json, line 1: not valid JSON"),
-        (b"\xff", r"config\.json: not UTF-8 text"),
+        (b"\xff", r"config\.json is not UTF-8 text"),
         (b"[1]", r"config\.json: expected a JSON object, got list"),
         (b'{"n_group": 8, "n_group": 1}', "'n_group' occurs twice"),
     ],

@@ -179,7 +179,7 @@ def test_a_tokenizer_json_goes_first(folder, tokenizer, tmp_path):
         ("tiktoken.model", "IQ== 0\nIQ== 1\n", r"line 2: expected a new token of rank 1, got b'!'"),
         ("tiktoken.model", "IQ== 0\n", r"tiktoken\.model: no token for the byte 0, and 254 more"),
         ("tokenizer_config.json", "{\n,}", r"tokenizer_config\.json, line 2: not valid JSON"),
-        ("tokenizer_config.json", b'{"a": "\xff"}', r"tokenizer_config\.json: not UTF-8 text"),
+        ("tokenizer_config.json", b'{"a": "\xff"}', r"tokenizer_config\.json is not UTF-8 text"),
         ("tokenizer_config.json", "[]", r"tokenizer_config\.json: expected a JSON object, got li"),
         (
             "tokenizer_config.json",

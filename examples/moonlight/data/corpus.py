@@ -7,11 +7,20 @@ rest of the held-out set that it would fall into.
 """
 
 import hashlib
-import json
+import os
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from examples.moonlight.json_text import read_jsonl
+from examples.moonlight.untrusted import (
+    check_file,
+    check_inside,
+    lone_surrogate,
+    read_text,
+    shown_name,
+)
 
 # One document in twenty is held out, as in most pre-training reports: enough for a steady estimate.
 VALIDATION_FRACTION = 0.05
@@ -40,24 +49,29 @@ def load_documents(path: Path | None) -> list[Document]:
     Args:
         path: a UTF-8 text file (one document), a ``.jsonl`` file with one ``{"text": ...}`` a line
             (one document a line), a folder of UTF-8 text files (one document a file; hidden files
-            are left out), or None for the Python standard library's own source files.
+            are left out, and so are links to folders inside, whose files are read where they lie),
+            or None for the Python standard library's own source files. A byte order mark is left
+            out.
 
     Returns:
         The documents, never an empty list.
 
     Raises:
         FileNotFoundError: nothing is at ``path``, or this Python has no standard library sources.
-        ValueError: a line or a file does not hold what it should; the message says which.
+        ValueError: a line or a file does not hold what it should, is no regular file, a link out
+            of the folder, or has a name that is not UTF-8, or all files together are more than the
+            memory holds; the message says which.
     """
     if path is None:
         documents = _standard_library()
     elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        documents = _read_files(path, (f for f in files if not _is_hidden(f.relative_to(path))))
-    elif path.suffix == ".jsonl":
-        documents = _read_jsonl(path)
-    elif path.is_file():
-        documents = [Document(path.name, _read_text(path))]
+        documents = _read_files(path, _files(path))
+    elif path.exists():
+        _check_memory(path, check_file(path))
+        if path.suffix == ".jsonl":
+            documents = _read_jsonl(path)
+        else:
+            documents = [Document(shown_name(path.name), read_text(path))]
     else:
         raise FileNotFoundError(
             f"--data {path}: no such file or folder; give a text file, a .jsonl file or a folder"
@@ -122,37 +136,51 @@ def _standard_library() -> list[Document]:
     return _read_files(root, files)
 
 
-def _read_files(root: Path, files: Iterable[Path]) -> list[Document]:
-    return [Document(file.relative_to(root).as_posix(), _read_text(file)) for file in files]
+def _files(root: Path) -> list[Path]:
+    """The files under a folder, but for hidden ones; what is neither file nor folder is refused."""
+    files, folders, size = [], [root], 0
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            found = [entry for entry in entries if not entry.name.startswith(".")]
+        for entry in found:
+            path = Path(entry.path)
+            if lone_surrogate(entry.name) is not None:
+                raise ValueError(
+                    f"{shown_name(path)}: the file's name is not UTF-8, and names decide what is "
+                    "held out: rename it"
+                )
+            check_inside(path, root)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(path)
+            elif not entry.is_dir():
+                size += check_file(path)
+                files.append(path)
+    _check_memory(root, size)
+    return sorted(files)
 
 
-def _read_text(path: Path) -> str:
+def _check_memory(path: Path, size: int) -> None:
+    """Refuses more text than half of the memory, before any is read: tokens take as much again."""
     try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError):  # Windows does not tell in this way
+        return
+    if size > memory // 2:
         raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start}); convert it or leave it out"
-        ) from error
+            f"--data {shown_name(path)}: {size:,} bytes of text, which with their tokens have to fit "
+            f"into this machine's memory of {memory:,}: give a part of it"
+        )
+
+
+def _read_files(root: Path, files: Iterable[Path]) -> list[Document]:
+    return [Document(file.relative_to(root).as_posix(), read_text(file)) for file in files]
 
 
 def _read_jsonl(path: Path) -> list[Document]:
-    if not path.is_file():
-        raise FileNotFoundError(f"--data {path}: no such file")
-    documents = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise ValueError(
-                f'{path}, line {number}: expected an object {{"text": "..."}}, got {line[:80]!r}'
-            )
-        name = hashlib.sha256(record["text"].encode()).hexdigest()
-        documents.append(Document(name, record["text"]))
-    return documents
+    return [
+        Document(hashlib.sha256(text.encode()).hexdigest(), text)
+        for _, text in read_jsonl(path, "text")
+    ]
 
 
 def _split_tail(document: Document) -> tuple[list[Document], list[Document]]:
@@ -164,7 +192,3 @@ def _split_tail(document: Document) -> tuple[list[Document], list[Document]]:
     cut = min(len(lines) - 1, round((1 - VALIDATION_FRACTION) * len(lines)))
     head, tail = "".join(lines[:cut]), "".join(lines[cut:])
     return [Document(document.name, head)], [Document(document.name, tail)]
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)

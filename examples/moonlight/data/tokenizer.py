@@ -10,15 +10,28 @@ own code cuts them before it tokenizes, this does not.
 
 import base64
 import binascii
-import itertools
+import heapq
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from examples.moonlight.files import read_json
+from examples.moonlight.untrusted import MEBIBYTE, check_inside, lone_surrogate, read_bytes, shown
 
 TOKENIZER, TIKTOKEN, CONFIG = "tokenizer.json", "tiktoken.model", "tokenizer_config.json"
+
+# In bytes. A tokenizer.json of 256,000 tokens has 34 MB, Moonlight's tiktoken file 2.6 MB.
+MAX_TOKENIZER = 256 * MEBIBYTE
+MAX_TIKTOKEN = 64 * MEBIBYTE
+
+# Tables have a row per id, up to the largest: at most this many more than twice the tokens.
+_SPARE_IDS = 1024
+
+# An id as a key of JSON.
+_ID = re.compile("0|[1-9][0-9]{0,18}")
 
 # How text is cut before merging; a tiktoken file leaves it out. Published with the weights of
 # moonshotai/Moonlight-16B-A3B (tokenization_moonshot.py): runs of Han, words with a contraction,
@@ -53,17 +66,77 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         FileNotFoundError: The folder has neither file.
         ValueError: A file is malformed; the message names it, and the line.
     """
-    if (path := folder / TOKENIZER).is_file():
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing more specific
-            raise ValueError(f"{path}: not a tokenizer of Hugging Face's ({error})") from error
-    if (path := folder / TIKTOKEN).is_file():
+    if _is_there(path := folder / TOKENIZER):
+        return read_tokenizer(path)
+    if _is_there(path := folder / TIKTOKEN):
         return _from_tiktoken(path, _special_tokens(folder / CONFIG))
     raise FileNotFoundError(
         f"{folder} has no tokenizer: neither {TOKENIZER} nor {TIKTOKEN}; copy the one that the "
         "model was trained with there"
     )
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Reads a `tokenizer.json`.
+
+    How it would cut or fill texts to a length is not taken over, as transformers does not either.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is malformed, or its largest id is far from its number of tokens.
+    """
+    check_inside(path, path.parent)
+    content = read_bytes(path, limit=MAX_TOKENIZER)
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    except BaseException as error:
+        if not _is_tokenizers_own(error):
+            raise
+        words = shown(str(error))
+        raise ValueError(f"{path}: not a tokenizer of Hugging Face's ({words})") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    vocab = tokenizer.get_vocab()
+    token = max(vocab, key=vocab.__getitem__, default=None)
+    if token is None:
+        raise ValueError(f"{path}: the tokenizer has no tokens")
+    if vocab[token] > 2 * len(vocab) + _SPARE_IDS:
+        raise ValueError(
+            f"{path}: the token {shown(token)} has the id {vocab[token]:,}, and there are "
+            f"{len(vocab):,} tokens: ids count from 0; fetch the file again"
+        )
+    return tokenizer
+
+
+def encode_text(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    """The tokens of a text.
+
+    Raises:
+        ValueError: The text is none, or the tokenizer fails: its patterns may be such that a text
+            takes forever, and `tokenizers` then gives up.
+    """
+    if (at := lone_surrogate(text)) is not None:
+        raise ValueError(
+            f"the text holds a lone surrogate, {text[at]!a}, at character {at}, which is no "
+            "character: remove it"
+        )
+    try:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    except BaseException as error:
+        if not _is_tokenizers_own(error):
+            raise
+        raise ValueError(
+            f"the tokenizer cannot encode the text {shown(text)} ({shown(str(error))})"
+        ) from error
+
+
+def _is_tokenizers_own(error: BaseException) -> bool:
+    """Whether it is an exception, or Rust's panic, which is none and has no public name."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
 
 
 class TextStream:
@@ -124,26 +197,40 @@ def _from_tiktoken(path: Path, special: dict[int, str]) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    low = min(special, default=len(ranks))
-    if low < len(ranks):
+    _add_special(tokenizer, path, special)
+    return tokenizer
+
+
+def _add_special(tokenizer: Tokenizer, path: Path, special: dict[int, str]) -> None:
+    """Names the ids after those of the file's tokens; ids in between are named as well."""
+    count, where = tokenizer.get_vocab_size(), f"{path.with_name(CONFIG)}: added_tokens_decoder"
+    low, high = min(special, default=count), max(special, default=-1)
+    if low < count:
         raise ValueError(
-            f"{path.with_name(CONFIG)}: added_tokens_decoder calls {low} {special[low]!r}, but "
-            f"{path.name} has {len(ranks)} tokens, and special ids come after them"
+            f"{where} calls {low} {shown(special[low])}, but {path.name} has {count} tokens, and "
+            "special ids come after them"
+        )
+    if high > 2 * count + _SPARE_IDS:
+        raise ValueError(
+            f"{where} calls {shown(high)} {shown(special[high])}, but {path.name} has {count} "
+            "tokens, and special ids follow them: fetch both files again"
         )
     # Ids follow one another, so those without a name get the one that Moonlight's code gives them.
+    names = {i: special.get(i, f"<|reserved_token_{i}|>") for i in range(count, high + 1)}
     tokenizer.add_special_tokens(
-        [
-            AddedToken(special.get(i, f"<|reserved_token_{i}|>"), special=True, normalized=False)
-            for i in range(len(ranks), max(special, default=-1) + 1)
-        ]
+        [AddedToken(name, special=True, normalized=False) for name in names.values()]
     )
-    return tokenizer
+    for i, name in names.items():
+        if (found := tokenizer.token_to_id(name)) != i:
+            raise ValueError(f"{where} calls {i} {shown(name)}, which is the name of {found}, too")
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
     """Every token of a tiktoken file with its rank, in the order of ranks."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    check_inside(path, path.parent)
+    content = read_bytes(path, limit=MAX_TIKTOKEN)
+    for number, line in enumerate(content.splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -151,12 +238,12 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             token, value = base64.b64decode(encoded, validate=True), int(rank)
         except (ValueError, binascii.Error) as error:
             raise ValueError(
-                f"{path}, line {number}: expected a base64 token and its rank, got {line[:80]!r}"
+                f"{path}, line {number}: expected a base64 token and its rank, got {shown(line)}"
             ) from error
         if value != len(ranks) or not token or token in ranks:
             raise ValueError(
                 f"{path}, line {number}: expected a new token of rank {len(ranks)}, got "
-                f"{token!r} of rank {value}"
+                f"{shown(token)} of rank {shown(value)}"
             )
         ranks[token] = value
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
@@ -169,15 +256,40 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two halves that merging a token's bytes ends with; other lengths if it ends elsewhere."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = (left + right for left, right in itertools.pairwise(parts))
-        rank, i = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairs))
-        if rank == len(ranks):
-            break
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts
+    """The two halves that merging a token's bytes ends with; other lengths if it ends elsewhere.
+
+    Of all pairs of neighbours the one of the lowest rank is merged, the first of several. They wait
+    in a heap, since a file may hold tokens of any length. A part is known by where it begins:
+    `end[i]` is where it ends, and `before[j]` where the part that ends at j begins.
+    """
+    size = len(token)
+    end, before = list(range(1, size + 1)), list(range(-1, size))
+    heap: list[tuple[int, int, int]] = []
+
+    def offer(start: int) -> None:
+        if start >= 0 and end[start] < size:
+            stop = end[end[start]]
+            if (rank := ranks.get(token[start:stop])) is not None:
+                heapq.heappush(heap, (rank, start, stop))
+
+    for start in range(size - 1):
+        offer(start)
+    parts = size
+    while parts > 2 and heap:
+        _, start, stop = heapq.heappop(heap)
+        middle = end[start]
+        # Either of the two may have been merged otherwise since; then the pair is no more.
+        if not start < middle < stop or before[middle] != start or end[middle] != stop:
+            continue
+        end[start], before[stop], end[middle] = stop, start, 0
+        parts -= 1
+        offer(before[start])
+        offer(start)
+    starts, start = [], 0
+    while start < size:
+        starts.append(start)
+        start = end[start]
+    return [token[start : end[start]] for start in starts]
 
 
 def _byte_characters() -> list[str]:
@@ -190,12 +302,15 @@ def _byte_characters() -> list[str]:
 def _special_tokens(path: Path) -> dict[int, str]:
     """Names of special ids by id, from `added_tokens_decoder`."""
     special: dict[int, str] = {}
-    for key, entry in read_json(path, missing_ok=True).get("added_tokens_decoder", {}).items():
+    entries: Any = read_json(path, missing_ok=True).get("added_tokens_decoder", {})
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path}: added_tokens_decoder: expected an object, got {shown(entries)}")
+    for key, entry in entries.items():
         name = entry.get("content") if isinstance(entry, dict) else None
-        if not key.isdecimal() or not isinstance(name, str) or not name:
+        if not _ID.fullmatch(key) or not isinstance(name, str) or not name:
             raise ValueError(
                 f'{path}: added_tokens_decoder: expected "id": {{"content": "name"}}, got '
-                f"{key!r}: {entry!r}"
+                f"{shown(key)}: {shown(entry)}"
             )
         special[int(key)] = name
     return special

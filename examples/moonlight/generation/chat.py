@@ -2,24 +2,25 @@
 
 Moonlight's own is built in: a token for the role, its name, `<|im_middle|>`, the content,
 `<|im_end|>`, one message after the other. Any other is the jinja text that the folder has in
-`chat_template.jinja`, or as `chat_template` in `tokenizer_config.json`; it runs in jinja2's
-sandbox, because it came with the weights from somewhere.
+`chat_template.jinja`, or as `chat_template` in `tokenizer_config.json`; because it came with the
+weights from somewhere, it runs in jinja2's sandbox, and that in a process with limits.
 """
 
-import datetime
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
-from examples.moonlight.data.tokenizer import CONFIG
+from examples.moonlight.data.tokenizer import CONFIG, encode_text
 from examples.moonlight.files import read_json
+from examples.moonlight.generation.template_process import Limits, TemplateProcess
+from examples.moonlight.untrusted import MEBIBYTE, check_inside, read_text, shown
 
 TEMPLATE = "chat_template.jinja"
+
+# In bytes; published ones have up to 50 kB.
+MAX_TEMPLATE = MEBIBYTE
 
 # Moonlight's special tokens; ids 163584 and up in the published vocabulary.
 ROLES = {"system": "<|im_system|>", "user": "<|im_user|>", "assistant": "<|im_assistant|>"}
@@ -37,28 +38,34 @@ class Message(NamedTuple):
 Encoder = Callable[[Sequence[Message]], list[int]]
 
 
-def load_chat_template(folder: Path, tokenizer: Tokenizer) -> Encoder:
+def load_chat_template(folder: Path, tokenizer: Tokenizer, limits: Limits | None = None) -> Encoder:
     """Finds out how a model's folder writes conversations.
 
     Args:
         folder: The model's. Its own template goes before the built-in one: Moonlight's, for
             instance, adds a system message where there is none.
         tokenizer: The folder's.
+        limits: What the folder's own template may cost; None is `Limits()`.
 
     Returns:
         A function from a conversation to the tokens that the assistant's answer follows.
 
     Raises:
         ValueError: There is no template and the tokenizer lacks Moonlight's tokens, or the template
-            cannot be compiled. The function raises for what the template refuses.
+            cannot be compiled. The function raises for what the template refuses, and for one that
+            exceeds its limits.
     """
     config = read_json(folder / CONFIG, missing_ok=True)
-    if (path := folder / TEMPLATE).is_file():
-        source = path.read_text(encoding="utf-8")
+    path = folder / TEMPLATE
+    if path.exists() or path.is_symlink():
+        check_inside(path, folder)
+        source = read_text(path, limit=MAX_TEMPLATE)
     else:
         path, source = folder / CONFIG, _default(folder / CONFIG, config.get("chat_template"))
     if source is not None:
-        return _jinja_template(path, source, config, tokenizer)
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        tokens = {name: special_token(config, name, folder / CONFIG) for name in names}
+        return _jinja_template(path, source, tokens, tokenizer, limits or Limits())
     return moonlight_template(tokenizer)
 
 
@@ -89,71 +96,64 @@ def moonlight_template(tokenizer: Tokenizer) -> Encoder:
         ids: list[int] = []
         for role, content in messages:
             ids += opening(role)
-            ids += plain.encode(content, add_special_tokens=False).ids
+            ids += encode_text(plain, content, add_special_tokens=False)
             ids.append(vocab[END])
         return ids + opening("assistant")
 
     return encode
 
 
-def special_token(config: dict[str, Any], name: str) -> str | None:
-    """The text of `bos_token`, `eos_token`, ... in a `tokenizer_config.json`."""
+def special_token(config: dict[str, Any], name: str, path: Path) -> str | None:
+    """The text of `bos_token`, `eos_token`, ... in a `tokenizer_config.json`.
+
+    Args:
+        config: The file's content.
+        name: Of the token.
+        path: The file, for messages.
+
+    Raises:
+        ValueError: It is neither a text nor an object with one.
+    """
     token = config.get(name)
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and not isinstance(text, str):
+        raise ValueError(
+            f'{path}: {name}: expected a text, or an object with the text as "content", got '
+            f"{shown(token)}"
+        )
+    return text
 
 
 def _default(path: Path, template: Any) -> str | None:
     """The one template of the configuration, or that called "default" of several."""
     if template is None or isinstance(template, str):
         return template
-    try:
-        return {entry["name"]: entry["template"] for entry in template}["default"]
-    except (TypeError, KeyError) as error:
-        raise ValueError(
-            f'{path}: chat_template: expected a text, or a list of {{"name", "template"}} with one '
-            'named "default"'
-        ) from error
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
+        named = [entry.get("template") for entry in template if entry.get("name") == "default"]
+        if len(named) == 1 and isinstance(named[0], str):
+            return named[0]
+    raise ValueError(
+        f'{path}: chat_template: expected a text, or a list of {{"name", "template"}} with one '
+        'named "default"'
+    )
 
 
 def _jinja_template(
-    path: Path, source: str, config: dict[str, Any], tokenizer: Tokenizer
+    path: Path, source: str, tokens: dict[str, str | None], tokenizer: Tokenizer, limits: Limits
 ) -> Encoder:
-    # Templates are written for the names and the white space that transformers gives them.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda text: datetime.datetime.now().strftime(text)
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    tokens = {name: text for name in names if (text := special_token(config, name)) is not None}
-    try:
-        template = environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
-            f"{path}: the chat template cannot be compiled: its line {error.lineno}: {error}"
-        ) from error
+    process = TemplateProcess(source, path, limits)
+    given = {name: text for name, text in tokens.items() if text is not None}
 
     def encode(messages: Sequence[Message]) -> list[int]:
-        try:
-            text = template.render(
-                messages=[message._asdict() for message in messages],
-                add_generation_prompt=True,
-                tools=None,  # templates ask whether they are none, which an undefined name is not
-                documents=None,
-                **tokens,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"{path}: the chat template refuses this: {error}") from error
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        text = process.render(
+            {
+                "messages": [message._asdict() for message in messages],
+                "add_generation_prompt": True,
+                "tools": None,  # templates ask whether they are none, which an undefined name isn't
+                "documents": None,
+                **given,
+            }
+        )
+        return encode_text(tokenizer, text, add_special_tokens=False)
 
     return encode
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    """Without the escapes for HTML of jinja2's own filter."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)

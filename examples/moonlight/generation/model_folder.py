@@ -13,12 +13,20 @@ from examples.moonlight.data.tokenized import END_OF_TEXT
 from examples.moonlight.data.tokenizer import CONFIG, load_tokenizer
 from examples.moonlight.files import read_json, write_atomically
 from examples.moonlight.generation.chat import END, TEMPLATE, special_token
-from examples.moonlight.huggingface.hf_config import CONFIG_FILE, ModelConfig, read_config
-from examples.moonlight.huggingface.hf_import import abstract_model, load_pretrained
+from examples.moonlight.huggingface.hf_config import CONFIG_FILE, ModelConfig
+from examples.moonlight.huggingface.hf_import import (
+    abstract_model,
+    check_pretrained,
+    load_pretrained,
+)
+from examples.moonlight.huggingface.hf_names import extent
+from examples.moonlight.huggingface.hf_tokenizer import listed_ids
+from examples.moonlight.json_text import MAX_JSON
 from examples.moonlight.model.config import Execution, MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig
 from examples.moonlight.training.checkpoint import CHECKPOINTS, read_model
 from examples.moonlight.training.run_folder import SETTINGS
+from examples.moonlight.untrusted import check_inside, read_bytes, shown
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -82,13 +90,15 @@ def open_model(
             f"--checkpoint {checkpoint}: {folder} is a Hugging Face directory, which has one set "
             "of weights: leave it out"
         )
-    config = read_config(folder) if published else _run_config(folder / SETTINGS)
+    config = check_pretrained(folder) if published else _run_config(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise ValueError(
             f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, and the model's "
             f"vocabulary {config.vocab_size}: they do not belong together"
         )
+    if not published:
+        _check_run(folder, config, checkpoint)
     graphdef, *abstract = abstract_model(config, execution)
     if published:
         half = jnp.dtype(execution.dtype) == jnp.bfloat16
@@ -105,36 +115,54 @@ def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     Raises:
         ValueError: `eos_token_id` is neither an id nor a list of ids.
     """
-    names = (*STOP_TOKENS, special_token(read_json(folder / CONFIG, missing_ok=True), "eos_token"))
+    path = folder / CONFIG
+    names = (*STOP_TOKENS, special_token(read_json(path, missing_ok=True), "eos_token", path))
     vocab = tokenizer.get_vocab()
     ids = {vocab[name] for name in names if name in vocab}
     for file in (GENERATION_CONFIG, CONFIG_FILE):
-        value = read_json(folder / file, missing_ok=True).get("eos_token_id")
-        listed = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(item) is int and item >= 0 for item in listed):
-            raise ValueError(
-                f"{folder / file}: eos_token_id: expected an id or a list of ids, got {value!r}"
-            )
-        ids.update(listed)
+        fields = read_json(folder / file, missing_ok=True)
+        ids.update(listed_ids(fields, "eos_token_id", folder / file))
     return frozenset(ids)
 
 
 def copy_companions(source: Path, folder: Path) -> None:
     """Gives a run the chat template and the stop ids of the model that it begins with."""
     for name in COMPANIONS:
-        if (source / name).is_file():
-            write_atomically(folder / name, (source / name).read_bytes())
+        path = source / name
+        if path.exists() or path.is_symlink():
+            check_inside(path, source)
+            write_atomically(folder / name, read_bytes(path, limit=MAX_JSON))
 
 
-def _run_config(path: Path) -> ModelConfig:
+def _run_config(folder: Path) -> ModelConfig:
+    path = folder / SETTINGS
     fields = read_json(path, missing_ok=True).get("config", {})
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path}: config: expected an object, got {shown(fields)}")
     family: Any = MoonlightConfig if "kv_lora_rank" in fields else DenseConfig
     try:
-        return family(**fields)
-    except TypeError as error:
+        config = family(**fields)
+    except (TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: its config describes no model of this version ({error}): train again"
         ) from error
+    return config
+
+
+def _check_run(folder: Path, config: ModelConfig, checkpoint: str | int) -> None:
+    """Compares a run's configuration with its checkpoints, before anything of its size is built."""
+    numbers = extent(config).numbers
+    size = sum(path.lstat().st_size for path in (folder / CHECKPOINTS).rglob("*"))
+    if not size:
+        raise FileNotFoundError(
+            f"{folder / CHECKPOINTS} has no checkpoint {checkpoint!r}; there are the steps []"
+        )
+    # Weights hardly compress; to a thousandth they don't.
+    if numbers > 1000 * size:
+        raise ValueError(
+            f"{folder / SETTINGS}: its config describes a model of {numbers:,} numbers, and "
+            f"{CHECKPOINTS} has {size:,} bytes: the file is damaged, or of another run"
+        )
 
 
 def _read_run(folder: Path, abstract: Any, execution: Execution, checkpoint: str | int) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from tokenizers import Tokenizer
 
-from examples.moonlight.data.tokenizer import TextStream
+from examples.moonlight.data.tokenizer import TextStream, encode_text
 from examples.moonlight.generation.chat import Encoder, Message
 from examples.moonlight.generation.decoding import Generator
 
@@ -14,9 +14,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, window: int) -> list[int]:
     """The prompt's tokens, if a window has room for them and at least one more.
 
     Raises:
-        ValueError: The prompt is empty or fills the window.
+        ValueError: The prompt is empty or fills the window, or the tokenizer fails at it.
     """
-    ids = tokenizer.encode(prompt).ids
+    ids = encode_text(tokenizer, prompt)
     if not 0 < len(ids) < window:
         raise ValueError(
             f"the prompt has {len(ids)} tokens; it needs at least 1 and fewer than the window's "

@@ -5,8 +5,10 @@ of transformers 5 (`rope_parameters`, `dtype`); written are the former, which bo
 
 A field that our models fix, such as `q_lora_rank`, is accepted at the one value that they have and
 refused at every other: weights read under another convention would load and compute nonsense. A
-field that the file leaves out has the value that transformers gives it. Fields that transformers
-does not know either, training settings for the most part, are passed over as it does.
+field that the file leaves out has the value that transformers gives it, or the file is refused.
+There is one exception: a file without `num_nextn_predict_layers` has none, where transformers takes
+1; these layers stand beside the model, and one that has them is known by their tensors. Fields that
+transformers does not know either, training settings for the most part, are passed over as it does.
 """
 
 import dataclasses
@@ -14,9 +16,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from examples.moonlight.files import read_json
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig
+from examples.moonlight.untrusted import shown, shown_name
 
 CONFIG_FILE = "config.json"
 
@@ -62,7 +67,7 @@ FAMILIES = {
     "deepseek_v3": Family(
         MoonlightConfig,
         "DeepseekV3ForCausalLM",
-        defaults={"initializer_range": 0.02},
+        defaults={"rms_norm_eps": 1e-6, "initializer_range": 0.02},
         # transformers' defaults are those of the 671B model.
         fixed=_FIXED
         | {
@@ -83,7 +88,12 @@ FAMILIES = {
     "qwen2": Family(
         DenseConfig,
         "Qwen2ForCausalLM",
-        defaults={"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False},
+        defaults={
+            "rms_norm_eps": 1e-6,
+            "initializer_range": 0.02,
+            "tie_word_embeddings": False,
+            "num_key_value_heads": 32,
+        },
         fixed=_FIXED | {"use_sliding_window": Fixed((False,), absent=False)},
     ),
     "llama": Family(
@@ -104,6 +114,16 @@ _ALIASES = {"num_local_experts": "n_routed_experts"}
 
 _DEFAULT_THETA = 10_000.0
 
+# Fields that follow from others where they are null; elsewhere null is no value.
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim")
+
+# Shapes and positions are int32.
+_LARGEST = 2**31 - 1
+_LEAST_NUMBER, _LARGEST_NUMBER = (
+    float(np.finfo(np.float32).smallest_normal),
+    float(np.finfo(np.float32).max),
+)
+
 
 # --------------------------------------------------------------------------------------------------
 # Reading
@@ -119,7 +139,7 @@ def read_config(folder: Path) -> ModelConfig:
             `parse_config`.
     """
     path = folder / CONFIG_FILE
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         raise FileNotFoundError(
             f"{folder} has no {CONFIG_FILE}: give the folder of a Hugging Face model"
         )
@@ -140,37 +160,68 @@ def parse_config(fields: Mapping[str, Any], where: str = CONFIG_FILE) -> ModelCo
         ValueError: The model type is another, a field is missing or out of its range, or has a
             value that the model cannot represent.
     """
+    where = shown_name(where)
     model_type = fields.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"{where}: model_type is {model_type!r}; supported are {', '.join(FAMILIES)}"
+            f"{where}: model_type is {shown(model_type)}; supported are {', '.join(FAMILIES)}"
         )
     family = FAMILIES[model_type]
+    for alias, name in _ALIASES.items():
+        if alias in fields and fields.get(name, fields[alias]) != fields[alias]:
+            raise ValueError(f"{where}: {alias} and {name} differ, and mean the same; keep one")
     fields = {_ALIASES.get(name, name): value for name, value in fields.items()}
     values: dict[str, Any] = family.defaults | {"rope_theta": _rope_theta(fields, where)}
     if family.config is DenseConfig:
         values["attention_bias"] = model_type == "qwen2"
-        values.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
+        if fields.get("num_key_value_heads", family.defaults.get("num_key_value_heads")) is None:
+            values["num_key_value_heads"] = fields.get("num_attention_heads")
     for field in dataclasses.fields(family.config):
-        value = fields.get(field.name)
-        if value is not None and field.name not in ("rope_theta", "attention_bias"):
-            values[field.name] = value
+        if field.name in fields and field.name not in ("rope_theta", "attention_bias"):
+            value = fields[field.name]
+            if value is not None or field.name not in _MAY_BE_NULL:
+                values[field.name] = _value(value, field, where)
         if field.name not in values and field.default is dataclasses.MISSING:
             raise ValueError(f"{where}: {field.name} is missing")
-        if field.type is float and field.name in values:
-            values[field.name] = _number(values[field.name], field.name, where)
     for name, fixed in (family.fixed | _derived(model_type, fields)).items():
         value = fields.get(name, fixed.absent)
-        if value not in fixed.supported:
+        if not any(_same(value, supported) for supported in fixed.supported):
             given = "" if name in fields else ", transformers' default for a file without it"
             raise ValueError(
-                f"{where}: {name} is {value!r}{given}; {model_type} is supported with "
-                f"{' or '.join(map(repr, fixed.supported))} only"
+                f"{where}: {name} is {shown(value)}{given}; {model_type} is supported with "
+                f"{' or '.join(map(shown, fixed.supported))} only"
             )
     try:
         return family.config(**values)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        left_out = ", ".join(
+            f"{name} {values[name]!r}"
+            for name in family.defaults
+            if name not in fields and name in str(error)
+        )
+        note = f" (transformers' default for a file without it: {left_out})" if left_out else ""
+        raise ValueError(f"{where}: {error}{note}") from error
+
+
+def _same(value: Any, supported: Any) -> bool:
+    """Whether they are equal, and not because Python takes true for 1."""
+    return isinstance(value, bool) == isinstance(supported, bool) and value == supported
+
+
+def _value(value: Any, field: dataclasses.Field, where: str) -> Any:
+    """A field's value, once it has the type that the architecture asks for."""
+    if field.type is float:
+        return _number(value, field.name, where)
+    if field.type is bool and not isinstance(value, bool):
+        raise ValueError(f"{where}: {field.name} must be true or false, got {shown(value)}")
+    if field.type is int:
+        least = 0 if field.name == "first_k_dense_replace" else 1
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST:
+            raise ValueError(
+                f"{where}: {field.name} must be an integer >= {least} and below 2^31, got "
+                f"{shown(value)}"
+            )
+    return value
 
 
 def _derived(model_type: str, fields: Mapping[str, Any]) -> dict[str, Fixed]:
@@ -184,9 +235,12 @@ def _derived(model_type: str, fields: Mapping[str, Any]) -> dict[str, Fixed]:
             "head_dim": Fixed((rope, None)),  # what rope rotates
             "qk_head_dim": Fixed((width, None)),
         }
-    layers = fields.get("num_hidden_layers")
-    full = ["full_attention"] * layers if isinstance(layers, int) else None
-    return {"layer_types": Fixed((None, full))} if model_type == "qwen2" else {}
+    if model_type != "qwen2":
+        return {}
+    layers, types = fields.get("num_hidden_layers"), fields.get("layer_types")
+    # As long as the list in the file, whatever the number says.
+    full = ["full_attention"] * len(types) if isinstance(types, list) else None
+    return {"layer_types": Fixed((None, full if full and len(full) == layers else None))}
 
 
 def _rope_theta(fields: Mapping[str, Any], where: str) -> float:
@@ -204,20 +258,26 @@ def _rope_theta(fields: Mapping[str, Any], where: str) -> float:
         )
         if not plain:
             raise ValueError(
-                f"{where}: {name} is {rope!r}; supported is plain rope only, rope_type 'default'"
+                f"{where}: {name} is {shown(rope)}; supported is plain rope only, rope_type "
+                "'default'"
             )
         if "rope_theta" in rope:
             found[f"{name}.rope_theta"] = rope["rope_theta"]
-    if len(set(found.values())) > 1:
+    bases = {name: _number(value, name, where) for name, value in found.items()}
+    if len(set(bases.values())) > 1:
         words = ", ".join(f"{name} {value!r}" for name, value in found.items())
         raise ValueError(f"{where}: the bases of rope differ: {words}; keep one of them")
-    name, theta = next(iter(found.items()), ("rope_theta", _DEFAULT_THETA))
-    return _number(theta, name, where)
+    return next(iter(bases.values()), _DEFAULT_THETA)
 
 
 def _number(value: Any, name: str, where: str) -> float:
+    """A positive number that is one in float32, too, in which the model computes with it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{where}: {name} must be a number, got {value!r}")
+        raise ValueError(f"{where}: {name} must be a number, got {shown(value)}")
+    if not _LEAST_NUMBER <= value <= _LARGEST_NUMBER:
+        raise ValueError(
+            f"{where}: {name} must be a positive finite number in float32, got {shown(value)}"
+        )
     return float(value)
 
 

@@ -14,9 +14,15 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from examples.moonlight.files import read_json
+from examples.moonlight.huggingface.hf_header import check_header
+from examples.moonlight.untrusted import check_file, check_inside, shown, shown_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+# In bytes, of a file's name: what file systems allow.
+_LONGEST_NAME = 255
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # By safetensors' code. Integers, float8 and the like need scales or meanings that are elsewhere.
@@ -25,6 +31,14 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F16": np.dtype(np.float16),
 }
+
+
+_EXPONENT = {
+    DTYPES["F32"]: (np.uint32, np.uint32(0x7F80_0000)),
+    DTYPES["BF16"]: (np.uint16, np.uint16(0x7F80)),
+    DTYPES["F16"]: (np.uint16, np.uint16(0x7C00)),
+}
+_PIECE = 1 << 16
 
 
 class TensorInfo(NamedTuple):
@@ -70,6 +84,7 @@ class TensorFiles:
             raise
 
     def _add(self, path: Path, assigned: dict[str, str], file: str) -> None:
+        check_header(path)
         try:
             handle = self._stack.enter_context(safe_open(path, framework="numpy"))
         except SafetensorError as error:
@@ -77,24 +92,37 @@ class TensorFiles:
                 f"{path} is damaged or no safetensors file ({error}): fetch or export it again"
             ) from error
         for name in handle.keys():  # noqa: SIM118, the handle is no dict
+            label = shown_name(name)
             if assigned and name not in assigned:
-                raise ValueError(f"{path} holds {name}, which {INDEX_FILE} does not list")
+                raise ValueError(f"{path} holds {label}, which {INDEX_FILE} does not list")
             if assigned.get(name, file) != file:
-                raise ValueError(f"{name} lies twice, in {assigned[name]} and in {file}")
+                raise ValueError(f"{label} lies twice, in {assigned[name]} and in {file}")
             part = handle.get_slice(name)
             dtype, shape = part.get_dtype(), tuple(part.get_shape())
             if dtype not in DTYPES:
                 raise ValueError(
-                    f"{name} in {path} has the dtype {dtype}; supported are {', '.join(DTYPES)}"
+                    f"{label} in {path} has the dtype {dtype}; supported are {', '.join(DTYPES)}"
                 )
             self.tensors[name] = TensorInfo(path, dtype, shape)
         self._open[path] = handle
 
     def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
-        """Reads a part of a tensor, and nothing besides, in its own dtype."""
+        """Reads a part of a tensor, and nothing besides, in its own dtype.
+
+        Raises:
+            ValueError: A number in it is NaN or infinite.
+        """
         info = self.tensors[name]
-        part = self._open[info.file].get_slice(name)
-        return part[index or tuple(slice(None) for _ in info.shape)]
+        index = index or tuple(slice(None) for _ in info.shape)
+        part = self._open[info.file].get_slice(name)[index]
+        if (place := first_not_finite(part)) is not None:
+            at = [i + (axis.start or 0) for i, axis in zip(place, index, strict=True)]
+            raise ValueError(
+                f"{shown_name(name)} in {info.file} holds {part[place]} at {at}: the file is "
+                "damaged, or a run that diverged wrote it; fetch it again, or export an earlier "
+                "checkpoint"
+            )
+        return part
 
     def close(self) -> None:
         """Closes every file."""
@@ -105,6 +133,23 @@ class TensorFiles:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def first_not_finite(block: np.ndarray) -> tuple[int, ...] | None:
+    """Where the first NaN or infinity is, or None.
+
+    The bits are compared, because NumPy takes four times as long for bfloat16: a number that is not
+    finite has all bits of its exponent.
+    """
+    bits, exponent = _EXPONENT[block.dtype]
+    flat = np.ascontiguousarray(block).reshape(-1).view(bits)
+    # In pieces that stay in a core's cache.
+    for start in range(0, flat.size, _PIECE):
+        wrong = flat[start : start + _PIECE] & exponent == exponent
+        if wrong.any():
+            first = np.unravel_index(start + int(wrong.argmax()), block.shape)
+            return tuple(int(i) for i in first)
+    return None
 
 
 def _assigned(folder: Path) -> dict[str, str]:
@@ -127,32 +172,31 @@ def _assigned(folder: Path) -> dict[str, str]:
             )
         raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
     files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not files or not all(map(_is_str, files.values())):
+    if (
+        not isinstance(files, dict)
+        or not files
+        or not all(isinstance(file, str) for file in files.values())
+    ):
         raise ValueError(f"{index} must have a weight_map from the tensors' names to their files")
     return files
 
 
-def _is_str(value: Any) -> bool:
-    return isinstance(value, str)
-
-
 def _inside(folder: Path, file: str) -> Path:
-    """The path of a shard, which must lie in the folder.
-
-    Hugging Face's cache is one exception: its `snapshots/REVISION` hold links into `blobs`.
-    """
-    if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
+    """The path of a shard, which must lie in the folder."""
+    if (
+        Path(file).name != file
+        or not file.isprintable()
+        or len(file.encode()) > _LONGEST_NAME
+        or "\\" in file
+        or not file.endswith(".safetensors")
+    ):
         raise ValueError(
-            f"{folder / INDEX_FILE} names {file!r}; a shard is a .safetensors file beside the index"
+            f"{folder / INDEX_FILE} names {shown(file)}; a shard is a .safetensors file beside the "
+            "index"
         )
     path = folder / file
+    check_inside(path, folder)
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: the model is not complete")
-    target, home = path.resolve(), folder.resolve()
-    homes = [home, home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [home]
-    if target.parent not in homes or not target.is_file():
-        raise ValueError(
-            f"{path} is a link to {target}, out of the folder: copy the file into the folder, or "
-            "give the folder in which it lies"
-        )
+    check_file(path)
     return path

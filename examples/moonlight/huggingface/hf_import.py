@@ -7,8 +7,9 @@ is loaded whole or not at all; `hf_check.py` does that alone.
 """
 
 import collections
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,11 +24,12 @@ from rich.console import Console
 
 from examples.moonlight.huggingface import hf_names
 from examples.moonlight.huggingface.hf_config import ModelConfig, read_config
-from examples.moonlight.huggingface.hf_files import TensorFiles
+from examples.moonlight.huggingface.hf_files import TensorFiles, first_not_finite
 from examples.moonlight.model.config import Execution, MoonlightConfig
 from examples.moonlight.model.dense import Dense
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.moonlight import Moonlight
+from examples.moonlight.untrusted import shown_name
 
 PARAM_DTYPES = ("float32", "bfloat16")
 
@@ -73,15 +75,15 @@ def load_pretrained(
     Raises:
         FileNotFoundError: The folder or one of its files is missing.
         ValueError: The configuration is not supported, a file is damaged or leads out of the
-            folder, or a tensor is missing, too many, or has another shape than the model's.
+            folder, or a tensor is missing, too many, has another shape than the model's, or holds
+            NaN, infinity, or a number that is infinite in `param_dtype`.
     """
     if jnp.dtype(param_dtype).name not in PARAM_DTYPES:
         raise ValueError(
             f"param_dtype must be one of {PARAM_DTYPES}, got {jnp.dtype(param_dtype).name}"
         )
-    config, execution = read_config(folder), execution or Execution()
-    with TensorFiles(folder) as files:
-        rows = matching_table(files, config)
+    execution = execution or Execution()
+    with checked_files(folder) as (config, files, rows):
         _, params, bias = abstract_model(config, execution)
         place = execution.sharding
         shardings = (
@@ -123,6 +125,34 @@ def path_names(path: Iterable[Any]) -> hf_names.Path:
     return tuple(key.key for key in path if hasattr(key, "key"))
 
 
+def check_pretrained(folder: Path) -> ModelConfig:
+    """Reads the configuration of a directory whose files hold the model that it describes.
+
+    Only headers are read. What a configuration alone says may be of any size: nothing is built from
+    it before.
+
+    Raises:
+        FileNotFoundError: As `load_pretrained`.
+        ValueError: As `load_pretrained`, but for values, which are not read.
+    """
+    with checked_files(folder) as (config, _, _):
+        return config
+
+
+@contextlib.contextmanager
+def checked_files(folder: Path) -> Iterator[tuple[ModelConfig, TensorFiles, list[hf_names.Row]]]:
+    """A directory's configuration, its opened files, and the table that they match.
+
+    Raises:
+        FileNotFoundError: The folder or one of its files is missing.
+        ValueError: The configuration is not supported, a file is damaged or leads out of the
+            folder, or a tensor is missing, too many, or has another shape than the model's.
+    """
+    config = read_config(folder)
+    with TensorFiles(folder) as files:
+        yield config, files, matching_table(files, config)
+
+
 def matching_table(files: TensorFiles, config: ModelConfig) -> list[hf_names.Row]:
     """The table for the layout that the files have, once every tensor is there as it says.
 
@@ -130,13 +160,17 @@ def matching_table(files: TensorFiles, config: ModelConfig) -> list[hf_names.Row
         ValueError: A tensor is missing, too many, or has another shape.
     """
     fused = any(name.endswith(hf_names.FUSED_EXPERTS) for name in files.tensors)
-    rows = hf_names.table(config, fused=fused)
+    rows: list[hf_names.Row] = []
+    for row in hf_names.rows(config, fused=fused):
+        # Row by row: the files bound how many there are, whatever config.json asks for.
+        if row.name not in files.tensors:
+            raise ValueError(
+                f"{files.folder}: {row.name} is missing; config.json asks for "
+                f"{hf_names.extent(config, fused=fused).tensors:,} tensors, and the files hold "
+                f"{len(files.tensors):,}: fetch the missing files, or the config.json of these"
+            )
+        rows.append(row)
     expected = hf_names.shapes(rows)
-    if missing := [name for name in expected if name not in files.tensors]:
-        raise ValueError(
-            f"{files.folder}: {_some(missing)} missing; config.json asks for {len(expected)} "
-            "tensors"
-        )
     extra = [
         name
         for name in files.tensors
@@ -207,9 +241,14 @@ def read_part(
             inner = (*outer, (first + row.first, last + row.first), cols)
         # Cast as it lies, then transposed: NumPy takes six times as long for both at once.
         block = files.read(row.name, tuple(slice(*axis) for axis in inner))
-        block = block.astype(dtype, copy=False)
+        cast = block.astype(dtype, copy=False)
+        if cast.itemsize < block.itemsize and first_not_finite(cast) is not None:
+            raise ValueError(
+                f"{row.name} in {files.tensors[row.name].file} holds numbers that are infinite in "
+                f"{cast.dtype}: load it as {block.dtype}"
+            )
         place = tuple(i - a for i, (a, _) in zip(row.at, stack, strict=True))
-        part[place] = np.swapaxes(block, -1, -2) if row.transposed else block
+        part[place] = np.swapaxes(cast, -1, -2) if row.transposed else cast
     return part
 
 
@@ -248,4 +287,5 @@ def _check_tied(files: TensorFiles) -> None:
 
 
 def _some(names: list[str]) -> str:
-    return names[0] + (" is" if len(names) == 1 else f" and {len(names) - 1} other tensors are")
+    others = len(names) - 1
+    return shown_name(names[0]) + (f" and {others} other tensors are" if others else " is")

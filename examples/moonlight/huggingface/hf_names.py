@@ -16,6 +16,7 @@ does not write that form by itself, but it reads it:
         layers/mlp/experts/up_proj [6]             [64, 2048, 1408]
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -64,16 +65,57 @@ class Row(NamedTuple):
         return (*stack, cols, self.rows or rows)
 
 
-def table(config: ModelConfig, *, fused: bool = False) -> list[Row]:
-    """Every tensor of a model on disk, layer by layer.
+class Extent(NamedTuple):
+    """How much a model has on disk.
+
+    Attributes:
+        tensors: How many.
+        numbers: How many in all of them.
+    """
+
+    tensors: int
+    numbers: int
+
+
+def rows(config: ModelConfig, *, fused: bool = False) -> Iterator[Row]:
+    """Every tensor of a model on disk, layer by layer, one at a time.
+
+    A configuration from elsewhere may ask for any number of layers and experts: whoever reads it
+    stops at the first tensor that is not there, or asks for the `extent`.
 
     Args:
         config: The architecture.
         fused: Experts as one tensor per layer, as transformers 5 holds them in memory.
     """
     if isinstance(config, MoonlightConfig):
-        return list(_moonlight(config, fused))
-    return list(_dense(config))
+        return _moonlight(config, fused)
+    return _dense(config)
+
+
+def table(config: ModelConfig, *, fused: bool = False) -> list[Row]:
+    """All `rows` of a model that is known to be there."""
+    return list(rows(config, fused=fused))
+
+
+def extent(config: ModelConfig, *, fused: bool = False) -> Extent:
+    """Counts what `rows` would yield, from one layer of each kind: at once, however many."""
+    if isinstance(config, MoonlightConfig):
+        dense = config.first_k_dense_replace
+        kinds = {"first_layers": dense, "layers": config.num_hidden_layers - dense}
+        one = dataclasses.replace(
+            config, num_hidden_layers=1 + min(dense, 1), first_k_dense_replace=min(dense, 1)
+        )
+    else:
+        kinds = {"layers": config.num_hidden_layers}
+        one = dataclasses.replace(config, num_hidden_layers=1)
+    tensors = numbers = 0
+    for row in {row.name: row for row in rows(one, fused=True)}.values():
+        layers = kinds.get(str(row.path[0]), 1)
+        numbers += layers * math.prod(row.shape)
+        # Of experts one by one, the fused gate and up are two; and there are as many as experts.
+        experts = row.shape[0] if "experts" in row.path and not fused else 1
+        tensors += layers * experts * (2 if row.rows and not fused else 1)
+    return Extent(tensors, numbers)
 
 
 def shapes(rows: list[Row]) -> dict[str, tuple[int, ...]]:
@@ -83,7 +125,7 @@ def shapes(rows: list[Row]) -> dict[str, tuple[int, ...]]:
 
 def total_size(config: ModelConfig) -> int:
     """Numbers in all tensors."""
-    return sum(map(math.prod, shapes(table(config)).values()))
+    return extent(config).numbers
 
 
 def _moonlight(c: MoonlightConfig, fused: bool) -> Iterator[Row]:

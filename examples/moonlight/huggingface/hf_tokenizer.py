@@ -1,16 +1,23 @@
 """A tokenizer on its way from one folder to another, in the files that transformers looks for."""
 
 import json
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
 from examples.moonlight.data.tokenized import END_OF_TEXT
-from examples.moonlight.data.tokenizer import CONFIG, TOKENIZER, load_tokenizer
+from examples.moonlight.data.tokenizer import (
+    CONFIG,
+    MAX_TOKENIZER,
+    TOKENIZER,
+    load_tokenizer,
+    read_tokenizer,
+)
 from examples.moonlight.files import read_json
 from examples.moonlight.huggingface.hf_config import CONFIG_FILE, ModelConfig
+from examples.moonlight.untrusted import check_inside, read_bytes, shown
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -53,13 +60,37 @@ def token_ids(source: Path | None, config: ModelConfig) -> TokenIds:
             "give the tokenizer that the model was trained with"
         )
     ids["eos_token_id"] = tokenizer.token_to_id(END_OF_TEXT)
-    if (source / CONFIG_FILE).is_file():
-        found = read_json(source / CONFIG_FILE)
+    path = source / CONFIG_FILE
+    if source.is_dir() and (found := read_json(path, missing_ok=True)):
+        for key in ids:
+            listed_ids(found, key, path, least=-1)
         ids |= {key: found[key] for key in ids if key in found}
     generation = {key: value for key, value in ids.items() if value is not None}
-    if (source / GENERATION_CONFIG_FILE).is_file():
-        generation |= read_json(source / GENERATION_CONFIG_FILE)
+    path = source / GENERATION_CONFIG_FILE
+    if source.is_dir() and (found := read_json(path, missing_ok=True)):
+        for key in ids:
+            listed_ids(found, key, path, least=-1)
+        generation |= found
     return TokenIds(ids, generation)
+
+
+def listed_ids(fields: Mapping[str, Any], name: str, path: Path, *, least: int = 0) -> list[int]:
+    """The ids of special tokens in a configuration: of one, of several, or of none.
+
+    Args:
+        fields: The file's content.
+        name: Of the field.
+        path: The file, for messages.
+        least: The smallest id; some files have -1 for none.
+
+    Raises:
+        ValueError: It is neither an id nor a list of ids.
+    """
+    value = fields.get(name)
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(item) is int and least <= item < 2**31 for item in listed):
+        raise ValueError(f"{path}: {name}: expected an id or a list of ids, got {shown(value)}")
+    return listed
 
 
 def write_tokenizer(folder: Path, source: Path, config: ModelConfig) -> None:
@@ -68,8 +99,11 @@ def write_tokenizer(folder: Path, source: Path, config: ModelConfig) -> None:
     A tiktoken file becomes a `tokenizer.json`: transformers would need code of its model for it.
     """
     for name in TOKENIZER_FILES if source.is_dir() else ():
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+        path = source / name
+        if path.exists() or path.is_symlink():
+            # A link out of the folder would publish what it leads to.
+            check_inside(path, source)
+            (folder / name).write_bytes(read_bytes(path, limit=MAX_TOKENIZER))
     if (folder / TOKENIZER).exists() and (folder / CONFIG).exists():
         return
     tokenizer = _read_tokenizer(source)
@@ -94,6 +128,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def _read_tokenizer(source: Path) -> Tokenizer:
     if source.is_dir():
         return load_tokenizer(source)
-    if not source.is_file():
+    if not source.exists():
         raise FileNotFoundError(f"{source} does not exist: give a tokenizer.json or a folder")
-    return Tokenizer.from_file(str(source))
+    return read_tokenizer(source)
