@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.moonlight.json_text import MAX_JSON, check_plain, parse_json
-from examples.moonlight.untrusted import check_inside, decode, read_bytes
+from examples.moonlight.untrusted import check_inside, decode, is_there, read_bytes
 
 
 def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
         ValueError: It holds something else, is no regular file, or is a link out of its folder; the
             message names file and line, or the field.
     """
-    if missing_ok and not path.exists() and not path.is_symlink():
+    if missing_ok and not is_there(path):
         return {}
     check_inside(path, path.parent)
     content = parse_json(decode(read_bytes(path, limit=MAX_JSON), path), path)

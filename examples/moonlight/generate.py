@@ -26,6 +26,7 @@ from examples.moonlight.generation.texts import continue_texts, converse
 from examples.moonlight.json_text import read_jsonl
 from examples.moonlight.model.config import Execution
 from examples.moonlight.model.sharding import ModelSharding, make_mesh
+from examples.moonlight.program import run_program
 from examples.moonlight.untrusted import read_text
 
 # A conversation's cache where --max-length is silent: more would be memory that few of them use.
@@ -221,4 +222,4 @@ def _ask(console: Console) -> str | None:
 
 
 if __name__ == "__main__":
-    generate(tyro.cli(Args))
+    run_program(lambda: generate(tyro.cli(Args)))

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from examples.moonlight.huggingface import hf_names
 from examples.moonlight.huggingface.hf_import import checked_files
+from examples.moonlight.program import run_program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,4 +46,4 @@ def check(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    check(tyro.cli(Args))
+    run_program(lambda: check(tyro.cli(Args)))

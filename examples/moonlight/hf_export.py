@@ -37,6 +37,7 @@ from examples.moonlight.huggingface.hf_tokenizer import (
 )
 from examples.moonlight.model.config import Execution
 from examples.moonlight.model.sharding import ModelSharding, make_mesh
+from examples.moonlight.program import run_program
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -254,4 +255,4 @@ def export(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    export(tyro.cli(Args))
+    run_program(lambda: export(tyro.cli(Args)))

@@ -70,7 +70,7 @@ def check_plain(content: Any, path: Path) -> None:
         value, field, depth = stack.pop()
         where = f"{shown_name(path)}: {shown_name(field) + ': ' if field else ''}"
         if depth > MAX_DEPTH:
-            raise ValueError(f"{where[:300]}...: nested more than {MAX_DEPTH} deep")
+            raise ValueError(f"{where}nested more than {MAX_DEPTH} deep")
         if isinstance(value, str) and (at := lone_surrogate(value)) is not None:
             raise ValueError(
                 f"{where}a lone surrogate, {value[at]!a}, which is no character: remove it"

@@ -5,6 +5,7 @@ or a device, reads more than a file of its kind ever holds, or follows a link ou
 was given; and what a message repeats of a file is short and printable.
 """
 
+import os
 import reprlib
 import stat
 from pathlib import Path
@@ -44,6 +45,11 @@ def lone_surrogate(text: str) -> int | None:
     except UnicodeEncodeError as error:
         return error.start
     return None
+
+
+def is_there(path: Path) -> bool:
+    """Whether something has that name; a link to nothing has: it is a mistake, not an absence."""
+    return os.path.lexists(path)
 
 
 def check_inside(path: Path, folder: Path) -> None:

@@ -167,7 +167,7 @@ def _check_memory(path: Path, size: int) -> None:
         return
     if size > memory // 2:
         raise ValueError(
-            f"--data {shown_name(path)}: {size:,} bytes of text, which with their tokens have to fit "
+            f"--data {shown_name(path)}: {size:,} bytes of text, which with tokens have to fit "
             f"into this machine's memory of {memory:,}: give a part of it"
         )
 

@@ -19,7 +19,14 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from examples.moonlight.files import read_json
-from examples.moonlight.untrusted import MEBIBYTE, check_inside, lone_surrogate, read_bytes, shown
+from examples.moonlight.untrusted import (
+    MEBIBYTE,
+    check_inside,
+    is_there,
+    lone_surrogate,
+    read_bytes,
+    shown,
+)
 
 TOKENIZER, TIKTOKEN, CONFIG = "tokenizer.json", "tiktoken.model", "tokenizer_config.json"
 
@@ -66,9 +73,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         FileNotFoundError: The folder has neither file.
         ValueError: A file is malformed; the message names it, and the line.
     """
-    if _is_there(path := folder / TOKENIZER):
+    if is_there(path := folder / TOKENIZER):
         return read_tokenizer(path)
-    if _is_there(path := folder / TIKTOKEN):
+    if is_there(path := folder / TIKTOKEN):
         return _from_tiktoken(path, _special_tokens(folder / CONFIG))
     raise FileNotFoundError(
         f"{folder} has no tokenizer: neither {TOKENIZER} nor {TIKTOKEN}; copy the one that the "
@@ -133,10 +140,6 @@ def encode_text(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = T
 def _is_tokenizers_own(error: BaseException) -> bool:
     """Whether it is an exception, or Rust's panic, which is none and has no public name."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()
 
 
 class TextStream:

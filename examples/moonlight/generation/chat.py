@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from examples.moonlight.data.tokenizer import CONFIG, encode_text
 from examples.moonlight.files import read_json
 from examples.moonlight.generation.template_process import Limits, TemplateProcess
-from examples.moonlight.untrusted import MEBIBYTE, check_inside, read_text, shown
+from examples.moonlight.untrusted import MEBIBYTE, check_inside, is_there, read_text, shown
 
 TEMPLATE = "chat_template.jinja"
 
@@ -57,7 +57,7 @@ def load_chat_template(folder: Path, tokenizer: Tokenizer, limits: Limits | None
     """
     config = read_json(folder / CONFIG, missing_ok=True)
     path = folder / TEMPLATE
-    if path.exists() or path.is_symlink():
+    if is_there(path):
         check_inside(path, folder)
         source = read_text(path, limit=MAX_TEMPLATE)
     else:

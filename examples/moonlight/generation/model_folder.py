@@ -26,7 +26,7 @@ from examples.moonlight.model.config import Execution, MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig
 from examples.moonlight.training.checkpoint import CHECKPOINTS, read_model
 from examples.moonlight.training.run_folder import SETTINGS
-from examples.moonlight.untrusted import check_inside, read_bytes, shown
+from examples.moonlight.untrusted import check_inside, is_there, read_bytes, shown
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -79,8 +79,8 @@ def open_model(
         ValueError: A file is malformed, the tokenizer has more tokens than the model, or a
             checkpoint is asked for where there is none to choose.
     """
-    published = (folder / CONFIG_FILE).is_file()
-    if not published and not (folder / SETTINGS).is_file():
+    published = is_there(folder / CONFIG_FILE)
+    if not published and not is_there(folder / SETTINGS):
         raise FileNotFoundError(
             f"--model {folder}: found neither {CONFIG_FILE}, of a Hugging Face directory, nor "
             f"{SETTINGS}, of a training run"
@@ -129,7 +129,7 @@ def copy_companions(source: Path, folder: Path) -> None:
     """Gives a run the chat template and the stop ids of the model that it begins with."""
     for name in COMPANIONS:
         path = source / name
-        if path.exists() or path.is_symlink():
+        if is_there(path):
             check_inside(path, source)
             write_atomically(folder / name, read_bytes(path, limit=MAX_JSON))
 
@@ -152,7 +152,8 @@ def _run_config(folder: Path) -> ModelConfig:
 def _check_run(folder: Path, config: ModelConfig, checkpoint: str | int) -> None:
     """Compares a run's configuration with its checkpoints, before anything of its size is built."""
     numbers = extent(config).numbers
-    size = sum(path.lstat().st_size for path in (folder / CHECKPOINTS).rglob("*"))
+    files = (path for path in (folder / CHECKPOINTS).rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in files)
     if not size:
         raise FileNotFoundError(
             f"{folder / CHECKPOINTS} has no checkpoint {checkpoint!r}; there are the steps []"

@@ -21,7 +21,7 @@ import numpy as np
 from examples.moonlight.files import read_json
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig
-from examples.moonlight.untrusted import shown, shown_name
+from examples.moonlight.untrusted import is_there, shown, shown_name
 
 CONFIG_FILE = "config.json"
 
@@ -139,7 +139,7 @@ def read_config(folder: Path) -> ModelConfig:
             `parse_config`.
     """
     path = folder / CONFIG_FILE
-    if not path.exists() and not path.is_symlink():
+    if not is_there(path):
         raise FileNotFoundError(
             f"{folder} has no {CONFIG_FILE}: give the folder of a Hugging Face model"
         )

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from examples.moonlight.files import read_json
 from examples.moonlight.huggingface.hf_header import check_header
-from examples.moonlight.untrusted import check_file, check_inside, shown, shown_name
+from examples.moonlight.untrusted import check_file, check_inside, is_there, shown, shown_name
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -157,13 +157,13 @@ def _assigned(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give the folder of a Hugging Face model")
     index, single = folder / INDEX_FILE, folder / SINGLE_FILE
-    if index.exists() and single.exists():
+    if is_there(index) and is_there(single):
         raise ValueError(
             f"{folder} holds both {SINGLE_FILE} and {INDEX_FILE}: remove what does not belong there"
         )
-    if single.exists():
+    if is_there(single):
         return {}
-    if not index.exists():
+    if not is_there(index):
         found = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
         if found:
             raise ValueError(
@@ -196,7 +196,7 @@ def _inside(folder: Path, file: str) -> Path:
         )
     path = folder / file
     check_inside(path, folder)
-    if not path.exists():
+    if not is_there(path):
         raise FileNotFoundError(f"{path} is missing: the model is not complete")
     check_file(path)
     return path

@@ -17,7 +17,7 @@ from examples.moonlight.data.tokenizer import (
 )
 from examples.moonlight.files import read_json
 from examples.moonlight.huggingface.hf_config import CONFIG_FILE, ModelConfig
-from examples.moonlight.untrusted import check_inside, read_bytes, shown
+from examples.moonlight.untrusted import check_inside, is_there, read_bytes, shown
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -100,7 +100,7 @@ def write_tokenizer(folder: Path, source: Path, config: ModelConfig) -> None:
     """
     for name in TOKENIZER_FILES if source.is_dir() else ():
         path = source / name
-        if path.exists() or path.is_symlink():
+        if is_there(path):
             # A link out of the folder would publish what it leads to.
             check_inside(path, source)
             (folder / name).write_bytes(read_bytes(path, limit=MAX_TOKENIZER))
