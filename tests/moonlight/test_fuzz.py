@@ -1,8 +1,8 @@
 """Readers of files from elsewhere, fed with what nobody wrote by hand.
 
 Each returns a value, or raises a `ValueError` or an `OSError` that names the file; nothing else,
-and within seconds. What a fuzzer found is kept as an explicit example. `FUZZ_EXAMPLES=20000` draws that
-many for each reader; fewer are drawn always, the same ones every time.
+and within seconds. What a fuzzer found is kept as an explicit example. `FUZZ_EXAMPLES=20000` draws
+that many for each reader; fewer are drawn always, the same ones every time.
 """
 
 import base64

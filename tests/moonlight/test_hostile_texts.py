@@ -17,6 +17,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from examples.moonlight import program
 from examples.moonlight.data.corpus import load_documents, split_documents
+from examples.moonlight.data.tokenized import load_sources
 from examples.moonlight.data.tokenizer import _last_merge, encode_text, load_tokenizer
 from examples.moonlight.generate import read_prompts
 from examples.moonlight.generation.chat import Message, load_chat_template
@@ -234,13 +235,29 @@ def test_a_tokenizer_neither_fills_nor_cuts_texts(tmp_path):
         assert encode_text(load_tokenizer(tmp_path), "abab") == [0, 1, 0, 1]
 
 
-def test_a_pattern_that_takes_forever_is_given_up(capfd):
+def test_a_pattern_that_takes_forever_is_given_up(tmp_path, capfd):
     tokenizer = Tokenizer(models.BPE({"a": 0}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
     with bounded(seconds=10), pytest.raises(ValueError, match="cannot encode the text 'aaa"):
         encode_text(tokenizer, "a" * 100 + "!")
     with pytest.raises(ValueError, match=r"a lone surrogate, '\\udce9', at character 3"):
         encode_text(tokenizer, "caf\udce9")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "texts.txt").write_text("a\n" * 20 + "a" * 100 + "!\nb\n")
+
+    def load():
+        paths: dict[str, Path | None] = {"": tmp_path / "texts.txt"}
+        load_sources(paths, vocab_size=0, cache_dir=tmp_path / "cache", pretrained=tmp_path)
+
+    for value, message in (
+        (10**30, "eos_token_id: expected an id"),
+        (-1, "names no token"),
+        (1, "names no token"),
+        (0, "tokenizer cannot encode the texts"),
+    ):
+        edit_json(tmp_path / "config.json", eos_token_id=value)
+        with bounded(seconds=10), pytest.raises(ValueError, match=message):
+            load()
     assert "retry-limit" in capfd.readouterr().err  # tokenizers' own words
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.moonlight.data.corpus import Document, hash_documents, load_documents, split_documents
-from examples.moonlight.data.tokenizer import load_tokenizer
+from examples.moonlight.data.tokenizer import listed_ids, load_tokenizer, tokenizers_errors
 from examples.moonlight.files import read_json, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
@@ -163,9 +163,10 @@ def _read_vocabulary(folder: Path) -> _Vocabulary:
     tokenizer = load_tokenizer(folder)
     end: Any = tokenizer.token_to_id(END_OF_TEXT)
     if end is None:
-        end = read_json(folder / "config.json", missing_ok=True).get("eos_token_id")
-        end = end[0] if isinstance(end, list) and end else end
-    if type(end) is not int or tokenizer.id_to_token(end) is None:
+        path = folder / "config.json"
+        listed = listed_ids(read_json(path, missing_ok=True), "eos_token_id", path, least=-1)
+        end = listed[0] if listed else None
+    if end is None or end < 0 or tokenizer.id_to_token(end) is None:
         raise ValueError(
             f"{folder}: its tokenizer has no {END_OF_TEXT}, and its config.json names no token of "
             f"it as eos_token_id (got {end!r}): say there which token ends a text"
@@ -246,9 +247,10 @@ def _train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def _encode(vocabulary: _Vocabulary, documents: list[Document]) -> np.ndarray:
-    encodings = vocabulary.tokenizer.encode_batch_fast(
-        [document.text for document in documents], add_special_tokens=False
-    )
+    with tokenizers_errors("the model's tokenizer cannot encode the texts"):
+        encodings = vocabulary.tokenizer.encode_batch_fast(
+            [document.text for document in documents], add_special_tokens=False
+        )
     return np.concatenate(
         [np.array([*encoding.ids, vocabulary.end], np.uint32) for encoding in encodings]
     )

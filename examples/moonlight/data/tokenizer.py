@@ -10,9 +10,10 @@ own code cuts them before it tokenizes, this does not.
 
 import base64
 import binascii
+import contextlib
 import heapq
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,8 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """
     check_inside(path, path.parent)
     content = read_bytes(path, limit=MAX_TOKENIZER)
-    try:
+    with tokenizers_errors(f"{path}: not a tokenizer of Hugging Face's"):
         tokenizer = Tokenizer.from_buffer(content)
-    except BaseException as error:
-        if not _is_tokenizers_own(error):
-            raise
-        words = shown(str(error))
-        raise ValueError(f"{path}: not a tokenizer of Hugging Face's ({words})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     vocab = tokenizer.get_vocab()
@@ -127,14 +123,38 @@ def encode_text(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool = T
             f"the text holds a lone surrogate, {text[at]!a}, at character {at}, which is no "
             "character: remove it"
         )
-    try:
+    with tokenizers_errors(f"the tokenizer cannot encode the text {shown(text)}"):
         return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+def listed_ids(fields: Mapping[str, Any], name: str, path: Path, *, least: int = 0) -> list[int]:
+    """The ids of special tokens in a configuration: of one, of several, or of none.
+
+    Args:
+        fields: The file's content.
+        name: Of the field.
+        path: The file, for messages.
+        least: The smallest id; some files have -1 for none.
+
+    Raises:
+        ValueError: It is neither an id nor a list of ids.
+    """
+    value = fields.get(name)
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(item) is int and least <= item < 2**31 for item in listed):
+        raise ValueError(f"{path}: {name}: expected an id or a list of ids, got {shown(value)}")
+    return listed
+
+
+@contextlib.contextmanager
+def tokenizers_errors(message: str) -> Iterator[None]:
+    """Turns what `tokenizers` raises into a ValueError: it has no error of its own, and panics."""
+    try:
+        yield
     except BaseException as error:
         if not _is_tokenizers_own(error):
             raise
-        raise ValueError(
-            f"the tokenizer cannot encode the text {shown(text)} ({shown(str(error))})"
-        ) from error
+        raise ValueError(f"{message} ({shown(str(error))})") from error
 
 
 def _is_tokenizers_own(error: BaseException) -> bool:

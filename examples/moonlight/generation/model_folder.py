@@ -10,7 +10,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from examples.moonlight.data.tokenized import END_OF_TEXT
-from examples.moonlight.data.tokenizer import CONFIG, load_tokenizer
+from examples.moonlight.data.tokenizer import CONFIG, listed_ids, load_tokenizer
 from examples.moonlight.files import read_json, write_atomically
 from examples.moonlight.generation.chat import END, TEMPLATE, special_token
 from examples.moonlight.huggingface.hf_config import CONFIG_FILE, ModelConfig
@@ -20,7 +20,6 @@ from examples.moonlight.huggingface.hf_import import (
     load_pretrained,
 )
 from examples.moonlight.huggingface.hf_names import extent
-from examples.moonlight.huggingface.hf_tokenizer import listed_ids
 from examples.moonlight.json_text import MAX_JSON
 from examples.moonlight.model.config import Execution, MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig

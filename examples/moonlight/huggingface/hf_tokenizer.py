@@ -1,7 +1,6 @@
 """A tokenizer on its way from one folder to another, in the files that transformers looks for."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +11,13 @@ from examples.moonlight.data.tokenizer import (
     CONFIG,
     MAX_TOKENIZER,
     TOKENIZER,
+    listed_ids,
     load_tokenizer,
     read_tokenizer,
 )
 from examples.moonlight.files import read_json
 from examples.moonlight.huggingface.hf_config import CONFIG_FILE, ModelConfig
-from examples.moonlight.untrusted import check_inside, is_there, read_bytes, shown
+from examples.moonlight.untrusted import check_inside, is_there, read_bytes
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 
@@ -72,25 +72,6 @@ def token_ids(source: Path | None, config: ModelConfig) -> TokenIds:
             listed_ids(found, key, path, least=-1)
         generation |= found
     return TokenIds(ids, generation)
-
-
-def listed_ids(fields: Mapping[str, Any], name: str, path: Path, *, least: int = 0) -> list[int]:
-    """The ids of special tokens in a configuration: of one, of several, or of none.
-
-    Args:
-        fields: The file's content.
-        name: Of the field.
-        path: The file, for messages.
-        least: The smallest id; some files have -1 for none.
-
-    Raises:
-        ValueError: It is neither an id nor a list of ids.
-    """
-    value = fields.get(name)
-    listed = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(item) is int and least <= item < 2**31 for item in listed):
-        raise ValueError(f"{path}: {name}: expected an id or a list of ids, got {shown(value)}")
-    return listed
 
 
 def write_tokenizer(folder: Path, source: Path, config: ModelConfig) -> None:
