@@ -262,7 +262,7 @@ def test_a_pattern_that_takes_forever_is_given_up(tmp_path, capfd):
 
 
 def test_long_tokens_are_merged_in_no_time_and_as_before():
-    """Merging was cubic in a token's length: one of 10,000 bytes took minutes."""
+    """Merging was quadratic in a token's length, 0.16 s for 1,000 bytes; a file may hold many."""
 
     def slow(token, ranks):
         parts = [token[i : i + 1] for i in range(len(token))]

@@ -35,7 +35,7 @@ class Limits(NamedTuple):
 
     Attributes:
         seconds: Time of one rendering; a published template takes milliseconds.
-        memory: Bytes of the whole process, of which Python and jinja2 have about 40 MB.
+        memory: Bytes of the whole process, of which Python and jinja2 have about 25 MB.
         characters: Length of the text.
     """
 
