@@ -221,6 +221,7 @@ def with_length(header: bytes) -> bytes:
     | edited(json.loads(HEADER)).map(as_json).map(with_length)
 )
 @example(content=with_length(HEADER.rstrip()[:-1] + b", " + HEADER.rstrip()[1:]))
+@example(content=with_length(HEADER.replace(b'"F32"', b'"' + b"[" * 5000 + b'"', 1)))
 @example(content=b"\xff" * 16)
 @example(content=(10**18).to_bytes(8, "little") + HEADER + DATA)
 def test_tensors(content, place):

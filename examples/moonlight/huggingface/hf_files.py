@@ -77,7 +77,8 @@ class TensorFiles:
             for name, file in assigned.items():
                 if name not in self.tensors:
                     raise ValueError(
-                        f"{folder / INDEX_FILE} says that {name} lies in {file}, where it is not"
+                        f"{folder / INDEX_FILE} says that {shown_name(name)} lies in {file}, where "
+                        "it is not"
                     )
         except BaseException:
             self.close()
@@ -89,14 +90,17 @@ class TensorFiles:
             handle = self._stack.enter_context(safe_open(path, framework="numpy"))
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is damaged or no safetensors file ({error}): fetch or export it again"
+                f"{path} is damaged or no safetensors file ({shown_name(error)}): fetch or export "
+                "it again"
             ) from error
         for name in handle.keys():  # noqa: SIM118, the handle is no dict
             label = shown_name(name)
             if assigned and name not in assigned:
                 raise ValueError(f"{path} holds {label}, which {INDEX_FILE} does not list")
             if assigned.get(name, file) != file:
-                raise ValueError(f"{label} lies twice, in {assigned[name]} and in {file}")
+                raise ValueError(
+                    f"{label} lies twice, in {shown_name(assigned[name])} and in {file}"
+                )
             part = handle.get_slice(name)
             dtype, shape = part.get_dtype(), tuple(part.get_shape())
             if dtype not in DTYPES:
