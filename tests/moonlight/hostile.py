@@ -3,9 +3,12 @@
 import contextlib
 import json
 import resource
+import signal
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 # Of ru_maxrss, which is in bytes on macOS only.
 _UNIT = 1 if sys.platform == "darwin" else 1024
@@ -14,8 +17,18 @@ _UNIT = 1 if sys.platform == "darwin" else 1024
 @contextlib.contextmanager
 def bounded(*, seconds: float = 20, megabytes: int = 300):
     """Fails if the block takes longer, or if this process' peak of memory grows by more."""
+
+    def late(*_):
+        pytest.fail(f"takes more than {seconds} s")
+
     start, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    yield
+    before = signal.signal(signal.SIGALRM, late)  # what waits for a pipe waits for ever
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     took = time.monotonic() - start
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * _UNIT / 2**20
     assert took < seconds, f"took {took:.1f} s"
