@@ -18,7 +18,7 @@ def run_program(main: Callable[[], object]) -> None:
     """
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         trace = error.__traceback__
         while trace is not None and trace.tb_next is not None:
             trace = trace.tb_next

@@ -54,14 +54,20 @@ from examples.moonlight.generation.decoding import Generator
 from examples.moonlight.generation.model_folder import copy_companions, stop_tokens
 from examples.moonlight.generation.sampling import Sampling
 from examples.moonlight.generation.texts import continue_texts, encode_prompt
-from examples.moonlight.huggingface.hf_config import ModelConfig, read_config
-from examples.moonlight.huggingface.hf_import import abstract_model, load_pretrained, make_model
+from examples.moonlight.huggingface.hf_config import ModelConfig
+from examples.moonlight.huggingface.hf_import import (
+    abstract_model,
+    check_pretrained,
+    load_pretrained,
+    make_model,
+)
 from examples.moonlight.model.config import Execution, MoonlightConfig
 from examples.moonlight.model.dense import Dense
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.language_model import count_parameters
 from examples.moonlight.model.moonlight import Moonlight
 from examples.moonlight.model.sharding import ModelSharding, bytes_per_device, make_mesh
+from examples.moonlight.program import run_program
 from examples.moonlight.stages import make_plan, plan_table
 from examples.moonlight.terminal import make_sturdy
 from examples.moonlight.training import metrics
@@ -134,7 +140,7 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
     # Mesh
     pretrained = None if args.init_from is None else Path(args.init_from)
     if pretrained is not None:
-        config = read_config(pretrained)
+        config = check_pretrained(pretrained)
     config = config or MoonlightConfig.preset(args.preset)
     sharding = ModelSharding(None if args.mesh is None else make_mesh(args.mesh))
     sharding.check_divides(("batch", "--batch-size", recipe.batch_size))
@@ -390,13 +396,15 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
 def main(args: Args | None = None, config: ModelConfig | None = None) -> None:
     """The program: `train` on a terminal that may fail; stopped, it says how to go on.
 
+    What its user can mend ends it with one sentence, and the exit code 1.
+
     Args:
         args: Left out, the command line's.
         config: As for `train`.
     """
     make_sturdy()
     try:
-        train(args or tyro.cli(Args), config)
+        run_program(lambda: train(args or tyro.cli(Args), config))
     except Stopped as stopped:
         rich.print(f"{stopped}; the same command with --resume goes on")
         sys.exit(128 + stopped.signum)
