@@ -9,8 +9,14 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    BrokenExecutor,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
@@ -23,12 +29,18 @@ from examples.scaling_law.corpus import load_corpus
 from examples.scaling_law.models import flops_of
 from examples.scaling_law.protocol import Run
 from examples.scaling_law.store import Record, Store
+from examples.xla_flags import check_flags
+
+_Train = Callable[[Run], Future[Record]]
 
 # A core of an AMD EPYC server, with a run on the other one. Fitted to the committed runs, whose
 # seconds they give to within 4% in sum; only budgets and the order of runs depend on them.
 _FLOPS_PER_SECOND = 35e9
 _SECONDS_PER_STEP = 1e-3
 _SECONDS_PER_RUN = 3.0
+
+# How often runs are asked for that other processes have claimed.
+_POLL_SECONDS = 1.0
 
 
 def estimate(run: Run) -> float:
@@ -74,8 +86,13 @@ class Pool:
     def finish(self, runs: Sequence[Run], title: str) -> dict[Run, Record]:
         """Trains what is missing and returns the records of all.
 
+        Other processes may do the same in the same folder: each run is trained by one of them, and
+        all return when all runs are there. Whoever is killed gives up the runs that it had begun.
+
         Raises:
-            RuntimeError: A process ended without a word, for want of memory for example.
+            RuntimeError: A process ended without a word, for want of memory for example, or
+                something removed records while this went on.
+            ValueError: `XLA_FLAGS` has flags that the installed jaxlib does not know.
         """
         missing = sorted(self.missing(runs), key=estimate, reverse=True)
         if missing:
@@ -85,29 +102,64 @@ class Pool:
     def _train(self, runs: list[Run], title: str) -> None:
         total = sum(map(estimate, runs))
         started, done = time.perf_counter(), 0.0
-        with _bar() as bar:
+        with _bar() as bar, self._trainer(len(runs)) as train:
             task = bar.add_task(title, total=len(runs), left="")
-            for run, record in self._results(runs):
-                self._store.append(record)
+            for run, ours in self._finished(runs, train):
                 done += estimate(run)
                 seconds = (time.perf_counter() - started) * (total - done) / done
                 bar.update(task, advance=1, left=_duration(seconds))
+                record = self._store[run.key(self._corpus.hash)]
                 loss = record["val_loss"]
                 bar.console.print(
                     f"{describe(run):<58} "
-                    f"{'diverged' if loss is None else f'{loss:.4f}'}  {record['seconds']:.0f} s",
+                    f"{'diverged' if loss is None else f'{loss:.4f}'}  {record['seconds']:.0f} s"
+                    f"{'' if ours else ', by another process'}",
                     highlight=False,
                     soft_wrap=True,
                 )
 
-    def _results(self, runs: list[Run]) -> Iterator[tuple[Run, Record]]:
-        if self._accelerator:
-            from examples.scaling_law.training import train
+    def _finished(self, runs: list[Run], train: _Train) -> Iterator[tuple[Run, bool]]:
+        """Each run once its record is in the store, and whether it was trained here.
 
-            for run in runs:
-                yield run, train(run, self._corpus)
+        A run is claimed from before it starts until its record is on disk. What others have claimed
+        is asked for again, until they have finished it or are gone.
+        """
+        slots = 1 if self._accelerator else self._jobs
+        left = list(runs)
+        training: dict[Future[Record], tuple[Run, contextlib.ExitStack]] = {}
+        with contextlib.ExitStack() as claims:
+            while left or training:
+                for run in list(left):
+                    if len(training) == slots:
+                        break
+                    claim, key = contextlib.ExitStack(), run.key(self._corpus.hash)
+                    if claim.enter_context(self._store.claim(key)):
+                        claims.push(claim)
+                        left.remove(run)
+                        training[train(run)] = run, claim
+                        continue
+                    claim.close()
+                    if key in self._store:
+                        left.remove(run)
+                        yield run, False
+                if training:
+                    waiting = _POLL_SECONDS if left and len(training) < slots else None
+                    finished, _ = wait(training, waiting, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        run, claim = training.pop(future)
+                        self._store.append(future.result())
+                        claim.close()
+                        yield run, True
+                elif left:
+                    time.sleep(_POLL_SECONDS)
+
+    @contextlib.contextmanager
+    def _trainer(self, runs: int) -> Iterator[_Train]:
+        """What starts a run, here or in a process of its own."""
+        if self._accelerator:
+            yield self._train_on_accelerator
             return
-        jobs = min(self._jobs, len(runs))
+        jobs = min(self._jobs, runs)
         context = multiprocessing.get_context("spawn")
         free = context.SimpleQueue()
         for core in cores(jobs):
@@ -118,17 +170,23 @@ class Pool:
                 jobs, mp_context=context, initializer=_start, initargs=(free, self._data)
             ) as pool,
         ):
-            waiting = {pool.submit(_train_here, run): run for run in runs}
             try:
-                while waiting:
-                    finished, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        yield waiting.pop(future), future.result()
-            except BaseException:
+                yield lambda run: pool.submit(_train_here, run)
+            except BaseException as error:
                 pool.shutdown(wait=False, cancel_futures=True)
                 for process in multiprocessing.active_children():
                     process.terminate()
+                if isinstance(error, BrokenExecutor):
+                    # XLA ends a process that is given a flag it does not know.
+                    check_flags(os.environ["XLA_FLAGS"])
                 raise
+
+    def _train_on_accelerator(self, run: Run) -> Future[Record]:
+        from examples.scaling_law.training import train
+
+        future: Future[Record] = Future()
+        future.set_result(train(run, self._corpus))
+        return future
 
 
 def describe(run: Run) -> str:

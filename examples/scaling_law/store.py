@@ -1,16 +1,36 @@
-"""Finished runs: one JSON line each, appended whole, found again by content."""
+"""Finished runs: one JSON line each, appended whole, found again by content.
 
+Any number of processes may work on one folder. They write one after the other, each under a lock, and
+each run is trained by the one that has *claimed* it. Both are locks of the operating system
+(`flock`, by the `filelock` library), which end with their process, however it ends: nothing is left to
+clean up after a kill.
+
+What holds over NFS: Linux sends `flock` to the server since 2.6.12, so that processes on several
+machines exclude each other, and taking a lock drops what the client had cached of the file. It does not
+hold on mounts with `local_lock=flock`, `local_lock=all` or `nolock`, where each machine locks for
+itself: let one machine at a time work there. A machine that dies keeps its locks until its lease
+at the server ends (NFSv4, 90 seconds by default) or until it is back (NFSv3). A file system without
+locks raises.
+"""
+
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from examples.scaling_law.protocol import Run, from_json
 
 Record = dict[str, Any]
 
 RUNS = "runs.jsonl"
+CLAIMS = "claims"
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class Store:
@@ -28,11 +48,11 @@ class Store:
 
     def __init__(self, folder: Path):
         self.path = folder / RUNS
-        content = self.path.read_bytes() if self.path.exists() else b""
-        self._whole = content.rfind(b"\n") + 1
-        self.records = {
-            record["key"]: record for record in _parse(self.path, content[: self._whole])
-        }
+        self.records: dict[str, Record] = {}
+        # How much of the file is in `records`.
+        self._bytes = self._lines = 0
+        # Without the lock, since there may be no folder to lock: whole lines never change.
+        self._read_new()
 
     def __contains__(self, key: str) -> bool:
         return key in self.records
@@ -41,22 +61,84 @@ class Store:
         return self.records[key]
 
     def append(self, record: Record) -> None:
-        """Adds a record, on disk when this returns."""
+        """Adds a record, on disk when this returns, behind what others have added meanwhile.
+
+        Raises:
+            ValueError: JSON cannot hold the record, or another process has written what is no record.
+            RuntimeError: Lines that this store has read or written are gone.
+            OSError: The disk is full, or the file system has no locks.
+        """
         line = json.dumps(record, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Unbuffered: a line is one write. Whole lines that another study added meanwhile stay.
-        with self.path.open("a+b", buffering=0) as file:
-            file.seek(self._whole)
-            self._whole += file.read().rfind(b"\n") + 1
-            file.truncate(self._whole)
-            file.write(line)
-            os.fsync(file.fileno())
-        self._whole += len(line)
+        with self._lock():
+            self._read_new()
+            # Unbuffered: a line is one write.
+            with self.path.open("ab", buffering=0) as file:
+                file.truncate(self._bytes)
+                file.write(line)
+                os.fsync(file.fileno())
+            self._bytes += len(line)
+            self._lines += 1
         self.records[record["key"]] = record
+
+    def refresh(self) -> None:
+        """Reads what others have added. Raises as `append` does."""
+        with self._lock():
+            self._read_new()
+
+    @contextlib.contextmanager
+    def claim(self, key: str) -> Iterator[bool]:
+        """Keeps other processes from training a run, until the block or the process ends.
+
+        Gives True if the run is this process's to train: no other has claimed it, and none has
+        finished it either. Every record is read again for that, so one that another process has
+        appended is in the store when this gives False because of it.
+
+        Raises:
+            RuntimeError, ValueError, OSError: As `append` does.
+        """
+        path = self.path.parent / CLAIMS / f"{key}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(_locked(path, timeout=0))
+            except Timeout:
+                yield False
+                return
+            self.refresh()
+            yield key not in self
+            if key in self:
+                # Whoever opened this file before it is gone will lock it and find the record.
+                path.unlink(missing_ok=True)
+
+    def _lock(self) -> contextlib.AbstractContextManager[None]:
+        return _locked(self.path.with_name(f"{RUNS}.lock"), timeout=-1)
+
+    def _read_new(self) -> None:
+        """Takes in the whole lines behind those that were read; half a line stays unread."""
+        try:
+            with self.path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(self._bytes)
+                content = _whole_lines(file.read())
+        except FileNotFoundError:
+            size, content = 0, b""
+        if size < self._bytes:
+            raise RuntimeError(
+                f"{self.path} had {self._bytes} bytes when this process last used it and has "
+                f"{size} now: something removed finished runs. Put them back if you can, and "
+                "start again: what is there is not trained twice"
+            )
+        for record in _parse(self.path, content, start=self._lines + 1):
+            self.records[record["key"]] = record
+        self._bytes += len(content)
+        self._lines += content.count(b"\n")
 
 
 def read_runs(path: Path, corpus: str | None = None) -> dict[Run, Record]:
     """The records of a file by what was run; those of other versions of the study are left out.
+
+    Takes no lock, so that it reads where it may not write: whole lines never change.
 
     Args:
         path: A `runs.jsonl`.
@@ -66,10 +148,9 @@ def read_runs(path: Path, corpus: str | None = None) -> dict[Run, Record]:
         FileNotFoundError: There is no such file.
         ValueError: A line is not a record, or `corpus` is None and there are several.
     """
-    content = path.read_bytes()
     records = [
         (run, record)
-        for record in _parse(path, content[: content.rfind(b"\n") + 1])
+        for record in _parse(path, _whole_lines(path.read_bytes()))
         if record["key"] == (run := from_json(record["run"])).key(record["corpus"])
     ]
     corpora = {record["corpus"] for _, record in records}
@@ -80,8 +161,32 @@ def read_runs(path: Path, corpus: str | None = None) -> dict[Run, Record]:
     return {run: record for run, record in records if corpus in (None, record["corpus"])}
 
 
-def _parse(path: Path, content: bytes) -> Iterable[Record]:
-    for number, line in enumerate(content.splitlines(), start=1):
+@contextlib.contextmanager
+def _locked(path: Path, *, timeout: float) -> Iterator[None]:
+    # Its other kind of lock, a file that merely exists, would outlive a killed process.
+    lock = FileLock(path, timeout=timeout, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        raise OSError(
+            error.errno,
+            f"the file system of {path.parent} cannot lock files, and without locks two processes "
+            "destroy each other's records: give --output-dir a folder on another file system",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _whole_lines(content: bytes) -> bytes:
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _parse(path: Path, content: bytes, start: int = 1) -> Iterable[Record]:
+    for number, line in enumerate(content.splitlines(), start=start):
         try:
             record = json.loads(line.decode())
             from_json(record["run"])

@@ -74,6 +74,14 @@ def test_a_failing_run_ends_the_study_with_its_error(tmp_path: Path):
     assert pool.missing([too_long]) == [too_long]
 
 
+def test_a_flag_that_xla_does_not_know_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """XLA ends the study's processes for it, and the study says why."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_no_such_flag=1")
+    pool = Pool(Store(tmp_path / "out"), small.write_corpus(tmp_path / "corpus"), jobs=1)
+    with pytest.raises(ValueError, match=r"XLA_FLAGS has --xla_no_such_flag=1, which jaxlib \d"):
+        pool.finish([small.RUN], "does not begin")
+
+
 def test_estimates_grow_with_the_run():
     run = small.RUN
     assert estimate(run) < estimate(run.replace(tokens=10 * run.tokens))
