@@ -1,9 +1,9 @@
 """Which of XLA's flags the installed jaxlib knows.
 
-XLA ends a process whose `XLA_FLAGS` has a flag that it does not know, at the first use of a device and
-below Python: nothing can be caught, and where output is captured, as by pytest, not a word is seen.
-Flags come and go with every version, and there is no list to ask for, so they are tried in a process
-that may die of them.
+XLA ends a process whose `XLA_FLAGS` has a flag that it does not know, at the first use of a device
+and below Python: nothing can be caught, and where output is captured, as by pytest, not a word is
+seen. Flags come and go with every version, and there is no list to ask for, so they are tried in a
+process that may die of them.
 """
 
 import importlib.metadata

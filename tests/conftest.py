@@ -2,6 +2,17 @@
 
 import os
 
+import pytest
+
+from examples.xla_flags import check_flags
+
+# XLA ends the process for a flag that it does not know, before pytest has printed anything.
+if (flags := os.environ.get("XLA_FLAGS")) and "PYTEST_XDIST_WORKER" not in os.environ:
+    try:
+        check_flags(flags)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
+
 # Before jax is imported: the flags are read once.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
@@ -10,7 +21,6 @@ os.environ["XLA_FLAGS"] = (
 
 import jax
 import jaxtyping
-import pytest
 from jaxtyping import install_import_hook
 
 # Every shape annotation of the library is checked on every call that a test makes.

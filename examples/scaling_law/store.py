@@ -1,16 +1,15 @@
 """Finished runs: one JSON line each, appended whole, found again by content.
 
-Any number of processes may work on one folder. They write one after the other, each under a lock, and
-each run is trained by the one that has *claimed* it. Both are locks of the operating system
-(`flock`, by the `filelock` library), which end with their process, however it ends: nothing is left to
-clean up after a kill.
+Any number of processes may work on one folder. They write one after the other, each under a lock,
+and each run is trained by the one that has *claimed* it. Both are locks of the operating system
+(`flock`, by the `filelock` library), which end with their process, however it ends: nothing is left
+to clean up after a kill.
 
 What holds over NFS: Linux sends `flock` to the server since 2.6.12, so that processes on several
-machines exclude each other, and taking a lock drops what the client had cached of the file. It does not
-hold on mounts with `local_lock=flock`, `local_lock=all` or `nolock`, where each machine locks for
-itself: let one machine at a time work there. A machine that dies keeps its locks until its lease
-at the server ends (NFSv4, 90 seconds by default) or until it is back (NFSv3). A file system without
-locks raises.
+machines exclude each other. It does not on mounts with `local_lock=flock`, `local_lock=all` or
+`nolock`, where each machine locks for itself: let one machine at a time work there. A machine that
+dies keeps its locks until the server takes them away or it is back. None of this was tried here. A
+file system without locks raises.
 """
 
 import contextlib
@@ -64,7 +63,7 @@ class Store:
         """Adds a record, on disk when this returns, behind what others have added meanwhile.
 
         Raises:
-            ValueError: JSON cannot hold the record, or another process has written what is no record.
+            ValueError: JSON cannot hold the record, or the file has a line that is no record.
             RuntimeError: Lines that this store has read or written are gone.
             OSError: The disk is full, or the file system has no locks.
         """

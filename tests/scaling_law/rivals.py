@@ -1,4 +1,4 @@
-"""Processes that work on one folder at once, without a model: `start` runs this file as a script."""
+"""Processes that work on one folder at once, and train nothing. `start` starts one."""
 
 import os
 import subprocess
