@@ -1,20 +1,40 @@
 # Two commands do everything from nothing: `make train` and `make test`. Both may be repeated.
 PYTHON ?= python3
 BIN := .venv/bin
+# The other end of the range of versions that pyproject.toml names, looked for when it is asked for.
+ifneq ($(findstring newest,$(MAKECMDGOALS)),)
+NEWEST_PYTHON ?= $(shell .ci/newest-python)
+endif
+NEWEST_BIN := .venv-newest/bin
+# The library, and the example's core: what meets JAX, Flax, Orbax and grain. Files that need torch or
+# transformers, compile for accelerators or train a study run with the first Python only.
+NEWEST_BITS := tests/bits/test_distributed.py
+NEWEST_TESTS := $(filter-out %/test_torch.py %/test_benchmarks.py %/test_wire.py %/test_scale.py, \
+  $(wildcard tests/test_*.py)) \
+  $(patsubst %,tests/moonlight/test_%.py,batches data decoding grouped mesh model train) \
+  $(patsubst %,tests/scaling_law/test_%.py,models rivals store)
 
-.PHONY: train test lint notebook clean
+.PHONY: train test test-newest lint notebook clean
 
 train: .venv/.examples
 	$(BIN)/python -m examples.moonlight.train --preset tiny --output-dir runs/moonlight --resume
 
-# Tests that promise bits run as users do. The others compile much and compute little: XLA optimizes
-# nothing there and emits code in the older, quicker way, which takes half their time off. An XLA that
-# does not know a flag says so and stops; then leave it out. With `loadfile` the tests of a file share
-# the programs that they compile.
+# Tests that promise bits run as users do, the others with flags that save time, of those that the
+# installed jaxlib knows. With `loadfile` the tests of a file share the programs that they compile.
 test: .venv/.test .aot/.tpu
 	$(BIN)/python -m pytest -n 2 tests/bits
-	XLA_FLAGS="--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false" \
-	  $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/bits
+	flags="$$($(BIN)/python -m tests.xla_flags)" && \
+	  XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/bits
+
+# The same for the newest Python that is here, and with it the newest JAX. The inner make finds the
+# environment of another Python wanting, and makes it anew.
+test-newest:
+	@test -n "$(NEWEST_PYTHON)"
+	@$(MAKE) --no-print-directory .venv-newest/.test NEWEST_PYTHON="$(NEWEST_PYTHON)"
+	@$(NEWEST_BIN)/python -c 'import sys, jax; print("Python", sys.version.split()[0], "and jax", jax.__version__)'
+	$(NEWEST_BIN)/python -m pytest -n 2 $(NEWEST_BITS)
+	flags="$$($(NEWEST_BIN)/python -m tests.xla_flags)" && \
+	  XLA_FLAGS="$$flags" $(NEWEST_BIN)/python -m pytest -n 2 --dist loadfile $(NEWEST_TESTS)
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -40,6 +60,14 @@ notebook: .venv/.test
 	$(BIN)/python -m pip install -q -e ".[test]"
 	touch $@
 
+.venv-newest/.$(notdir $(NEWEST_PYTHON)):
+	"$(NEWEST_PYTHON)" -m venv --clear .venv-newest
+	touch $@
+
+.venv-newest/.test: .venv-newest/.$(notdir $(NEWEST_PYTHON)) pyproject.toml
+	$(NEWEST_BIN)/python -m pip install -q -e ".[test-core]"
+	touch $@
+
 # Compiles for TPUs on any machine. Not in .venv: JAX would look for a TPU whenever it starts.
 .aot/.tpu: .venv/.test
 	$(BIN)/python -m pip install -q --no-deps --upgrade --target .aot \
@@ -47,4 +75,4 @@ notebook: .venv/.test
 	touch $@
 
 clean:
-	rm -rf .venv .aot runs
+	rm -rf .venv .venv-newest .aot runs

@@ -55,7 +55,10 @@ def test_flops_are_those_of_the_formula_and_what_is_computed_twice(row):
 
 def test_only_the_rounds_of_the_dispatch_have_no_length(row):
     assert row["assumed_once"]
-    assert all(loop.endswith("shard_map/while") for loop in row["assumed_once"])
+    # JAX 0.12 puts a level into the scope for the call.
+    assert all(
+        loop.replace("/eval_jaxpr", "").endswith("shard_map/while") for loop in row["assumed_once"]
+    )
 
 
 def test_tokens_travel_to_their_experts_and_back(row):
@@ -118,7 +121,8 @@ def test_the_command_keeps_rows_and_names_what_failed(row, monkeypatch, tmp_path
     names = ("cpu-8", "v5e-8", "v5e-64")
     record = scale.main(scale.Args(targets=names, output=output))
     printed = capsys.readouterr().out
-    for text in (said, "fits", "KeyError", "counted once: closed_call/shard_map/while"):
+    loops = [f"counted once: {'/'.join(x.split('/')[-3:])}" for x in row["assumed_once"]]
+    for text in (said, "fits", "KeyError", *loops):
         assert text in printed
     assert list(record["left_out"]) == ["v5e-64"]
     scale.main(scale.Args(targets=("cpu-8", "h100-8"), output=output))

@@ -1,7 +1,7 @@
 """The flags that tests run with unless they promise bits: `python -m tests.xla_flags` prints them.
 
 Such tests compile much and compute little. Without XLA's optimizer, and with the older and quicker
-way of emitting code where jaxlib still has it (0.10 does, 0.12 does not), they take half their time.
+way of emitting code where jaxlib still has it (0.10 does, 0.12 does not), they take half the time.
 """
 
 from examples.xla_flags import known_flags
