@@ -1,10 +1,11 @@
 """How far a mesh's losses are from one device's, and why: `python -m benchmarks.rounding`.
 
-The example's model takes the same steps on one device and on meshes of eight, on the same weights and
-batches. Sharded programs add in another order, so that their float32 gradients differ in the last
-bits. Newton-Schulz in bfloat16 rounds to 8 bits: where a last bit of float32 makes an entry round the
-other way, it becomes 2^-9 of the entry, and five steps carry it on. With `ns_dtype="float32"` nothing
-is rounded to 8 bits, and what is left is float32's own difference. AdamW stands beside both.
+The example's model takes the same steps on one device and on meshes of eight, on the same weights
+and batches. Sharded programs add in another order, so that their float32 gradients differ in the
+last bits. Newton-Schulz in bfloat16 rounds to 8 bits: where a last bit of float32 makes an entry
+round the other way, it becomes 2^-8 of the entry, and five steps carry it on. With
+`ns_dtype="float32"` nothing is rounded to 8 bits, and what is left is float32's own difference. AdamW
+stands beside both.
 """
 
 import dataclasses
@@ -201,6 +202,5 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if jax.config.jax_platforms in (None, "cpu"):
-        jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.config.update("jax_num_cpu_devices", DEVICES)
     main(tyro.cli(Args))
