@@ -4,7 +4,7 @@ The example's model takes the same steps on one device and on meshes of eight, o
 and batches. Sharded programs add in another order, so that their float32 gradients differ in the
 last bits. Newton-Schulz in bfloat16 rounds to 8 bits: where a last bit of float32 makes an entry
 round the other way, it becomes 2^-8 of the entry, and five steps carry it on. With
-`ns_dtype="float32"` nothing is rounded to 8 bits, and what is left is float32's own difference. AdamW
+`ns_dtype="float32"` nothing is rounded to 8 bits; what is left is float32's own difference. AdamW
 stands beside both.
 """
 
