@@ -11,7 +11,7 @@ NEWEST_BIN := .venv-newest/bin
 NEWEST_BITS := tests/bits/test_distributed.py
 NEWEST_TESTS := $(filter-out %/test_torch.py %/test_benchmarks.py %/test_wire.py %/test_scale.py, \
   $(wildcard tests/test_*.py)) \
-  $(patsubst %,tests/moonlight/test_%.py,batches data decoding grouped mesh model train) \
+  $(patsubst %,tests/moonlight/test_%.py,batches checkpoint data decoding grouped interrupted mesh metrics model nonfinite run_lock stopping train) \
   $(patsubst %,tests/scaling_law/test_%.py,models rivals store)
 
 .PHONY: train test test-newest lint notebook clean
