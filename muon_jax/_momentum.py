@@ -36,10 +36,18 @@ def check_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:
 def momentum_dtype(mu_dtype: jnp.dtype | None, param: jnp.dtype) -> jnp.dtype:
     """The dtype of the momentum of a parameter of dtype `param`.
 
-    Complex parameters keep a complex one. float16 ends at 65504, and a heavy ball sums to twenty
-    gradients: its default is float32.
+    Complex parameters keep a complex one.
     """
     if mu_dtype is None:
-        return jnp.dtype(jnp.float32 if param == jnp.float16 else param)
+        return accumulator_dtype(param)
     complex_ = jnp.issubdtype(param, jnp.complexfloating)
     return jnp.promote_types(mu_dtype, jnp.complex64) if complex_ else mu_dtype
+
+
+def accumulator_dtype(param: jnp.dtype) -> jnp.dtype:
+    """The dtype in which sums and squares of a parameter's gradients are kept by default.
+
+    float16 ends at 65504, and a heavy ball sums to twenty gradients; it begins at 6e-8, and the
+    square of a gradient of 1e-4 is 1e-8. So float32 for float16, and the parameter's own otherwise.
+    """
+    return jnp.dtype(jnp.float32 if param == jnp.float16 else param)

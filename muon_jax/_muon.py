@@ -93,7 +93,7 @@ def muon(
       weight_decay_mask: a tree of booleans, a prefix of the parameters' tree, or a function from
         parameters to one; False leaves do not decay, in either group.
       mu_dtype: the dtype of Muon's momentum and AdamW's first moment; None means each
-        parameter's.
+        parameter's, and float32 for float16, as AdamW's second moment is in any case.
       nesterov: see `scale_by_muon`.
       adaptive: see `scale_by_muon`.
       preconditioning: see `scale_by_muon`.

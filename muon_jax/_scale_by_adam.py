@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, Inexact, PyTree
 
 from muon_jax._checks import Scalar
 from muon_jax._layout import Layout
-from muon_jax._momentum import check_mu_dtype, momentum_dtype
+from muon_jax._momentum import accumulator_dtype, check_mu_dtype, momentum_dtype
 from muon_jax._paths import flatten_with_names, is_absent
 from muon_jax._record import note_state
 from muon_jax._specs import partition_spec
@@ -33,14 +33,16 @@ def scale_by_adam(
     """`optax.scale_by_adam` with a state that is a fixed point.
 
     Optax drops the moments of a leaf whose gradient is None or masked, lets the first moment take
-    the gradient's dtype after the first step, and casts a complex one to a real `mu_dtype`.
+    the gradient's dtype after the first step, casts a complex one to a real `mu_dtype`, and squares
+    float16 gradients in float16, where the square of 1e-4 is 0: the update would be infinite.
 
     Args:
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: added to the root.
       eps_root: added under the root.
-      mu_dtype: of the first moment; None means each parameter's own.
+      mu_dtype: of the first moment; None means each parameter's own, and float32 for float16. The
+        second moment is float32 for float16 in any case.
       zero1: the mesh, if any.
       layouts: there, the layout of each leaf, in the order of the parameters' leaves.
     """
@@ -51,9 +53,8 @@ def scale_by_adam(
         state: Any = jax.eval_shape(inner.init, params)
         leaves, structure = jax.tree.flatten(params)
         shapes = [jnp.shape(leaf) for leaf in leaves]
-        first, second = ([m.dtype for m in jax.tree.leaves(mu)] for mu in (state.mu, state.nu))
-        if dtype is not None:
-            first = [momentum_dtype(dtype, jnp.result_type(leaf)) for leaf in leaves]
+        first = [momentum_dtype(dtype, jnp.result_type(leaf)) for leaf in leaves]
+        second = [accumulator_dtype(nu.dtype) for nu in jax.tree.leaves(state.nu)]
         if zero1 is None:
             zeros = [jnp.zeros(s, d) for s, d in zip(2 * shapes, first + second, strict=True)]
             count = jnp.zeros([], jnp.int32)
@@ -70,19 +71,25 @@ def scale_by_adam(
         )
 
     def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
-        del params
         mu, structure = jax.tree.flatten(state.mu)
         nu = jax.tree.leaves(state.nu)
         gradients = structure.flatten_up_to(updates)
         present = [i for i, g in enumerate(gradients) if not is_absent(g)]
+        like = gradients if params is None else structure.flatten_up_to(params)
+        given = [jnp.result_type(gradients[i], like[i]) for i in present]
 
         def step(
             gradients: list[Any], mu: list[Any], nu: list[Any], count: Any, numbers: list[Any]
         ) -> Any:
             # Not by closure, which JAX refuses for arrays on Explicit axes.
             inner = optax.scale_by_adam(*numbers)
+            gradients = [_squarable(g) for g in gradients]
             new: Any
             updates, new = inner.update(gradients, state._replace(count=count, mu=mu, nu=nu))
+            updates = [
+                u.astype(dtype) if dtype == jnp.float16 else u
+                for u, dtype in zip(updates, given, strict=True)
+            ]
             like = lambda new, old: [n.astype(o.dtype) for n, o in zip(new, old, strict=True)]  # noqa: E731
             return updates, like(new.mu, mu), like(new.nu, nu), new.count
 
@@ -102,6 +109,10 @@ def scale_by_adam(
         return structure.unflatten(gradients), new_state
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _squarable(gradient: Inexact[Array, "*shape"]) -> Inexact[Array, "*shape"]:
+    return gradient.astype(jnp.float32) if gradient.dtype == jnp.float16 else gradient
 
 
 def _step_on_shards(step: Any, zero1: Zero1, layouts: list[Layout], args: Any) -> Any:

@@ -98,3 +98,58 @@ def test_float64_beyond_float32_is_finite():
         assert jnp.abs(singular_values - 1).max() < 1e-3  # measured: 2e-4
         huge = orthogonalize(x * 1e300, "deepseek_v4", ns_dtype="float64")
         np.testing.assert_allclose(huge, exact, rtol=1e-12)
+
+
+def float16_pair():
+    """A matrix and a bias in float16, and the same in float32."""
+    half = {"kernel": jnp.full((4, 6), 0.5, jnp.float16), "bias": jnp.ones(6, jnp.float16)}
+    return half, jax.tree.map(lambda p: p.astype(jnp.float32), half)
+
+
+@pytest.mark.parametrize(
+    ("size", "mu_dtype"), [(1e-4, None), (6e-8, None), (6e4, None), (1e-2, "float16")]
+)
+def test_float16_adamw_is_float32_adamw_rounded(size, mu_dtype):
+    """In float16 the square of 1e-4 is 0 and that of 6e4 infinite: neither is ever formed."""
+    half, single = float16_pair()
+    gradient = jnp.full(6, size, jnp.float16)
+    tx, twin = muon(1.0, mu_dtype=mu_dtype), muon(1.0)
+    state, twin_state = tx.init(half), twin.init(single)
+    for step in range(3):
+        g = gradient / 2**step
+        updates, state = tx.update({"kernel": half["kernel"], "bias": g}, state, half)
+        expected, twin_state = twin.update(
+            {"kernel": single["kernel"], "bias": g.astype(jnp.float32)}, twin_state, single
+        )
+        assert updates["bias"].dtype == jnp.float16
+        # The first moment, the direction, and its sum with the decay are each rounded: 2^-11.
+        tolerance = 3 * 2.0**-11
+        np.testing.assert_allclose(updates["bias"], expected["bias"], rtol=tolerance)
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "float16", "bfloat16"])
+def test_moments_of_float16_are_float32_unless_told_otherwise(mu_dtype):
+    half, _ = float16_pair()
+    state = muon(1e-3, mu_dtype=mu_dtype).init(half)
+    adam = state.inner_states["adam"].inner_state[0]
+    momentum = state.inner_states["muon"].inner_state[0].mu["kernel"]
+    assert adam.mu["bias"].dtype == momentum.dtype == jnp.dtype(mu_dtype or "float32")
+    assert adam.nu["bias"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("params_dtype", ["float16", "float32"])
+def test_zero_float16_gradients_give_exact_zeros(params_dtype):
+    params = {"bias": jnp.ones(6, params_dtype)}
+    tx = muon(1.0, weight_decay=0.0)
+    zeros = {"bias": jnp.zeros(6, jnp.float16)}
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = tx.update(zeros, state, params)
+        np.testing.assert_array_equal(updates["bias"], np.zeros(6))
+
+
+def test_small_float16_gradients_of_float32_parameters_are_squared_in_float32():
+    params = {"bias": jnp.ones(6)}
+    tx = muon(1.0, weight_decay=0.0)
+    updates, _ = tx.update({"bias": jnp.full(6, 1e-4, jnp.float16)}, tx.init(params), params)
+    np.testing.assert_allclose(updates["bias"], -1.0, rtol=1e-3)  # the eps: 1e-8 beside 1e-4
