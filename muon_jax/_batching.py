@@ -4,19 +4,20 @@ Newton-Schulz commutes with transposition, so the stacks of all leaves are broug
 concatenated by shape, iterated together, and cut apart again. The program then holds one
 iteration for each shape, not one for each layer.
 
-A batch is cut into chunks of at most `max_group_bytes`, counted in the dtype it is stacked in, so
-that the iteration's buffers (iterate, Gram matrix, polynomial) are those of one chunk.
+A batch beyond `max_group_bytes`, counted in the dtype it is stacked in, goes through in chunks, one
+after the other in a loop (`_loops`): the iteration's buffers (iterate, Gram matrix, polynomial) are
+those of one chunk, and the program holds two iterations at most, however many chunks there are. The
+batch itself is held whole, narrow, and its results take its place.
 """
 
 import collections
 import itertools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
+from muon_jax._loops import BatchFunction, concatenate, in_chunks
 from muon_jax._matrices import LeafViews
 from muon_jax._matrix_update import MatrixUpdate
 from muon_jax._momentum import heavy_ball
@@ -25,16 +26,8 @@ DEFAULT_MAX_GROUP_BYTES = 2**30
 """1 GiB: 512 matrices of 1024x1024 in bfloat16."""
 
 
-class _Piece(NamedTuple):
-    """Matrices `start` to `stop` of one stack."""
-
-    stack: int
-    start: int
-    stop: int
-
-
 def map_by_shape(
-    function: Callable[[Inexact[Array, "batch rows cols"]], Inexact[Array, "batch rows cols"]],
+    function: BatchFunction,
     stacks: Sequence[Inexact[Array, "_ _ _"]],
     max_group_bytes: int = DEFAULT_MAX_GROUP_BYTES,
 ) -> list[Inexact[Array, "_ _ _"]]:
@@ -56,24 +49,20 @@ def map_by_shape(
         if stack.size:
             groups[rows, cols, jnp.dtype(stack.dtype)].append(index)
 
-    results = collections.defaultdict[int, list[jax.Array]](list)
+    results = [*stacks]
     for (rows, cols, dtype), members in groups.items():
         capacity = max(1, max_group_bytes // (rows * cols * dtype.itemsize))
         # Wide stacks first, so that a batch has its tall ones together and transposes them once.
         members.sort(key=lambda index: _is_tall(stacks[index]))
-        for chunk in _chunks([(index, len(stacks[index])) for index in members], capacity):
-            batch = [stacks[piece.stack][piece.start : piece.stop] for piece in chunk]
-            turn = sum(not _is_tall(part) for part in batch)
-            wide, tall = batch[:turn], batch[turn:]
-            turned = [_concatenate(tall).mT] if tall else []
-            out = function(_concatenate([*wide, *turned]))
-            count = sum(len(part) for part in wide)
-            pieces = _cut(out[:count], wide) + _cut(out[count:].mT, tall)
-            for piece, part in zip(chunk, pieces, strict=True):
-                results[piece.stack].append(part)
-    return [
-        _concatenate(results[index]) if stack.size else stack for index, stack in enumerate(stacks)
-    ]
+        turn = sum(not _is_tall(stacks[index]) for index in members)
+        wide, tall = ([stacks[i] for i in some] for some in (members[:turn], members[turn:]))
+        turned = [concatenate(tall).mT] if tall else []
+        out = in_chunks(function, [*wide, *turned], capacity)
+        count = sum(len(stack) for stack in wide)
+        pieces = _cut(out[:count], wide) + _cut(out[count:].mT, tall)
+        for index, piece in zip(members, pieces, strict=True):
+            results[index] = piece
+    return results
 
 
 def batched_update(
@@ -114,34 +103,13 @@ def batched_update(
     return updates, new_momenta
 
 
-def _chunks(members: list[tuple[int, int]], capacity: int) -> list[list[_Piece]]:
-    """Cut consecutive matrices into chunks of nearly equal size, at most `capacity` each."""
-    total = sum(count for _, count in members)
-    count = -(-total // capacity)
-    bounds = [total * k // count for k in range(count + 1)]
-    chunks = []
-    for low, high in itertools.pairwise(bounds):
-        chunk, offset = [], 0
-        for stack, length in members:
-            start, stop = max(low - offset, 0), min(high - offset, length)
-            if start < stop:
-                chunk.append(_Piece(stack, start, stop))
-            offset += length
-        chunks.append(chunk)
-    return chunks
-
-
 def _is_tall(stack: Inexact[Array, "_ _ _"]) -> bool:
     return stack.shape[1] > stack.shape[2]
-
-
-def _concatenate(parts: list[Inexact[Array, "_ _ _"]]) -> Inexact[Array, "_ _ _"]:
-    return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def _cut(
     whole: Inexact[Array, "_ _ _"], parts: list[Inexact[Array, "_ _ _"]]
 ) -> list[Inexact[Array, "_ _ _"]]:
-    """Undo `_concatenate`."""
+    """Undo `concatenate`."""
     ends = list(itertools.accumulate((len(part) for part in parts), initial=0))
     return [whole[start:stop] for start, stop in itertools.pairwise(ends)]

@@ -44,7 +44,7 @@ from muon_jax._matrices import LeafViews, MatrixView
 from muon_jax._matrix_update import MatrixUpdate
 from muon_jax._momentum import heavy_ball
 from muon_jax._parts import PartRunner
-from muon_jax._plan import Group, Member, Part, Plan, PlannedLeaf, Shape
+from muon_jax._plan import Group, Member, Plan, PlannedLeaf, Shape, runs_of_equal_parts
 from muon_jax._specs import partition_spec
 from muon_jax._zero1 import Zero1, on_shards
 
@@ -139,7 +139,9 @@ def _run_group(
     stack = jnp.concatenate(
         [source.reshape(len(source), *runner.source_piece) for source in sources]
     )
-    outcomes = [runner(part, stack[part.start : part.stop]) for part in group.parts]
+    runs = [*runs_of_equal_parts(group.parts)]
+    outcomes = [runner.run(run, stack[run[0].start : run[-1].stop]) for run in runs]
+    bounds = [(run[0].start, run[-1].stop) for run in runs]
 
     out, start = [], 0
     for member in group.members:
@@ -148,28 +150,28 @@ def _run_group(
         view = leaf.views.views[member.view]
         _, fan_in, fan_out = local_view(view, leaf.layout.param, sizes).matrices
         piece = (fan_out, fan_in) if _is_tall(view) else (fan_in, fan_out)
-        results = _run_of([result for result, _ in outcomes], group.parts, start, stop)
+        results = _cut_out([result for result, _ in outcomes], bounds, start, stop)
         results = results.reshape(-1, member.matrices, *piece)
         unstack = _Unstack(view, leaf.layout, group.shape, sizes)
         factor = None
         if update.is_measured:
             factors = [factor for _, factor in outcomes if factor is not None]
-            factor = unstack(_run_of(factors, group.parts, start, stop))
+            factor = unstack(_cut_out(factors, bounds, start, stop))
         out.append((member, unstack(results.mT if _is_tall(view) else results), factor))
         start = stop
     return out
 
 
-def _run_of(
-    outcomes: Sequence[jax.Array], parts: Sequence[Part], start: int, stop: int
+def _cut_out(
+    outcomes: Sequence[jax.Array], bounds: Sequence[tuple[int, int]], start: int, stop: int
 ) -> jax.Array:
-    """Matrices `start` to `stop` of a group, out of the parts that hold them."""
-    runs = [
-        outcome[:, max(start - part.start, 0) : stop - part.start]
-        for outcome, part in zip(outcomes, parts, strict=True)
-        if part.start < stop and start < part.stop
+    """Matrices `start` to `stop` of a group, out of the runs that hold them."""
+    held = [
+        outcome[:, max(start - first, 0) : stop - first]
+        for outcome, (first, end) in zip(outcomes, bounds, strict=True)
+        if first < stop and start < end
     ]
-    return jnp.concatenate(runs, axis=1) if len(runs) > 1 else runs[0]
+    return jnp.concatenate(held, axis=1) if len(held) > 1 else held[0]
 
 
 class _Unstack:

@@ -6,6 +6,9 @@ between them, such as which slots are empty, they look up in tables by their own
 Pieces keep their rows and columns on the way. Flattened, they would move the same bytes; but the
 TPU keeps arrays in tiles of rows and columns, and its compiler takes minutes over the long vectors.
 Only where a group's matrices are cut in pieces of several shapes do they travel flat.
+
+Parts that are alike (`max_group_bytes` makes many of one) run in a loop: the program holds one of
+them, and what one needs is free before the next.
 """
 
 import math
@@ -20,6 +23,7 @@ from jaxtyping import Array, Float, Inexact
 
 from muon_jax._collectives import RowShare, all_gather, all_to_all, axes_index
 from muon_jax._layout import Cut, Sizes
+from muon_jax._loops import map_chunks
 from muon_jax._matrix_update import MatrixUpdate
 from muon_jax._plan import Group, Part, returns_rows
 
@@ -33,10 +37,34 @@ class PartRunner:
         self.update = update
         self.sources = [m.source for m in group.members for _ in range(m.matrices)]
         self.targets = [m.target for m in group.members for _ in range(m.matrices)]
+        # While a run of parts is in hand: which of them is at work, and where each begins.
+        self.chunk: jax.Array | int = 0
+        self.starts: tuple[int, ...] = ()
         self.source_piece = _common_shape([m.source for m in group.members])
         self.target_piece = _common_shape([m.target for m in group.members])
 
-    def __call__(
+    def run(
+        self, run: Sequence[Part], pieces: Inexact[Array, "count *piece"]
+    ) -> tuple[Inexact[Array, "stacked count *_"], Float[Array, "stacked count"] | None]:
+        """The outcome of parts that are alike and follow each other, as of one part of them all."""
+        part, chunks = run[0], len(run)
+        self.starts = tuple(one.start for one in run)
+
+        def one(chunk: jax.Array | int, pieces: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+            self.chunk = chunk
+            return self.one(part, pieces)
+
+        if chunks == 1:
+            return one(0, pieces)
+        outcome = map_chunks(one, pieces.reshape(chunks, part.matrices, *pieces.shape[1:]))
+
+        def joined(x: jax.Array) -> jax.Array:
+            x = jnp.moveaxis(x, 0, 1)
+            return x.reshape(len(x), chunks * part.matrices, *x.shape[3:])
+
+        return jax.tree.map(joined, outcome)
+
+    def one(
         self, part: Part, pieces: Inexact[Array, "count *piece"]
     ) -> tuple[Inexact[Array, "stacked count *_"], Float[Array, "stacked count"] | None]:
         """The results as the parameter's shards cut them, and their measured factors."""
@@ -148,9 +176,7 @@ class PartRunner:
                 joined = [cut.only(inner).join(one, inner, self.sizes) for one in out]
                 return jnp.stack([one.reshape(part.matrices, *self.target_piece) for one in joined])
 
-            return self.select(
-                [self.sources[i] for i in range(part.start, part.stop)], None, join, axis=1
-            )
+            return self.select(self.sources, part, None, join, axis=1)
 
     def back_to_all(
         self, part: Part, measured: Float[Array, "slots"]
@@ -235,23 +261,27 @@ class PartRunner:
         self, part: Part, cuts: Sequence[Cut], function: Callable[[Cut], jax.Array], axis: int
     ) -> jax.Array:
         """Apply `function` with the cut of the matrix in each slot of this device."""
-        here = [cuts[i] for i in range(part.start, part.stop)]
-        return self.select(here, part.owners, function, axis)
+        return self.select(cuts, part, part.owners, function, axis)
 
     def select(
         self,
         cuts: Sequence[Cut],
+        part: Part,
         owners: np.ndarray | None,
         function: Callable[[Cut], jax.Array],
         axis: int,
     ) -> jax.Array:
-        kinds = [*dict.fromkeys(cuts)]
+        here = [cuts[start : start + part.matrices] for start in self.starts]
+        kinds = [*dict.fromkeys(cut for chunk in here for cut in chunk)]
         out = function(kinds[0])
         if len(kinds) == 1:
             return out
-        # The program is one for all devices; the slots of each may hold matrices cut in any way.
-        kind_of = np.array([*(kinds.index(cut) for cut in cuts), 0])
-        mine = jnp.asarray(kind_of) if owners is None else self.own_row(kind_of[owners])
+        # The program is one for all devices and all chunks; slots may hold matrices cut in any way.
+        kind_of = np.array([[*(kinds.index(cut) for cut in chunk), 0] for chunk in here])
+        if owners is None:
+            mine = jnp.asarray(kind_of)[self.chunk]
+        else:
+            mine = jnp.asarray(kind_of[:, owners])[self.chunk, axes_index(self.shape.team)]
         mine = mine[: out.shape[axis]]
         shape = [1] * out.ndim
         shape[axis] = len(mine)

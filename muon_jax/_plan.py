@@ -20,6 +20,8 @@ Four routes:
 `_planner` makes the plan, `_distributed` runs it.
 """
 
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -139,6 +141,16 @@ class Part(NamedTuple):
     def padding(self) -> int:
         """Empty slots in the whole team, those of sharers counted once."""
         return 0 if self.owners is None else int((self.owners < 0).sum()) // self.ways
+
+
+def runs_of_equal_parts(parts: Sequence[Part]) -> Iterator[tuple[Part, ...]]:
+    """Neighbours that differ in nothing but which matrices they hold: one program for each run."""
+
+    def program(part: Part) -> tuple[object, ...]:
+        owners = None if part.owners is None else part.owners.tobytes()
+        return (*part._replace(start=0, stop=part.matrices, owners=None), owners)
+
+    return (tuple(run) for _, run in itertools.groupby(parts, program))
 
 
 class Group(NamedTuple):

@@ -15,6 +15,7 @@ import numpy as np
 
 from muon_jax._cost import Traffic, cost, newton_schulz_flops, others
 from muon_jax._layout import Sizes, cut_of, local_view
+from muon_jax._loops import even
 from muon_jax._plan import (
     Group,
     Member,
@@ -218,7 +219,7 @@ class _Planner:
         team = self.length(shape.team)
         rounds, left = divmod(count, team)
         parts, start = [], 0
-        for slots in _even(rounds, self._capacity(shape)):
+        for slots in even(rounds, self._capacity(shape)):
             owners = np.arange(team * slots).reshape(team, slots)
             parts.append(Part("exchange", start, start + team * slots, slots, owners))
             start += team * slots
@@ -242,7 +243,7 @@ class _Planner:
     def _everywhere(self, shape: Shape, route: RouteName, start: int, stop: int) -> list[Part]:
         capacity = self._capacity(shape)
         parts = []
-        for slots in _even(stop - start, capacity):
+        for slots in even(stop - start, capacity):
             parts.append(Part(route, start, start + slots, slots))
             start += slots
         return parts
@@ -328,9 +329,3 @@ class _Planner:
             gather=update * others(gathered),
             collectives=(pieces > 1) + rounds + (back > 1) + (gathered > 1),
         )
-
-
-def _even(count: int, capacity: int) -> list[int]:
-    """`count` in as few nearly equal runs as `capacity` allows."""
-    runs = -(-count // capacity)
-    return [count * (k + 1) // runs - count * k // runs for k in range(runs)]

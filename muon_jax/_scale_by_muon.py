@@ -104,9 +104,9 @@ def scale_by_muon(
       weight_dimension_numbers: which axes form the matrices; see `muon`.
       heads: whether the heads of a Flax attention kernel form one matrix or one each.
       max_group_bytes: the largest batch of matrices orthogonalized at once, in bytes of
-        `ns_dtype`; None means 1 GiB. It bounds the buffers of the iteration; a stacked leaf larger
-        than it is cut too, but also held whole before and after. On a mesh it also bounds the
-        gathered results of one part of the plan.
+        `ns_dtype`; None means 1 GiB. It bounds the buffers of the iteration; larger batches go
+        through in a loop. All matrices of one shape are held in `ns_dtype` besides, and on a mesh
+        so are their gathered results.
       mesh: the devices to share the work and the state on, ZeRO-1; see `muon`.
       zero1_axes: the mesh axes to shard the state over; see `muon`.
       param_specs: where the parameters lie on the mesh; see `muon`.

@@ -22,7 +22,7 @@ from checkers import (
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from muon_jax import UpdateNorm, muon, scale_by_muon
+from muon_jax import MuonDimensionNumbers, UpdateNorm, muon, scale_by_muon
 
 LR = 2.0**-4
 # A compiled step against an eager one, or inside a scan: the same float32 arithmetic, fused
@@ -555,14 +555,61 @@ def test_the_number_of_products_does_not_grow_with_depth():
     assert 0 < shallow == deep
 
 
+@pytest.mark.parametrize("matrices_at_once", [1, 5, 8])
+def test_chunks_add_no_products_to_the_program(matrices_at_once):
+    """Chunks of one length are one loop; of two, as 16 matrices by fives make them, are two."""
+    whole = products(compiled_update(layers(8)))
+    size = matrices_at_once * 8 * 16 * 2
+    for depth in (8, 40):
+        chunked = products(compiled_update(layers(depth), max_group_bytes=size))
+        assert 0 < chunked <= (1 if matrices_at_once == 1 else 2) * whole
+
+
+@pytest.mark.parametrize("ns_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("matrices_at_once", [1, 5, 8])
+def test_chunks_change_no_bit(matrices_at_once, ns_dtype):
+    """Wide, tall and stacked matrices of one shape, which chunks cut anywhere."""
+    params = {
+        "wide": jnp.asarray(hadamard_rows((5, 4, 16))),
+        "one": jnp.asarray(hadamard_rows((4, 16), 1)),
+        "tall": jnp.asarray(hadamard_rows((6, 4, 16), 2)).mT,
+    }
+    itemsize = jnp.dtype(ns_dtype).itemsize
+    make = functools.partial(
+        scale_by_muon, ns_dtype=ns_dtype, weight_dimension_numbers=MuonDimensionNumbers(-2, -1)
+    )
+    whole, tx = make(), make(max_group_bytes=matrices_at_once * 4 * 16 * itemsize)
+    expected, _ = jax.jit(whole.update)(params, whole.init(params))
+    updates, _ = jax.jit(tx.update)(params, tx.init(params))
+    assert_trees_equal(updates, expected)
+
+
+def test_chunks_are_differentiable_as_the_whole_is():
+    """Chunks lie as bits, which have no derivative: it is given by hand."""
+    params = {"w": array((7, 4, 6))}
+    weights = array((7, 4, 6), 1)
+
+    def gradients(**options):
+        numbers = MuonDimensionNumbers(-2, -1)
+        tx = scale_by_muon(weight_dimension_numbers=numbers, **options)
+        state = tx.init(params)
+        loss = lambda g: jnp.sum(tx.update({"w": g}, state)[0]["w"] * weights)  # noqa: E731
+        forward = jax.jvp(loss, (params["w"],), (weights,))[1]
+        return jax.jit(jax.grad(loss))(params["w"]), forward
+
+    for actual, expected in zip(gradients(max_group_bytes=2 * 4 * 6 * 2), gradients(), strict=True):
+        assert jnp.abs(expected).max() > 0
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_max_group_bytes_bounds_the_temporary_memory():
-    """Sixteen leaves of one shape, one at a time instead of all: measured 0.36 of the memory."""
+    """Sixteen leaves of one shape, one at a time instead of all: measured 0.25 of the memory."""
     params = {f"layer_{i}": array((64, 64), i) for i in range(16)}
     whole, chunked = (
         compiled_update(params, max_group_bytes=size).memory_analysis().temp_size_in_bytes
         for size in (None, 64 * 64 * 2)
     )
-    assert chunked < 0.7 * whole
+    assert chunked < 0.4 * whole
 
 
 def test_a_step_does_not_depend_on_the_other_leaves():
