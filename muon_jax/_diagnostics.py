@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, PyTree
 
 from muon_jax._checks import as_array
+from muon_jax._dtypes import promote
 from muon_jax._paths import flatten_with_names, is_absent, show
 from muon_jax._routing import DimensionNumbers, Heads, Route, route_leaves
 
@@ -175,7 +176,7 @@ def _as_matrices(name: str, matrix: Any) -> Inexact[Array, "*shape"]:
     matrix = as_array(name, matrix)
     if matrix.ndim < 2:
         raise ValueError(f"{name} takes matrices in the last two axes, got shape {matrix.shape}.")
-    return matrix.astype(jnp.promote_types(matrix.dtype, jnp.float32))
+    return matrix.astype(promote(matrix.dtype, jnp.float32))
 
 
 def _count(leaves: Sequence[jax.Array]) -> float:
@@ -184,5 +185,5 @@ def _count(leaves: Sequence[jax.Array]) -> float:
 
 
 def _sum_of_squares(leaf: Inexact[Array, "*shape"]) -> Float[Array, ""]:
-    wide = jnp.abs(leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)))
+    wide = jnp.abs(leaf.astype(promote(leaf.dtype, jnp.float32)))
     return jnp.sum(jnp.square(wide)).astype(jnp.float32)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from muon_jax._checks import Scalar
+from muon_jax._dtypes import promote
 from muon_jax._orthogonalize import Iteration
 from muon_jax._scaling import UpdateNorm, UpdateScale
 
@@ -52,7 +53,7 @@ class MatrixUpdate(NamedTuple):
         ``(1 - beta) <U, O>``, the dual norm of the averaged momentum, where `adaptive`; then
         ``rms / RMS(O)``, for `UpdateNorm`.
         """
-        wide = result.astype(jnp.promote_types(result.dtype, jnp.float32))
+        wide = result.astype(promote(result.dtype, jnp.float32))
         factor = jnp.ones(len(wide), jnp.finfo(wide.dtype).dtype)
         if self.adaptive:
             dual = jnp.sum(source.astype(wide.dtype).conj() * wide, axis=(-2, -1)).real
@@ -76,7 +77,7 @@ class MatrixUpdate(NamedTuple):
           measured: what `measure` gave, where `is_measured`.
           matrix: the fan-in and fan-out of the whole matrix.
         """
-        wide = result.astype(jnp.promote_types(result.dtype, jnp.float32))
+        wide = result.astype(promote(result.dtype, jnp.float32))
         if measured is not None:
             wide = wide * measured[:, None, None]
         if isinstance(self.scale, UpdateNorm):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from muon_jax._checks import Scalar, check_dtype
+from muon_jax._dtypes import promote
 
 
 def heavy_ball(
@@ -16,7 +17,7 @@ def heavy_ball(
     nesterov: bool,
 ) -> tuple[Inexact[Array, "*shape"], Inexact[Array, "*shape"]]:
     """``M_t = beta M_{t-1} + G_t`` and what is orthogonalized, in float32 or wider (Eq. 1)."""
-    wide = jnp.promote_types(jnp.promote_types(momentum.dtype, gradient.dtype), jnp.float32)
+    wide = promote(promote(momentum.dtype, gradient.dtype), jnp.float32)
     gradient = gradient.astype(wide)
     beta = jnp.asarray(beta, jnp.finfo(wide).dtype)
     momentum = beta * momentum.astype(wide) + gradient
@@ -41,7 +42,7 @@ def momentum_dtype(mu_dtype: jnp.dtype | None, param: jnp.dtype) -> jnp.dtype:
     if mu_dtype is None:
         return accumulator_dtype(param)
     complex_ = jnp.issubdtype(param, jnp.complexfloating)
-    return jnp.promote_types(mu_dtype, jnp.complex64) if complex_ else mu_dtype
+    return promote(mu_dtype, jnp.complex64) if complex_ else mu_dtype
 
 
 def accumulator_dtype(param: jnp.dtype) -> jnp.dtype:

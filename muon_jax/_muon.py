@@ -24,6 +24,7 @@ from muon_jax._scale_by_adam import scale_by_adam
 from muon_jax._scale_by_muon import scale_by_muon
 from muon_jax._scaling import DEFAULT_RMS, DefaultRMS, ShapeFunction, UpdateScale
 from muon_jax._specs import AnyMesh, partition_spec
+from muon_jax._state_checks import check_state_of
 from muon_jax._zero1 import resolve_zero1
 
 
@@ -217,6 +218,7 @@ def muon(
                 "init made, as tx.update(grads, state, params)."
             )
         routes, structure = route(params)
+        check_state_of(state, routes)
         leaves = jax.tree.leaves(params)
         gradients = gradient_leaves(structure, updates, leaves, routes)
         # Optax's weight decay wants the parameter of a masked gradient masked too.

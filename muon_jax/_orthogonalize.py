@@ -289,7 +289,9 @@ def _divide_by_norm(x: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*b
     # XLA divides by multiplying with the reciprocal, which is flushed to 0 from 2^126 up.
     quarter = jnp.where(peak > 1, jnp.asarray(0.25, peak.dtype), 1)
     x = (x * quarter) / _safe(peak * quarter)
-    return x / _safe(jnp.sqrt(jnp.sum(jnp.square(jnp.abs(x)), axis=(-2, -1), keepdims=True)))
+    # At a zero matrix there is no derivative: 0 is given for it. A root of 0 would make it NaN.
+    x = jnp.where(peak == 0, jnp.zeros((), x.dtype), x)
+    return x / jnp.sqrt(_safe(jnp.sum(jnp.square(jnp.abs(x)), axis=(-2, -1), keepdims=True)))
 
 
 def _divide_by_largest_singular_value(
@@ -312,5 +314,5 @@ def _schatten(
     x: Inexact[Array, "*batch rows cols"], gram: Inexact[Array, "*batch rows rows"]
 ) -> tuple[Inexact[Array, "*batch rows cols"], Inexact[Array, "*batch rows rows"]]:
     """Divide by the Schatten-4 norm, which bounds the spectral norm (arXiv 2506.10935)."""
-    squared = _safe(jnp.sqrt(jnp.sum(jnp.square(jnp.abs(gram)), axis=(-2, -1), keepdims=True)))
+    squared = jnp.sqrt(_safe(jnp.sum(jnp.square(jnp.abs(gram)), axis=(-2, -1), keepdims=True)))
     return x / jnp.sqrt(squared), gram / squared

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Inexact, PyTree
 
 from muon_jax._checks import Scalar
+from muon_jax._dtypes import promote
 from muon_jax._layout import Layout
 from muon_jax._momentum import accumulator_dtype, check_mu_dtype, momentum_dtype
 from muon_jax._paths import flatten_with_names, is_absent
@@ -76,7 +77,7 @@ def scale_by_adam(
         gradients = structure.flatten_up_to(updates)
         present = [i for i, g in enumerate(gradients) if not is_absent(g)]
         like = gradients if params is None else structure.flatten_up_to(params)
-        given = [jnp.result_type(gradients[i], like[i]) for i in present]
+        given = [promote(jnp.result_type(gradients[i]), jnp.result_type(like[i])) for i in present]
 
         def step(
             gradients: list[Any], mu: list[Any], nu: list[Any], count: Any, numbers: list[Any]
@@ -84,8 +85,11 @@ def scale_by_adam(
             # Not by closure, which JAX refuses for arrays on Explicit axes.
             inner = optax.scale_by_adam(*numbers)
             gradients = [_squarable(g) for g in gradients]
+            updates: Any
             new: Any
-            updates, new = inner.update(gradients, state._replace(count=count, mu=mu, nu=nu))
+            # Optax takes powers of floats by integers, which a user may have forbidden.
+            with jax.numpy_dtype_promotion("standard"):
+                updates, new = inner.update(gradients, state._replace(count=count, mu=mu, nu=nu))
             updates = [
                 u.astype(dtype) if dtype == jnp.float16 else u
                 for u, dtype in zip(updates, given, strict=True)

@@ -12,7 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+    AbstractMesh,
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+)
 from jaxtyping import PyTree
 
 from muon_jax._paths import flatten_with_names, is_absent, show
@@ -120,8 +127,8 @@ def param_layouts(
 
     Raises:
       ValueError: for specs that the mesh, the shapes or the arrays contradict, for a tree that
-        does not speak of a parameter, or speaks of one that is not there, and for concrete sharded
-        parameters without a spec.
+        does not speak of a parameter, or speaks of one that is not there, for concrete sharded
+        parameters without a spec, and for parameters committed to one device.
       TypeError: for an entry that is no spec.
     """
     leaves, _ = flatten_with_names(params)
@@ -129,6 +136,7 @@ def param_layouts(
     specs = []
     for index, (path, leaf) in enumerate(leaves):
         shape = tuple(jnp.shape(leaf))
+        _check_devices_of(leaf, mesh, show(path), shape)
         seen = _seen_sharding(leaf, mesh)
         if declared is not None:
             spec = _normalize(declared[index], shape, mesh, show(path), "param_specs")
@@ -230,6 +238,21 @@ def _seen_sharding(leaf: Any, mesh: AnyMesh) -> NamedSharding | None:
     if not isinstance(sharding, NamedSharding) or sharding.mesh.empty:
         return None
     return sharding
+
+
+def _check_devices_of(leaf: Any, mesh: AnyMesh, where: str, shape: tuple[int, ...]) -> None:
+    """Raise where an array is bound to one device: JAX would not move it to the mesh later."""
+    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array) or not leaf.committed:
+        return
+    if not isinstance(leaf.sharding, SingleDeviceSharding):
+        return
+    (device,) = leaf.sharding.device_set
+    if mesh.size > 1 or (isinstance(mesh, Mesh) and device not in {*mesh.devices.flat}):
+        raise ValueError(
+            f"{where}, shape {shape}, is committed to {device}, but the optimizer was given a mesh "
+            f"of {mesh.size} devices. Lay the parameters out on it: jax.device_put(params, "
+            "jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))."
+        )
 
 
 def _check_mesh_of(

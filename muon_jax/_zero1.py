@@ -50,6 +50,7 @@ class Zero1(NamedTuple):
 
     def layouts(self, params: PyTree, routes: Sequence[Route]) -> list[Layout]:
         """The layout of each leaf of `params`, which `routes` were made for."""
+        check_outside_shard_map()
         layouts = []
         specs = param_layouts(params, self.param_specs, self.mesh)
         for route, spec in zip(routes, specs, strict=True):
@@ -158,15 +159,21 @@ def resolve_zero1(mesh: Any, zero1_axes: Any, param_specs: Any) -> Zero1 | None:
     return Zero1(mesh, check_zero1_axes(mesh, zero1_axes), param_specs)
 
 
+def check_outside_shard_map() -> None:
+    """Raise where the caller is one device of a `shard_map`, and sees its shards alone."""
+    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
+        raise ValueError(
+            "An optimizer with mesh= was called inside a shard_map, where each device is on its "
+            "own. Call its init and update outside, on the whole arrays; or leave mesh= out inside "
+            "a shard_map whose devices hold whole matrices."
+        )
+
+
 def on_shards(
     body: Callable[..., Any], mesh: AnyMesh, args: Any, in_specs: Any, out_specs: Any
 ) -> Any:
     """Run `body` on each device's shards of `args`, laid out as `in_specs` says first."""
-    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:
-        raise ValueError(
-            "An optimizer with mesh= was called inside a shard_map, where each device is on its "
-            "own. Call it outside, on the whole arrays."
-        )
+    check_outside_shard_map()
     leaves, structure = jax.tree.flatten(args)
     specs = jax.tree.leaves(in_specs, is_leaf=lambda node: isinstance(node, PartitionSpec))
     placed = [place(x, mesh, spec) for x, spec in zip(leaves, specs, strict=True)]

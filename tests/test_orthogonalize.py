@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import muon_jax
+from muon_jax._orthogonalize import Iteration
 from muon_jax._polynomials import resolve_schedule
 
 PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
@@ -88,6 +89,38 @@ def test_orthogonal_rows_keep_their_signs_and_one_magnitude(name, shape):
 def test_empty_batches_and_empty_matrices():
     for shape in [(0, 3, 4), (2, 0, 3, 4), (0, 4), (3, 0)]:
         assert orthogonalize(jnp.zeros(shape)).shape == shape
+
+
+def test_the_polynomial_is_rounded_before_it_is_multiplied():
+    """Gram 1/4 I, polynomial ``1/4 (1 + 2^-9) I``: rounded, it cancels ``-1/4 X`` exactly."""
+    x = hadamard_rows((4, 4))
+    schedule = [(-0.25, 1 + 2.0**-9, 0.0)]
+    np.testing.assert_array_equal(orthogonalize(x, schedule), np.zeros((4, 4)))
+    assert np.abs(in_float32(x, schedule)).max() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+def test_the_largest_float32_is_cast_to_the_largest_bfloat16(dtype):
+    """It rounds to infinity otherwise; infinity itself stays what it is."""
+    largest = np.finfo(np.float32).max
+    x = jnp.asarray([largest, -largest, np.inf, -np.inf, np.nan, 1.0], dtype)
+    iteration = Iteration(resolve_schedule("standard"), "frobenius", "bfloat16")
+    cast = np.asarray(iteration.cast(x).real.astype(jnp.float32))
+    limit = float(jnp.finfo(jnp.bfloat16).max) if dtype == "float32" else largest
+    np.testing.assert_array_equal(cast, [limit, -limit, np.inf, -np.inf, np.nan, 1.0])
+    assert np.isfinite(orthogonalize(np.full((3, 5), largest, dtype))).all()
+
+
+@pytest.mark.parametrize(
+    ("ns_dtype", "low", "high"), [("bfloat16", 0.05, 0.5), ("float32", 0, 1e-3)]
+)
+def test_null_directions_of_a_rank_deficient_matrix(ns_dtype, low, high):
+    """Rounding to bfloat16 fills them with noise, which five steps amplify; float32 leaves 0."""
+    _, _, x = with_singular_values(np.linspace(0.5, 1, 32), (64, 128))
+    values = np.linalg.svd(np.asarray(orthogonalize(x, ns_dtype=ns_dtype)), compute_uv=False)
+    print(f"{ns_dtype}: null directions {values[32:].min():.3g} to {values[32:].max():.3g}")
+    assert values[:32].min() > 0.6
+    assert low <= values[32:].max() <= high
 
 
 # --- Against the float64 twin --------------------------------------------------------------------

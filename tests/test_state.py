@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from muon_jax import muon, orthogonalize, scale_by_muon
+from muon_jax import UpdateNorm, muon, orthogonalize, scale_by_muon
 
 
 def params_of(dtype):
@@ -153,3 +155,100 @@ def test_small_float16_gradients_of_float32_parameters_are_squared_in_float32():
     tx = muon(1.0, weight_decay=0.0)
     updates, _ = tx.update({"bias": jnp.full(6, 1e-4, jnp.float16)}, tx.init(params), params)
     np.testing.assert_allclose(updates["bias"], -1.0, rtol=1e-3)  # the eps: 1e-8 beside 1e-4
+
+
+# --- Not the state, or the place, of these parameters ---------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "match"),
+    [
+        ({"kernel": (4, 8), "bias": (6,)}, r"kernel has shape \(4, 8\), but .* \(4, 6\)"),
+        ({"kernel": (4, 6), "bias": (5,)}, r"bias has shape \(5,\), but .* \(6,\)"),
+        ({"other": (4, 6), "bias": (6,)}, r"holds nothing for other, shape \(4, 6\)"),
+        ({"kernel": (4, 6)}, r"a momentum of bias, shape \(6,\), which is no parameter"),
+    ],
+)
+def test_a_state_of_other_parameters_says_so(params, match):
+    tx = muon(1e-3)
+    state = tx.init(params_of(jnp.float32))
+    params = {name: jnp.ones(shape) for name, shape in params.items()}
+    with pytest.raises(ValueError, match=f"state was made for other parameters.*{match}"):
+        tx.update(params, state, params)
+
+
+def test_a_state_of_another_routing_says_so():
+    params = params_of(jnp.float32)
+    state = muon(1e-3).init(params)
+    tx = muon(1e-3, muon_weight_dimension_numbers={"kernel": None, "bias": None})
+    with pytest.raises(ValueError, match=r"kernel, shape .*'adam', but .* kept by 'muon'"):
+        tx.update(params, state, params)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("make", [muon, lambda _, **keywords: scale_by_muon(**keywords)])
+def test_parameters_committed_to_one_device_raise_early(make, axis_type):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    tx = make(1e-3, mesh=mesh)
+    free = {"kernel": jnp.ones((8, 16))}
+    bound = jax.device_put(free, jax.devices()[1])
+    state = tx.init(free)
+    remedy = r"kernel, shape \(8, 16\), is committed to .*jax.device_put\(params, "
+    with pytest.raises(ValueError, match=remedy):
+        tx.init(bound)
+    with pytest.raises(ValueError, match=remedy):
+        tx.update(bound, state, bound)
+    one = jax.make_mesh((1,), ("data",), axis_types=(axis_type,), devices=jax.devices()[1:2])
+    make(1e-3, mesh=one).init(bound)
+    with pytest.raises(ValueError, match=remedy):
+        make(1e-3, mesh=one).init(jax.device_put(free, jax.devices()[0]))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_mesh_inside_a_shard_map_is_refused_in_our_words(axis_type):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    params = jax.device_put({"kernel": jnp.ones((8, 16))}, NamedSharding(mesh, P()))
+
+    def inside(params, tx):
+        return tx.update(params, tx.init(params), params)[0]
+
+    def mapped(tx):
+        body = lambda p: inside(p, tx)  # noqa: E731
+        return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P(), out_specs=P()))(params)
+
+    with pytest.raises(ValueError, match=r"inside a shard_map.*or leave mesh= out"):
+        mapped(muon(1e-3, mesh=mesh))
+    # The remedy is one: each device does the whole update.
+    expected = jax.jit(lambda p: inside(p, muon(1e-3)))(jax.tree.map(np.asarray, params))
+    np.testing.assert_allclose(mapped(muon(1e-3))["kernel"], expected["kernel"], rtol=1e-5)
+
+
+def test_update_norm_of_a_complex_matrix_measures_both_parts():
+    """Of ``1 + 3j`` the real part alone is a third of what there is."""
+    gradient = {"kernel": params_of(jnp.float32)["kernel"] * (1 + 3j)}
+    tx = scale_by_muon(update_scale=UpdateNorm(0.5))
+    updates, _ = tx.update(gradient, tx.init(gradient))
+    rms = jnp.sqrt(jnp.mean(jnp.abs(updates["kernel"]) ** 2))
+    np.testing.assert_allclose(rms, 0.5, rtol=1e-5)
+
+
+def test_strict_dtype_promotion_works():
+    params = {"matrix": jnp.ones((4, 8))}
+    with jax.numpy_dtype_promotion("strict"):
+        tx = scale_by_muon(adaptive=True)
+        tx.update(params, tx.init(params))
+        tx, params = muon(1e-3), params | {"bias": jnp.ones(3)}
+        updates, _ = tx.update(params, tx.init(params), params)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("ns_dtype", ["bfloat16", "float32"])
+def test_the_derivative_of_the_update_at_a_zero_matrix_is_zero(ns_dtype):
+    zeros = jnp.zeros((3, 4, 6))
+    loss = lambda x: jnp.sum(orthogonalize(x, ns_dtype=ns_dtype) * (x + 1))  # noqa: E731
+    np.testing.assert_array_equal(jax.grad(loss)(zeros), zeros)
+    tx = scale_by_muon(ns_dtype=ns_dtype)
+    params = {"kernel": zeros[0]}
+    state = tx.init(params)
+    update = lambda g: jnp.sum(tx.update({"kernel": g}, state)[0]["kernel"])  # noqa: E731
+    np.testing.assert_array_equal(jax.grad(update)(zeros[0]), zeros[0])

@@ -1,0 +1,351 @@
+"""Break the library in small ways and see its tests notice: `python -m benchmarks.mutants`.
+
+Each mutation is a patch of one place. It is applied in a copy of the tree, where the tests run that
+should fail on it. A mutation that survives is a promise that no test keeps.
+"""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("muon_jax", "tests", "benchmarks", "examples", "pyproject.toml")
+
+
+class Mutant(NamedTuple):
+    """A small break.
+
+    Attributes:
+      file: where, under `muon_jax`.
+      old: what stands there, exactly once.
+      new: what is put in its place.
+      tests: pytest's arguments for the tests that should fail, the likeliest first.
+    """
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+ORTHOGONALIZE = "tests/test_orthogonalize.py"
+MUON = "tests/test_muon.py"
+STATE = "tests/test_state.py"
+LAWS = "tests/test_laws.py"
+MESH = "tests/bits/test_distributed.py"
+CLIP = "tests/test_qk_clip.py"
+SCALE = "tests/test_scale.py"
+
+TEN_STEPS = f"{MESH} -k 'ten_steps and fsdp-'"
+ONE_MATRIX = f"{MESH} -k 'same_bits_in_any_layout'"
+
+MUTANTS: dict[str, Mutant] = {
+    # --- Newton-Schulz
+    "sign of b flipped": Mutant(
+        "_orthogonalize.py",
+        "poly = store(b * own(gram)",
+        "poly = store(-b * own(gram)",
+        f"{ORTHOGONALIZE} -k singular_basis",
+    ),
+    "no transposition back": Mutant(
+        "_orthogonalize.py",
+        "return out if rows <= cols else out.mT",
+        "return out if rows <= cols else out.reshape(x.shape)",
+        f"{ORTHOGONALIZE} -k 'transposition or exact_laws or singular_basis'",
+    ),
+    "polynomial left unrounded": Mutant(
+        "_orthogonalize.py",
+        "poly = store(b * own(gram).astype(arithmetic.wide) + c * product(own(gram), gram))",
+        "poly = b * own(gram).astype(arithmetic.wide) + c * product(own(gram), gram)",
+        f"{ORTHOGONALIZE} -k polynomial_is_rounded",
+    ),
+    "Gram matrix left unrounded": Mutant(
+        "_orthogonalize.py",
+        "gram = whole(store(product(own(x), _adjoint(x)))) if",
+        "gram = whole(product(own(x), _adjoint(x))) if",
+        f"{ORTHOGONALIZE} -k 'is_rounded'",
+    ),
+    "narrow without its clip": Mutant(
+        "_orthogonalize.py",
+        "x = jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)",
+        "pass",
+        f"{ORTHOGONALIZE} -k largest_float32",
+    ),
+    "infinity hidden by the clip": Mutant(
+        "_orthogonalize.py",
+        "x = jnp.where(jnp.isfinite(x), jnp.clip(x, -limit, limit), x)",
+        "x = jnp.clip(x, -limit, limit)",
+        f"{ORTHOGONALIZE} -k 'largest_float32 or not_hidden'",
+    ),
+    "norm of the whole stack": Mutant(
+        "_orthogonalize.py",
+        "return x / jnp.sqrt(_safe(jnp.sum(jnp.square(jnp.abs(x)), axis=(-2, -1), keepdims=True)))",
+        "return x / jnp.sqrt(_safe(jnp.sum(jnp.square(jnp.abs(x)), axis=-1, keepdims=True)))",
+        f"{ORTHOGONALIZE} -k singular_basis",
+    ),
+    "zero matrix without a guard": Mutant(
+        "_orthogonalize.py",
+        "x = jnp.where(peak == 0, jnp.zeros((), x.dtype), x)",
+        "pass",
+        f"{STATE} -k derivative",
+    ),
+    "norm not of the largest first": Mutant(
+        "_orthogonalize.py",
+        "x = (x * quarter) / _safe(peak * quarter)",
+        "pass",
+        f"{ORTHOGONALIZE} -k 'exact_laws or factor'",
+    ),
+    "adjoint without conjugation": Mutant(
+        "_orthogonalize.py",
+        "return x.mT.conj() if jnp.iscomplexobj(x) else x.mT",
+        "return x.mT",
+        f"{ORTHOGONALIZE} -k complex_equals",
+    ),
+    "norm in the pieces' order": Mutant(
+        "_orthogonalize.py", "x = lax.optimization_barrier(x)", "pass", ONE_MATRIX
+    ),
+    # --- Momentum
+    "momentum not updated": Mutant(
+        "_momentum.py",
+        "momentum = beta * momentum.astype(wide) + gradient",
+        "momentum = momentum.astype(wide) + 0 * gradient",
+        f"{MUON} -k ten_steps",
+    ),
+    "momentum as an average": Mutant(
+        "_momentum.py",
+        "momentum = beta * momentum.astype(wide) + gradient",
+        "momentum = beta * momentum.astype(wide) + (1 - beta) * gradient",
+        f"{MUON} -k ten_steps",
+    ),
+    "Nesterov without the gradient": Mutant(
+        "_momentum.py",
+        "return momentum, beta * momentum + gradient if nesterov else momentum",
+        "return momentum, momentum",
+        f"{MUON} -k ten_steps",
+    ),
+    "Nesterov always": Mutant(
+        "_momentum.py",
+        "return momentum, beta * momentum + gradient if nesterov else momentum",
+        "return momentum, beta * momentum + gradient",
+        f"{MUON} -k nesterov",
+    ),
+    "float16 moments": Mutant(
+        "_momentum.py",
+        "return jnp.dtype(jnp.float32 if param == jnp.float16 else param)",
+        "return jnp.dtype(param)",
+        f"{STATE} -k float16",
+    ),
+    "float16 gradients squared in float16": Mutant(
+        "_scale_by_adam.py",
+        "return gradient.astype(jnp.float32) if gradient.dtype == jnp.float16 else gradient",
+        "return gradient",
+        f"{STATE} -k float16",
+    ),
+    # --- Scale and decay
+    "scale by the shorter side": Mutant(
+        "_scaling.py",
+        "return self.rms * math.sqrt(max(fan_in, fan_out))",
+        "return self.rms * math.sqrt(min(fan_in, fan_out))",
+        f"{MUON} -k 'rms or ten_steps'",
+    ),
+    "width transfer upside down": Mutant(
+        "_scaling.py",
+        "return math.sqrt(max(1.0, fan_out / fan_in))",
+        "return math.sqrt(max(1.0, fan_in / fan_out))",
+        SCALE,
+    ),
+    "Update Norm of the real part": Mutant(
+        "_matrix_update.py",
+        "jnp.square(jnp.abs(scaled))",
+        "jnp.square(scaled.real)",
+        f"{STATE} -k update_norm",
+    ),
+    "Update Norm over the stack": Mutant(
+        "_matrix_update.py",
+        "rms = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(scaled)), axis=(-2, -1)))",
+        "rms = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(scaled)))) * jnp.ones(len(wide))",
+        SCALE,
+    ),
+    "adaptive without 1 - beta": Mutant(
+        "_matrix_update.py",
+        "factor = (1 - jnp.asarray(self.beta, dual.dtype)) * dual",
+        "factor = dual",
+        SCALE,
+    ),
+    "decay before scaling": Mutant(
+        "_muon.py",
+        """                    make_muon(weight_dimension_numbers=numbers, param_specs=where),
+                    optax.add_decayed_weights(weight_decay, mask),
+""",
+        """                    optax.add_decayed_weights(weight_decay, mask),
+                    make_muon(weight_dimension_numbers=numbers, param_specs=where),
+""",
+        f"{MUON} -k 'ten_steps or zero_gradients'",
+    ),
+    "AdamW never decays": Mutant(
+        "_muon.py",
+        "optax.add_decayed_weights(adam_weight_decay, mask)",
+        "optax.add_decayed_weights(0.0, mask)",
+        f"{MUON} -k 'ten_steps or zero_gradients'",
+    ),
+    "AdamW's betas exchanged": Mutant(
+        "_muon.py",
+        "scale_by_adam(adam_b1, adam_b2,",
+        "scale_by_adam(adam_b2, adam_b1,",
+        f"{MUON} -k ten_steps",
+    ),
+    "states of other parameters taken": Mutant(
+        "_muon.py", "check_state_of(state, routes)", "pass", f"{STATE} -k state_of"
+    ),
+    # --- Batches and chunks
+    "tall matrices not turned back": Mutant(
+        "_batching.py",
+        "_cut(out[count:].mT, tall)",
+        "_cut(out[count:].reshape(-1, *tall[0].shape[1:]) if tall else out[count:], tall)",
+        f"{MUON} -k ten_steps",
+    ),
+    "chunks begin one too early": Mutant(
+        "_loops.py",
+        "first = start + number * length",
+        "first = number * length",
+        f"{LAWS} -k chunks_change",
+    ),
+    # --- The mesh
+    "padding not zero": Mutant(
+        "_parts.py",
+        "padded = jnp.pad(pieces, ((0, 1), *[(0, 0)] * (pieces.ndim - 1)))",
+        "padded = jnp.concatenate([pieces, pieces[:1]])",
+        f"{MESH} -k empty_slots",
+    ),
+    "wrong owner": Mutant(
+        "_parts.py",
+        "return jnp.asarray(table)[axes_index(self.shape.team)]",
+        "return jnp.asarray(table)[::-1][axes_index(self.shape.team)]",
+        TEN_STEPS,
+    ),
+    "gather in the wrong order": Mutant(
+        "_collectives.py", "for axis in reversed(axes):", "for axis in axes:", TEN_STEPS
+    ),
+    "rows of another sharer": Mutant(
+        "_collectives.py",
+        "start = lax.axis_index(self.axis) % self.ways * rows",
+        "start = (lax.axis_index(self.axis) + 1) % self.ways * rows",
+        f"{MESH} -k shared_matrices",
+    ),
+    "pieces joined out of order": Mutant(
+        "_layout.py",
+        "x = x.transpose(self._order(axes))",
+        "x = x.transpose(self._order(axes[::-1]))",
+        "tests/test_plan.py -k cutting",
+    ),
+    "chunks of the mesh all the first": Mutant(
+        "_parts.py",
+        "mine = jnp.asarray(kind_of[:, owners])[self.chunk, axes_index(self.shape.team)]",
+        "mine = jnp.asarray(kind_of[:, owners])[0, axes_index(self.shape.team)]",
+        f"{MESH} -k chunks",
+    ),
+    "mesh without scale": Mutant(
+        "_distributed.py",
+        "done = update.finish(result, measured, (matrix[0], matrix[1]))",
+        "done = update.finish(result, measured, (1, 1))",
+        f"{MESH} -k ten_gaussian",
+    ),
+    "mesh without Nesterov": Mutant(
+        "_distributed.py",
+        "new, nudged = heavy_ball(m, g, update.beta, update.nesterov)",
+        "new, nudged = heavy_ball(m, g, update.beta, False)",
+        f"{MESH} -k ten_gaussian",
+    ),
+    "mesh with another beta": Mutant(
+        "_distributed.py",
+        "new, nudged = heavy_ball(m, g, update.beta, update.nesterov)",
+        "new, nudged = heavy_ball(m, g, 0.9, update.nesterov)",
+        f"{MESH} -k ten_gaussian",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    """Break the library in small ways and see its tests notice.
+
+    Attributes:
+      only: the names of some mutations, or parts of them; all if there are none.
+    """
+
+    only: tuple[str, ...] = ()
+
+
+def fits(mutant: Mutant, root: Path = ROOT) -> bool:
+    """Whether the place that is to be broken stands exactly once where it should."""
+    return (root / "muon_jax" / mutant.file).read_text().count(mutant.old) == 1
+
+
+def survives(mutant: Mutant) -> bool:
+    """Whether the tests pass on the broken library, in a copy of the tree."""
+    import shlex
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+            else:
+                shutil.copy(ROOT / name, copy / name)
+        path = copy / "muon_jax" / mutant.file
+        path.write_text(path.read_text().replace(mutant.old, mutant.new))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        run = subprocess.run(
+            [*command, *shlex.split(mutant.tests)],
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+        )
+    if run.returncode not in (0, 1):  # pytest itself failed, or ran no test
+        raise RuntimeError(f"pytest {mutant.tests}: {run.stdout[-2000:]}{run.stderr[-2000:]}")
+    return run.returncode == 0
+
+
+def main(args: Args) -> int:
+    """Run the mutations, print a table, and return 1 if one survives or fits no more."""
+    console = Console()
+    chosen = {
+        name: mutant
+        for name, mutant in MUTANTS.items()
+        if not args.only or any(part in name for part in args.only)
+    }
+    if not chosen:
+        raise SystemExit(
+            f"No mutation is called {', '.join(args.only)}: see MUTANTS in mutants.py."
+        )
+    table = Table(title="Mutations of muon_jax", title_justify="left")
+    for column in ("mutation", "file", "tests", "outcome"):
+        table.add_column(column)
+    bad = 0
+    for name, mutant in chosen.items():
+        with console.status(f"{name}: {mutant.tests}"):
+            if not fits(mutant):
+                outcome = "fits no more"
+            else:
+                outcome = "survived" if survives(mutant) else "caught"
+        bad += outcome != "caught"
+        console.print(f"{name}: {outcome}")
+        table.add_row(name, mutant.file, mutant.tests, outcome)
+    console.print(table)
+    console.print(f"{len(chosen) - bad} of {len(chosen)} caught")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(tyro.cli(Args)))

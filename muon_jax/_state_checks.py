@@ -1,0 +1,50 @@
+"""Refuse a state that was made for other parameters, by the leaf that shows it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from muon_jax._paths import flatten_with_names, show
+from muon_jax._routing import Route
+
+
+def check_state_of(state: Any, routes: Sequence[Route]) -> None:
+    """Raise where the state of `muon` has not one momentum for each parameter, of its shape.
+
+    Args:
+      state: as `optax.partition` keeps it; anything else is left to Optax.
+      routes: those of the parameters.
+
+    Raises:
+      ValueError: with the leaf, what it is and what the state holds.
+    """
+    groups = getattr(state, "inner_states", None)
+    if not isinstance(groups, dict) or not {"muon", "adam"} <= {*groups}:
+        return
+    held = {
+        path: (group, tuple(moment.shape))
+        for group in ("muon", "adam")
+        for path, moment in flatten_with_names(groups[group].inner_state[0].mu)[0]
+    }
+    for route in routes:
+        group, shape = held.pop(route.path, (None, None))
+        if group is None:
+            _refuse(f"it holds nothing for {show(route.path)}, shape {route.shape}")
+        if shape != route.shape:
+            _refuse(
+                f"{show(route.path)} has shape {route.shape}, but its momentum in the state has "
+                f"{shape}"
+            )
+        if group != route.group:
+            _refuse(
+                f"{show(route.path)}, shape {route.shape}, belongs to {route.group!r}, but its "
+                f"momentum is kept by {group!r}"
+            )
+    for path, (_, shape) in held.items():
+        _refuse(f"it holds a momentum of {show(path)}, shape {shape}, which is no parameter")
+
+
+def _refuse(found: str) -> None:
+    raise ValueError(
+        f"The optimizer's state was made for other parameters: {found}. Make one for these with "
+        "tx.init(params), or restore the one that belongs to them."
+    )
