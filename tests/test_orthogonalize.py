@@ -99,6 +99,13 @@ def test_the_polynomial_is_rounded_before_it_is_multiplied():
     assert np.abs(in_float32(x, schedule)).max() > 0
 
 
+def test_the_gram_matrix_is_rounded_before_it_is_multiplied():
+    """One row's is near 1, and rounds to 1: then ``g - g^2`` is 0."""
+    x, schedule = gaussian((1, 200)), [(0.0, 1.0, -1.0)]
+    np.testing.assert_array_equal(orthogonalize(x, schedule), np.zeros((1, 200)))
+    assert np.abs(in_float32(x * 1.0, [(0.0, 1.0, -0.5)])).max() > 0
+
+
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])
 def test_the_largest_float32_is_cast_to_the_largest_bfloat16(dtype):
     """It rounds to infinity otherwise; infinity itself stays what it is."""
