@@ -6,6 +6,7 @@ should fail on it. A mutation that survives is a promise that no test keeps.
 
 import dataclasses
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -292,8 +293,6 @@ def fits(mutant: Mutant, root: Path = ROOT) -> bool:
 
 def survives(mutant: Mutant) -> bool:
     """Whether the tests pass on the broken library, in a copy of the tree."""
-    import shlex
-
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in COPIED:

@@ -41,10 +41,12 @@ def orthogonalize(
     """Replace the singular values of each matrix by values near 1: the polar factor ``U V^T``.
 
     The result does not depend on the scale of `x`, from 1e-30 to 1e30; a zero matrix gives exact
-    zeros, and a derivative of zero; a finite matrix never gives NaN. Where a matrix lacks rank, its
-    null directions stay 0 in float32 (1e-5 measured); bfloat16's rounding fills them with noise,
-    which the steps amplify to singular values of 0.07 to 0.24 (rank 32 of a 64x128). Wide and tall matrices cost the same: the iteration
-    runs on the smaller Gram matrix.
+    zeros, and a derivative of zero; a finite matrix never gives NaN. Wide and tall matrices cost
+    the same: the iteration runs on the smaller Gram matrix.
+
+    Where a matrix lacks rank, its null directions stay near 0 in float32 (1e-5 measured). Rounding
+    to bfloat16 fills them with noise, which the steps amplify: to singular values of 0.07 to 0.24
+    for a 64x128 matrix of rank 32.
 
     Args:
       x: matrices in the last two axes, any leading axes; float32, bfloat16, float16, float64 or
