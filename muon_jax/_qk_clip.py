@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Inexact, Int, PyTree
 from muon_jax._attention import AttentionHeads, check_rule
 from muon_jax._attention_leaves import AttentionModule, find_attention
 from muon_jax._checks import Scalar, check_arity, check_scalar, is_positive_integer
+from muon_jax._dtypes import promote
 from muon_jax._paths import flatten_with_names, is_absent, show
 from muon_jax._specs import partition_spec, place
 
@@ -248,7 +249,7 @@ def _scale(
     factor: Float[Array, "*factors"],
 ) -> Inexact[Array, "*shape"]:
     """The update to ``factor * (weight + update)``; where the factor is 1, `update` itself."""
-    wide = jnp.promote_types(jnp.promote_types(weight.dtype, update.dtype), jnp.float32)
+    wide = promote(promote(weight.dtype, update.dtype), jnp.float32)
     before = weight.astype(wide)
     after = factor.astype(wide) * (before + update.astype(wide))
     # The predicate takes its shape and its sharding from the update's own values. On Explicit axes
