@@ -194,7 +194,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "AdamW never decays": Mutant(
         "_muon.py",
-        "optax.add_decayed_weights(adam_weight_decay, mask)",
+        "optax.add_decayed_weights(adam_decay, mask)",
         "optax.add_decayed_weights(0.0, mask)",
         f"{MUON} -k 'ten_steps or zero_gradients'",
     ),
