@@ -62,7 +62,7 @@ class Checkpoints:
         self.directory = directory.absolute()
         self._retention = retention
         self._console = console or rich.get_console()
-        self._orbax = _checkpointer()
+        self._orbax = make_checkpointer()
         self.directory.mkdir(parents=True, exist_ok=True)
         for path in self.directory.iterdir():
             if path.name.startswith("."):
@@ -98,15 +98,7 @@ class Checkpoints:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(partial, ignore_errors=True)
-            args = ocp.args
-            self._orbax.save(
-                partial,
-                args=args.Composite(
-                    model=args.StandardSave(model),
-                    optimizer=args.StandardSave(optimizer),
-                    progress=args.JsonSave(dict(progress)),
-                ),
-            )
+            self._orbax.save(partial, args=save_args(model, optimizer, progress))
             seal.seal(partial, {"step": step, "val_loss": val_loss})
             partial.rename(self.directory / str(step))
             seal.sync(self.directory)
@@ -195,14 +187,8 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             raise FileNotFoundError(f"no checkpoint in {self.directory}")
-        args = ocp.args
         restored = self._orbax.restore(
-            self.directory / str(step),
-            args=args.Composite(
-                model=args.StandardRestore(_abstract(model)),
-                optimizer=args.StandardRestore(_abstract(optimizer)),
-                progress=args.JsonRestore(),
-            ),
+            self.directory / str(step), args=restore_args(model, optimizer)
         )
         return Restored(step, restored[_MODEL], restored[_OPTIMIZER], restored[_PROGRESS])
 
@@ -293,12 +279,13 @@ def read_model(directory: Path, target: PyTree, which: str | int = "last") -> tu
 
 
 def _restore_item(directory: Path, step: int, name: str, item: Any) -> Any:
-    with _checkpointer() as orbax:
+    with make_checkpointer() as orbax:
         path = directory.absolute() / str(step)
         return orbax.restore(path, args=ocp.args.Composite(**{name: item}))[name]
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def make_checkpointer() -> ocp.Checkpointer:
+    """Orbax, for the three items of a checkpoint."""
     return ocp.Checkpointer(
         ocp.CompositeCheckpointHandler(
             **{
@@ -307,6 +294,24 @@ def _checkpointer() -> ocp.Checkpointer:
                 _PROGRESS: ocp.JsonCheckpointHandler(),
             }
         )
+    )
+
+
+def save_args(model: PyTree, optimizer: PyTree, progress: Mapping[str, Any]) -> Any:
+    """What Orbax saves as a checkpoint."""
+    return ocp.args.Composite(
+        model=ocp.args.StandardSave(model),
+        optimizer=ocp.args.StandardSave(optimizer),
+        progress=ocp.args.JsonSave(dict(progress)),
+    )
+
+
+def restore_args(model: PyTree, optimizer: PyTree) -> Any:
+    """What Orbax restores of one, into the structure, dtypes and shardings of the arguments."""
+    return ocp.args.Composite(
+        model=ocp.args.StandardRestore(_abstract(model)),
+        optimizer=ocp.args.StandardRestore(_abstract(optimizer)),
+        progress=ocp.args.JsonRestore(),
     )
 
 

@@ -219,10 +219,10 @@ class Run:
                     self.log.write(metrics.MONITOR, step, record, monitors.board_scalars(record))
                 self.log.flush()
                 if saves:
-                    self._save(state, step, val_loss=self._val_loss)
+                    self._save(state, step)
                 if self.stop.signum is not None:
                     if not saves:
-                        self._save(state, step, val_loss=None)
+                        self._save(state, step)
                     self.stop.check(f"stopped after step {step}")
                 status = f"loss {loss:.3f}  val {self._val_loss:.3f}  {rate:,.0f} tokens/s"
                 bar.update(task, completed=step, status=status)
@@ -298,10 +298,12 @@ class Run:
         validation = self.history.validation
         return float("nan") if validation is None else validation["val_loss"]
 
-    def _save(self, state: TrainState, step: int, *, val_loss: float | None) -> None:
+    def _save(self, state: TrainState, step: int) -> None:
         """Saves: first the checkpoint is on disk, then the log."""
         self.lock.check()
         optimizer, _ = unwrap(state.opt_state)
+        last = self.history.validation
+        val_loss = last["val_loss"] if last is not None and last["step"] == step else None
         self.checkpoints.save(
             step,
             model={"params": state.params, "router_bias": state.bias},
