@@ -380,17 +380,22 @@ def main(args: Args) -> int:
             return 1
         reference = outcome(trial)
         console.print(f"its whole life takes {life:.1f} s")
-        kill(args, folder, reference, life, report)
-        damage(args, folder, reference, report)
-        start_twice(args, folder, reference, report)
+        record = {"environment": environment("jax", "orbax-checkpoint"), "life_seconds": life}
+        record |= {"args": {"kills": args.kills, "seed": args.seed, "steps": STEPS, "every": EVERY}}
+        trials = [
+            lambda: kill(args, folder, reference, life, report),
+            lambda: start_twice(args, folder, reference, report),
+            lambda: damage(args, folder, reference, report),
+        ]
         if args.disk:
-            starve(args, folder, reference, trial.checkpoints / str(STEPS), report)
+            last = trial.checkpoints / str(STEPS)
+            trials.append(lambda: starve(args, folder, reference, last, report))
+        for hurt in trials:
+            hurt()
+            write_json(args.output, record | {"trials": report.rows})  # also if it is cut short
     console.print(report.table())
     for row in report.faults:
         console.print(row, markup=False)
-    record = {"environment": environment("jax", "orbax-checkpoint"), "life_seconds": life}
-    record |= {"args": {"kills": args.kills, "seed": args.seed, "steps": STEPS, "every": EVERY}}
-    write_json(args.output, record | {"trials": report.rows})
     console.print(f"{len(report.rows)} trials, {len(report.faults)} with a fault: {args.output}")
     return 1 if report.faults else 0
 

@@ -83,7 +83,7 @@ from examples.moonlight.training.results import RESULTS, SCHEDULE, SHARDING, pre
 from examples.moonlight.training.retention import EveryTokens, Retention
 from examples.moonlight.training.run_folder import open_run_folder
 from examples.moonlight.training.steps import TrainState, make_train_steps, make_validate
-from examples.moonlight.training.stopping import Stopped, StopRequest
+from examples.moonlight.training.stopping import Stopped, StopRequest, quieten_signals
 from muon_jax import muon, qk_clip, sharding_report
 
 
@@ -403,6 +403,7 @@ def main(args: Args | None = None, config: ModelConfig | None = None) -> None:
         config: As for `train`.
     """
     make_sturdy()
+    quieten_signals()
     try:
         run_program(lambda: train(args or tyro.cli(Args), config))
     except Stopped as stopped:

@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ from examples.moonlight.train import train
 from examples.moonlight.training import loop, metrics
 from examples.moonlight.training.checkpoint import kept_steps
 from examples.moonlight.training.run_lock import FolderInUse, FolderLost, RunLock
-from examples.moonlight.training.stopping import Stopped
+from examples.moonlight.training.stopping import SIGNALS, Stopped
 
 
 @pytest.fixture(scope="module", name="whole")
@@ -81,6 +81,15 @@ def test_a_stopped_run_saves_and_goes_on_the_same(tmp_path: Path, whole: Path, d
     toy.assert_same_state(tmp_path / "run", whole / "run")
 
 
+@pytest.fixture(name="signals_as_before")
+def _signals_as_before() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_as_before")
 def test_a_stopped_program_says_how_to_go_on(tmp_path: Path, during, monkeypatch, capsys):
     for name in ("stdout", "stderr"):  # the program wraps them
         monkeypatch.setattr(sys, name, getattr(sys, name))
@@ -88,6 +97,7 @@ def test_a_stopped_program_says_how_to_go_on(tmp_path: Path, during, monkeypatch
     with pytest.raises(SystemExit) as ended:
         program.main(toy.arguments(tmp_path), toy.CONFIG)
     assert ended.value.code == 128 + signal.SIGTERM
+    os.kill(os.getpid(), signal.SIGINT)  # a second one, while the program ends: no traceback
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "stopped after step 3; the same command with --resume goes on"
 

@@ -110,6 +110,17 @@ class StopRequest:
                     os._exit(128 + number)
 
 
+def quieten_signals() -> None:
+    """Has signals do nothing where no `StopRequest` takes them down: for a program, around its run.
+
+    Python's own handler answers a second Ctrl-C with a traceback, also while a run that has saved
+    everything says so and ends.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
 def _say(message: str) -> None:
     """Writes a line past the console, which the main thread may hold."""
     with contextlib.suppress(OSError):
