@@ -100,7 +100,7 @@ def present(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
         f"at step {results['best_step']}); {results['tokens']:,} tokens in "
         f"{results['wall_seconds']:.0f} s, {results['tokens_per_second']:,.0f} tokens/s"
     )
-    if skipped := results["skipped_updates"]:
+    if skipped := results.get("skipped_updates", 0):  # older runs counted none
         console.print(f"{skipped} updates were left out: their gradients were not finite")
     for name, loss in results["final_val_loss_by_source"].items():
         console.print(f"  of the source {name}: {loss:.4f} nats per token")
