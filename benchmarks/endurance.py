@@ -200,13 +200,19 @@ def weights(trial: Trial) -> list[bytes]:
 
 
 class Report:
-    """What happened, and what of it was a fault."""
+    """What happened, and what of it was a fault.
 
-    def __init__(self):
+    Args:
+      folder: where the runs lie; what is taken down does not name it.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
         self.rows: list[dict[str, Any]] = []
 
     def add(self, group: str, what: str, faults: list[str], note: str) -> None:
         """Takes down one trial."""
+        note = note.replace(f"{self._folder}/", "")
         self.rows.append({"group": group, "what": what, "faults": faults, "note": note})
 
     def table(self) -> Table:
@@ -364,9 +370,10 @@ def _different(trial: Trial, reference: tuple[Any, ...]) -> list[str]:
 
 def main(args: Args) -> int:
     """Runs all trials, prints the table, writes every row; 1 if there is a fault."""
-    console, report = Console(), Report()
+    console = Console()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        report = Report(folder)
         text = "".join(f"line {i} holds {i * i % 101}\n" for i in range(20_000))
         (folder / "text.txt").write_text(text)
         with console.status("a run that nothing happens to"):

@@ -568,11 +568,11 @@ def test_chunks_add_no_products_to_the_program(matrices_at_once):
 @pytest.mark.parametrize("ns_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("matrices_at_once", [1, 5, 8])
 def test_chunks_change_no_bit(matrices_at_once, ns_dtype):
-    """Wide, tall and stacked matrices of one shape, which chunks cut anywhere."""
+    """Wide, tall and stacked matrices of one shape, which chunks of two lengths cut anywhere."""
     params = {
         "wide": jnp.asarray(hadamard_rows((5, 4, 16))),
         "one": jnp.asarray(hadamard_rows((4, 16), 1)),
-        "tall": jnp.asarray(hadamard_rows((6, 4, 16), 2)).mT,
+        "tall": jnp.asarray(hadamard_rows((7, 4, 16), 2)).mT,
     }
     itemsize = jnp.dtype(ns_dtype).itemsize
     make = functools.partial(

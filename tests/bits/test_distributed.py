@@ -291,7 +291,7 @@ def test_ten_gaussian_steps_tell_wrong_variants_apart(wrong):
 
 
 def test_zeros_travel_in_empty_slots(monkeypatch):
-    """Three matrices on eight devices: what reaches the other five is zero."""
+    """Three matrices on eight devices: what reaches the other five is zero, and no result."""
     monkeypatch.setattr("muon_jax._cost.LATENCY_BYTES", 0)
     monkeypatch.setattr("muon_jax._cost.FLOPS_PER_BYTE", 100)
     seen = {}
@@ -309,13 +309,17 @@ def test_zeros_travel_in_empty_slots(monkeypatch):
     monkeypatch.setattr(PartRunner, "to_owners", to_owners)
     mesh = make_mesh((8,), ("data",))
     params = put({"stack": hadamard_rows((3, 32, 32))}, mesh)
-    tx = scale_by_muon(mesh=mesh, weight_dimension_numbers=MuonDimensionNumbers(-2, -1))
-    jax.block_until_ready(jax.jit(tx.update)(params, tx.init(params)))
+    numbers = MuonDimensionNumbers(-2, -1)
+    tx, alone = (scale_by_muon(mesh=m, weight_dimension_numbers=numbers) for m in (mesh, None))
+    updates, _ = jax.block_until_ready(jax.jit(tx.update)(params, tx.init(params)))
     jax.effects_barrier()
     busy = [bool((row >= 0).any()) for row in seen["owners"]]
     assert sum(busy) == 3
     for device, is_busy in enumerate(busy):
         assert np.asarray(seen[device], np.float32).any() == is_busy, device
+    params = jax.tree.map(np.asarray, params)
+    expected, _ = jax.jit(alone.update)(params, alone.init(params))
+    np.testing.assert_array_equal(updates["stack"], expected["stack"])
 
 
 def test_the_layouts_above_take_every_route(costly_flops, capsys):
