@@ -22,7 +22,7 @@ train: .venv/.examples
 # Tests that promise bits run as users do, the others with flags that save time, of those that the
 # installed jaxlib knows. With `loadfile` the tests of a file share the programs that they compile.
 test: .venv/.test .aot/.tpu
-	$(BIN)/python -m pytest -n 2 tests/bits
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/bits
 	flags="$$($(BIN)/python -m tests.xla_flags)" && \
 	  XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/bits
 

@@ -1,8 +1,9 @@
-"""A fixture for the tests of examples, of which many run the same few programs."""
+"""Fixtures for the tests of examples, of which many run the same few programs."""
 
 from collections.abc import Iterator
 
 import jax
+import jaxtyping
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -21,3 +22,11 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             jax.config.update(name, value)
         if values is options:
             yield
+
+
+@pytest.fixture(scope="package", autouse=True)
+def unchecked_shapes() -> Iterator[None]:
+    """The library's own tests check its shapes: here that would take a sixth of the time."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -65,7 +65,7 @@ def test_fused_blocks_take_and_put_each_block():
     np.testing.assert_array_equal(views.put(stacks), leaf)
 
 
-@EXACT
+@settings(EXACT, max_examples=8)  # each is many small programs
 @given(
     st.lists(st.tuples(*[st.integers(0, 5)] * 3), min_size=0, max_size=8),
     st.integers(1, 400),

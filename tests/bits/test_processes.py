@@ -22,6 +22,8 @@ import muon_jax
 from muon_jax import sharding_report
 
 PROCESSES = 2
+# One worker of pytest starts the processes, and once.
+pytestmark = pytest.mark.xdist_group("processes")
 TIMEOUT = 240  # seconds; about 20 are needed where nothing else runs
 
 # Gaussian gradients are summed over processes in another order, and a bfloat16 rounding that falls

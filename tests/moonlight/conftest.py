@@ -1,5 +1,5 @@
 """Programs that several tests of the example run are compiled once."""
 
-from compiled_once import compiled_once
+from compiled_once import compiled_once, unchecked_shapes
 
-__all__ = ["compiled_once"]
+__all__ = ["compiled_once", "unchecked_shapes"]

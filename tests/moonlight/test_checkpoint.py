@@ -2,7 +2,10 @@
 
 import contextlib
 import io
+import logging
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.damage import DAMAGE
+from examples.moonlight.program import ThreadsLeft
 from examples.moonlight.training import seal
 from examples.moonlight.training.checkpoint import (
     Checkpoints,
@@ -208,6 +212,30 @@ def test_a_save_that_fails_deletes_nothing(run: Path, monkeypatch):
         assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["10", "20"]
         save(checkpoints, 30, 0.5)
         assert kept_steps(run / "checkpoints") == [30]
+
+
+def test_a_save_that_fails_raises_one_error_and_logs_no_others(run: Path, monkeypatch, caplog):
+    """As Orbax fails: a thread of it goes on, fails too, and logs pages."""
+    threads = []
+
+    def fail(*_, **__):
+        def fail_later():
+            time.sleep(0.2)
+            logging.getLogger("absl").error("pages")
+
+        threads.append(threading.Thread(target=fail_later))
+        threads[0].start()
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing 'x': [os_error_code='28', y: true}']")
+
+    with opened(run / "checkpoints", latest=1) as (checkpoints, _):
+        monkeypatch.setattr(checkpoints._orbax, "save", fail)
+        with pytest.raises(
+            ThreadsLeft, match=r"step 30 could not.*: No space left on device\. The"
+        ):
+            save(checkpoints, 30)
+    assert not threads[0].is_alive()
+    assert not caplog.records
+    assert not logging.getLogger("absl").disabled
 
 
 def test_a_checkpoint_has_its_name_once_it_is_sealed_and_on_disk(tmp_path: Path, monkeypatch):

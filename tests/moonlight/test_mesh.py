@@ -295,11 +295,10 @@ def killed_after(step: int, folder: Path, copy: Path) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("mesh", [CUBE, FLAT])
-def test_a_run_has_the_same_losses_on_every_mesh(mesh: str, run_on: Runs):
-    one, there = run_on(None), run_on(mesh)
+def test_a_run_has_the_same_losses_on_a_mesh(run_on: Runs):
+    one, there = run_on(None), run_on(CUBE)
     np.testing.assert_allclose(losses(there), losses(one), atol=MUON_TOLERANCE)
-    assert results(there)["meshes"] == {"1": mesh}
+    assert results(there)["meshes"] == {"1": CUBE}
     assert results(one)["meshes"] == {"1": "one device"}
     # Almost every leaf of the state divides by eight.
     whole = results(one)["optimizer_state_bytes_per_device"]
@@ -323,9 +322,9 @@ def test_a_run_resumed_on_its_mesh_has_the_same_bits(tmp_path: Path, run_on: Run
 
 
 def test_a_run_moves_from_mesh_to_mesh(tmp_path: Path, run_on: Runs):
-    folder = killed_after(4, run_on(FLAT), tmp_path / "first")
-    train(on(folder, CUBE, resume=True), toy.CONFIG)
-    folder = killed_after(8, folder, tmp_path / "second")
+    folder = killed_after(4, run_on(CUBE), tmp_path / "first")
     train(on(folder, None, resume=True), toy.CONFIG)
+    folder = killed_after(8, folder, tmp_path / "second")
+    train(on(folder, FLAT, resume=True), toy.CONFIG)
     np.testing.assert_allclose(losses(folder), losses(run_on(None)), atol=MUON_TOLERANCE)
-    assert results(folder)["meshes"] == {"1": FLAT, "5": CUBE, "9": "one device"}
+    assert results(folder)["meshes"] == {"1": CUBE, "5": "one device", "9": FLAT}

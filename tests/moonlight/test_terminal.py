@@ -48,3 +48,25 @@ def test_a_program_outlives_its_terminal(tmp_path: Path, shell: str, encoding: s
     )
     assert done.read_text() == "done"
     assert result.stderr.strip() in ("0", "")
+
+
+def test_nothing_is_written_after_an_error_that_left_threads_behind():
+    program = """
+import atexit
+from examples.moonlight.program import ThreadsLeft, run_program
+atexit.register(print, "what a thread says at the end")
+print("a line before it")
+def main():
+    raise ThreadsLeft("the disk is full")
+run_program(main)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 1
+    assert run.stdout.splitlines() == ["a line before it", "error: the disk is full"]

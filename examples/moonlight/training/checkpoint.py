@@ -15,9 +15,15 @@ does not hold.
 """
 
 import contextlib
+import gc
+import logging
+import os
+import re
 import shutil
+import threading
+import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +32,7 @@ import orbax.checkpoint as ocp
 import rich
 from rich.console import Console
 
+from examples.moonlight.program import ThreadsLeft
 from examples.moonlight.training import seal
 from examples.moonlight.training.retention import Retention, best_step
 from examples.moonlight.training.seal import Damaged
@@ -35,6 +42,10 @@ PyTree = Any
 # The folder of a run's checkpoints, in the run's; and beside it that of the damaged ones.
 CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
+
+# Seconds that the threads of a failed save get to end, and after that those of Orbax' engine, which
+# are none of Python's and cannot be waited for.
+_PATIENCE, _REST = 10.0, 0.5
 
 _MODEL, _OPTIMIZER, _PROGRESS = "model", "optimizer", "progress"
 
@@ -64,6 +75,10 @@ class Checkpoints:
         self._console = console or rich.get_console()
         self._orbax = make_checkpointer()
         self.directory.mkdir(parents=True, exist_ok=True)
+        self._remove_hidden()
+
+    def _remove_hidden(self) -> None:
+        """Removes what is half-written or half-deleted."""
         for path in self.directory.iterdir():
             if path.name.startswith("."):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -90,22 +105,24 @@ class Checkpoints:
         The folder is made again where somebody deleted it, and that is said.
 
         Raises:
-            OSError: It cannot be written, for want of space, say: nothing was deleted for it.
+            ThreadsLeft: It cannot be written, for want of space, say: nothing was deleted for it.
         """
         if not self.directory.exists():
             self._warn(f"{self.directory} was deleted: it is made again for step {step}.")
         partial = self.directory / f".saving-{step}"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            self._orbax.save(partial, args=save_args(model, optimizer, progress))
+            self._remove_hidden()
+            with _one_error():
+                self._orbax.save(partial, args=save_args(model, optimizer, progress))
             seal.seal(partial, {"step": step, "val_loss": val_loss})
             partial.rename(self.directory / str(step))
             seal.sync(self.directory)
         except Exception as error:  # Orbax and its engine raise what they like
-            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                self._remove_hidden()
             kept = self.latest_step()
-            raise OSError(
+            raise ThreadsLeft(
                 f"the checkpoint of step {step} could not be written to {self.directory}: "
                 f"{_cause(error)}. The newest that is there is "
                 f"{'none' if kept is None else f'of step {kept}'}; mend the cause, and go on with "
@@ -349,10 +366,40 @@ def _check(directory: Path, step: int, only: str = "") -> None:
         raise Damaged(f"its {seal.SEAL} is of step {sealed.get('step')}")
 
 
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Lets Orbax raise one error where a save fails, in the place of pages that it logs.
+
+    Its threads go on after the first of them has failed, fail too, and write their tracebacks, some
+    as late as the interpreter's end, where they would hide the cause.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    before = [logger.disabled for logger in loggers]
+    others = {*threading.enumerate()}
+    for logger in loggers:
+        logger.disabled = True
+    try:
+        yield
+    except Exception:
+        deadline = time.monotonic() + _PATIENCE
+        for thread in {*threading.enumerate()} - others:
+            # Those of a pool never end, and hold nothing back.
+            if not thread.name.startswith(("ThreadPoolExecutor", "asyncio_")):
+                thread.join(max(0.0, deadline - time.monotonic()))
+        gc.collect()  # of tasks whose errors nobody fetched, which say so as they go
+        time.sleep(_REST)
+        raise
+    finally:
+        for logger, was in zip(loggers, before, strict=True):
+            logger.disabled = was
+
+
 def _listed(wrong: Mapping[int, str]) -> str:
     return "; ".join(f"of step {step}, {reason}" for step, reason in wrong.items())
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what an error says, which may be long and have many causes."""
+    """What the system says, or the first line of a long error."""
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(found[1]))
     return next(iter(str(error).splitlines()), "") or type(error).__name__
