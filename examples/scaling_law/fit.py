@@ -54,7 +54,10 @@ def fit_power_law(compute: Sequence[float], loss: Sequence[float]) -> Law:
     def residuals(p: np.ndarray) -> np.ndarray:
         return p[0] - p[1] * (x - middle) - y
 
-    p = _solve(residuals, [y.mean(), 0.1])
+    def jacobian(_: np.ndarray) -> np.ndarray:
+        return np.stack([np.ones_like(x), middle - x], axis=1)
+
+    p = _solve(residuals, jacobian, [y.mean(), 0.1])
     return Law(math.exp(p[0] + p[1] * middle), float(p[1]))
 
 
@@ -70,6 +73,11 @@ def fit_with_irreducible(compute: Sequence[float], loss: Sequence[float]) -> Law
     def residuals(p: np.ndarray) -> np.ndarray:
         return np.log(p[0] + np.exp(p[1] - p[2] * (x - middle))) - y
 
+    def jacobian(p: np.ndarray) -> np.ndarray:
+        falling = np.exp(p[1] - p[2] * (x - middle))
+        slopes = np.stack([np.ones_like(x), falling, (middle - x) * falling], axis=1)
+        return slopes / (p[0] + falling)[:, None]
+
     def start(irreducible: float) -> list[float]:
         rest = math.exp(y.mean()) - irreducible
         return [irreducible, math.log(rest), 0.1 * math.exp(y.mean()) / rest]
@@ -77,7 +85,7 @@ def fit_with_irreducible(compute: Sequence[float], loss: Sequence[float]) -> Law
     # From several sides: the valley between E and b is long and flat.
     starts = [start(share * lowest) for share in (0.0, 0.6)]
     bounds = ([0, -np.inf, 1e-4], [lowest, np.inf, np.inf])
-    solutions = [_solve(residuals, s, bounds) for s in starts]
+    solutions = [_solve(residuals, jacobian, s, bounds) for s in starts]
     p = min(solutions, key=lambda p: float(np.sum(_soft_l1(residuals(p)))))
     return Law(math.exp(p[1] + p[2] * middle), float(p[2]), float(p[0]))
 
@@ -234,9 +242,17 @@ def _soft_l1(residual: np.ndarray) -> np.ndarray:
     return 2 * (np.sqrt(1 + np.square(residual / _OUTLIER)) - 1)
 
 
-def _solve(residuals: Any, start: Sequence[float], bounds: Any = (-np.inf, np.inf)) -> np.ndarray:
+def _solve(
+    residuals: Any, jacobian: Any, start: Sequence[float], bounds: Any = (-np.inf, np.inf)
+) -> np.ndarray:
     low, high = (np.broadcast_to(bound, len(start)) for bound in bounds)
     inside = np.clip(start, low + 1e-9, high - 1e-9)
     return least_squares(
-        residuals, inside, bounds=(low, high), loss="soft_l1", f_scale=_OUTLIER, x_scale="jac"
+        residuals,
+        inside,
+        jacobian,
+        bounds=(low, high),
+        loss="soft_l1",
+        f_scale=_OUTLIER,
+        x_scale="jac",
     ).x
