@@ -21,6 +21,8 @@ from muon_jax._scale_by_muon import MuonState, scale_by_muon
 from muon_jax._scaling import AdjustedLR, FixedScale, UpdateNorm
 from muon_jax._sharding_report import LeafRow, ShardingReport, ShardingRow, sharding_report
 from muon_jax._state_shardings import opt_state_shardings
+from muon_jax._use.by_use import by_use
+from muon_jax._use.readings import Reading, UseRoles
 
 __all__ = [
     "SCHEDULES",
@@ -34,12 +36,15 @@ __all__ = [
     "MuonDimensionNumbers",
     "MuonState",
     "QKClipState",
+    "Reading",
     "RoutingReport",
     "RoutingRow",
     "ShardingReport",
     "ShardingRow",
     "UpdateNorm",
+    "UseRoles",
     "by_path",
+    "by_use",
     "group_rms",
     "map_matrices",
     "muon",

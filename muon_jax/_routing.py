@@ -19,6 +19,7 @@ from muon_jax._paths import Path, flatten_with_names, is_absent, show
 from muon_jax._prefix import match_prefix
 from muon_jax._roles import Role, role_of
 from muon_jax._stacks import find_stacks
+from muon_jax._use.readings import Reading, UseRoles
 
 Heads = Literal["joint", "per_head"]
 
@@ -61,8 +62,9 @@ def by_path(rules: Mapping[str, MatrixSpec | None]) -> PathRules:
     return PathRules(tuple(rules.items()))
 
 
-DimensionNumbers = MatrixSpec | PathRules | Callable[[Any], Any] | Any
-"""What `muon_weight_dimension_numbers` takes: one spec, a tree, a function of params, `by_path`."""
+DimensionNumbers = MatrixSpec | PathRules | UseRoles | Callable[[Any], Any] | Any
+"""What `muon_weight_dimension_numbers` takes: one spec, a tree, a function of params, `by_path`,
+`by_use`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +114,11 @@ def route_leaves(
     check_heads(heads)
     leaves, structure = flatten_with_names(params)
     check_tree(params, [path for path, _ in leaves])
-    declared = _declared(params, leaves, dimension_numbers)
     shapes = [(path, parameter_shape(path, leaf)) for path, leaf in leaves]
+    if isinstance(dimension_numbers, UseRoles):
+        readings = [dimension_numbers.of(path, shape) for path, shape in shapes]
+        return [_route_by_use(reading, heads) for reading in readings], structure
+    declared = _declared(params, leaves, dimension_numbers)
     # Flat trees hold whole paths in one key: "layers/0/kernel", "layers.0.weight".
     named = [
         (tuple(part.lower() for name in path for part in re.split(r"[/.]", name)), shape)
@@ -169,6 +174,16 @@ def _route_by_role(path: Path, shape: tuple[int, ...], role: Role) -> Route:
     return Route(path, shape, role.reason, role.spec, views)
 
 
+def _route_by_use(reading: Reading, heads: Heads) -> Route:
+    spec, reason = reading.spec, reading.because
+    if spec is None:
+        return Route(reading.path, reading.shape, reason)
+    if heads == "per_head" and reading.head_axes:
+        spec, reason = reading.per_head(), f"{reason}, per head"
+    views = leaf_views(reading.shape, spec, show(reading.path))
+    return Route(reading.path, reading.shape, reason, spec, views)
+
+
 def _route_declared(path: Path, shape: tuple[int, ...], spec: MatrixSpec | None) -> Route:
     if spec is None:
         return Route(path, shape, "declared")
@@ -187,7 +202,7 @@ def _declared(
     if dimension_numbers is None or not leaves:
         return {}
     if isinstance(dimension_numbers, PathRules):
-        return _declared_by_rules(leaves, dimension_numbers)
+        return declared_by_rules(leaves, dimension_numbers)
     # A parameter tree may be callable itself (an Equinox module); a function is a tree's leaf.
     if callable(dimension_numbers) and jax.tree_util.all_leaves([dimension_numbers]):
         function = dimension_numbers
@@ -204,13 +219,14 @@ def _declared(
                 "parameters to AdamW; return a tree of MuonDimensionNumbers, FusedBlocks and None."
             )
         if isinstance(dimension_numbers, PathRules):
-            return _declared_by_rules(leaves, dimension_numbers)
+            return declared_by_rules(leaves, dimension_numbers)
     return _declared_by_tree(params, leaves, dimension_numbers)
 
 
-def _declared_by_rules(
+def declared_by_rules(
     leaves: list[tuple[Path, Any]], rules: PathRules
 ) -> dict[Path, MatrixSpec | None]:
+    """What rules say of each leaf that one of their patterns finds."""
     declared, found = {}, set()
     for path, _ in leaves:
         for pattern, spec in rules.rules:

@@ -1,0 +1,394 @@
+"""From what was seen of a parameter to its role: known, or in doubt.
+
+Doubt is the default. A role is given where all that was seen of a parameter agrees on it, and where
+several axes could be one matrix or a stack, only with evidence from the activations:
+
+- Several axes that stay after a product are heads if a product of activations with activations, as
+  in attention, runs along some and sums over another; they are a stack and an output if another
+  parameter's product runs along the one and sums over the other, as with experts.
+- Several axes that a product sums over are one input if they come from such attention, or from the
+  batch itself.
+- An axis that is indexed place by place, or scanned, is a stack if the places follow each other, as
+  layers do, or stay apart from attention, as experts do. Heads in a loop would look the same.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from optax.contrib import MuonDimensionNumbers
+
+from muon_jax._matrices import FusedBlocks, MatrixSpec
+from muon_jax._use.labels import Label
+from muon_jax._use.reader import Meeting, Reader, Use
+from muon_jax._use.values import Value
+
+Verdict = tuple[str, str, MatrixSpec | None, tuple[str, ...], tuple[int, ...]]
+"""Role, reason, spec, hints and head axes, as in `Reading`."""
+
+
+class Doubt(Exception):
+    """What was seen does not decide."""
+
+
+class Judge:
+    """Decides the role of each parameter of a program that was read."""
+
+    def __init__(self, reader: Reader, labels: Sequence[Sequence[Label]], loss: Value):
+        self.reader = reader
+        self.labels = labels
+        self.loss = loss
+        self.live = self._live()
+        self.uses: dict[int, list[Use]] = {}
+        for uses in reader.uses.values():
+            for use in uses:
+                if self.live >> use.product & 1:
+                    self.uses.setdefault(use.leaf, []).append(use)
+        self.notes: dict[int, dict[str, list[str]]] = {}
+        for notes in reader.notes.values():
+            for note in notes:
+                texts = self.notes.setdefault(note.leaf, {}).setdefault(note.kind, [])
+                if note.text not in texts:
+                    texts.append(note.text)
+        self.attention = {
+            place: meeting for place, meeting in reader.meetings.items() if _is_attention(meeting)
+        }
+
+    def _live(self) -> int:
+        """The products whose outcome reaches the loss, as bits."""
+        live, before = self.loss.pending, -1
+        while live != before:
+            before = live
+            for number in reversed(range(len(self.reader.followers))):
+                if self.reader.followers[number] & live:
+                    live |= 1 << number
+        return live
+
+    def verdict(self, leaf: int) -> Verdict:
+        """The role of one parameter.
+
+        Raises:
+          Doubt: where it is not known, with what was seen.
+        """
+        shape, notes = self.reader.shapes[leaf], self.notes.get(leaf, {})
+        if sum(size > 1 for size in shape) < 2:
+            reason = "one axis" if shape else "scalar"
+            return "vector", "of one row or column" if len(shape) > 1 else reason, None, (), ()
+        if "doubt" in notes:
+            raise Doubt("; ".join(notes["doubt"]))
+        uses = self.uses.get(leaf, [])
+        if not uses:
+            return self._without_product(notes)
+        followed = [use for use in uses if self._is_followed(use)]
+        if "rows" in notes:
+            if followed:
+                raise Doubt("rows by index, and a product with other matrices behind it")
+            return "embedding", "rows by index, tied to the head", None, (), ()
+        if "elementwise" in notes:
+            raise Doubt("a product, and also added or multiplied entry by entry")
+        if not followed:
+            return "head", "no matrix after it", None, (), ()
+        hints = []
+        if any(self.loss.pending >> use.product & 1 for use in uses):
+            hints.append("also straight to the loss")
+        readings = [self._axes(use) for use in uses]
+        if any(reading != readings[0] for reading in readings):
+            seen = "; ".join(dict.fromkeys(describe(*reading[:3]) for reading in readings))
+            raise Doubt(f"used in different ways: {seen}")
+        ins, outs, stack, heads = readings[0]
+        hows = {taken.axis: taken.how for use in uses for taken in use.taken}
+        self._check_places(leaf, uses)
+        reason = describe(ins, outs, stack, hows, uses[0].kind)
+        if not outs:
+            if any(hows.get(axis) in ("index", "scan", "loop") for axis in stack):
+                self._check_chain(leaf, uses, "used row by row or column by column")
+            return "vector", f"{reason}, nothing stays: vectors", None, (), ()
+        if all(use.depthwise for use in uses):
+            return "elementwise", "depthwise convolution", None, (), ()
+        spec: MatrixSpec = MuonDimensionNumbers(ins, outs)
+        groups = {use.groups for use in uses}
+        if groups != {1}:
+            spec = _grouped(shape, ins, outs, groups)
+            reason += f", {max(groups)} feature groups"
+        hints += self._hints(leaf, outs, uses)
+        return "matrix", reason, spec, tuple(hints), heads
+
+    def _is_followed(self, use: Use) -> bool:
+        return bool(self.reader.followers[use.product] & self.live)
+
+    def _without_product(self, notes: dict[str, list[str]]) -> Verdict:
+        if "vector" in notes:
+            raise Doubt("product with a vector of parameters only")
+        if "rows" in notes:
+            return "embedding", "rows by index", None, (), ()
+        if "elementwise" in notes:
+            return "elementwise", "elementwise only", None, (), ()
+        raise Doubt("this loss does not use it")
+
+    # --- Axes ------------------------------------------------------------------------------------
+
+    def _axes(self, use: Use) -> tuple[tuple[int, ...], ...]:
+        """Fan-in, fan-out, stack, and the head axes among the first two, of one use."""
+        shape = self.reader.shapes[use.leaf]
+        stacked = {*use.batch} | {taken.axis for taken in use.taken}
+        long = [axis for axis, size in enumerate(shape) if size > 1]
+        ins = [axis for axis in long if axis in use.contracted]
+        outs = [axis for axis in long if axis in use.free]
+        stack = [axis for axis in long if axis in stacked]
+        for axis in long:
+            roles = (axis in ins) + (axis in outs) + (axis in stack)
+            if roles > 1:
+                raise Doubt(
+                    f"axis {axis} is used in tiles: {describe((*ins,), (*outs,), (*stack,))}"
+                )
+            if not roles:
+                raise Doubt(f"axis {axis} takes part in no product")
+        if not ins:
+            raise Doubt("a product that sums over none of its axes")
+        for axis in ins:
+            if axis in use.partly:
+                raise Doubt(f"contracted over pieces of axis {axis}")
+        self._check_batch(use)
+        heads: tuple[int, ...] = ()
+        if len(ins) > 1 and use.kind != "convolution":
+            heads = self._joint_input(use, ins)
+        if len(outs) > 1:
+            experts = self._experts(use.leaf, outs)
+            joint = self._heads(use.leaf, outs)
+            if (experts is None) == (joint is None):
+                raise Doubt(
+                    f"its axes {outs} all stay, and nothing shows whether they are one output "
+                    "(heads) or a stack"
+                )
+            if experts is not None:
+                stack, outs = sorted([*stack, *experts]), [x for x in outs if x not in experts]
+            else:
+                heads = joint or ()
+        return (*ins,), (*outs,), (*stack,), heads
+
+    def _check_batch(self, use: Use) -> None:
+        for axis, labels in use.batch.items():
+            for label in labels:
+                events = label.root.events
+                if ("free",) in events and any(
+                    event[0] == "meeting" and event[3] == "batch" and event[1] in self.attention
+                    for event in events
+                ):
+                    raise Doubt(f"axis {axis} runs along with attention's heads: a stack, or one?")
+
+    def _experts(self, leaf: int, outs: list[int]) -> list[int] | None:
+        """The axes along which another parameter's product runs while it sums over the others."""
+        labels = {axis: self.labels[leaf][axis].root for axis in outs}
+        batch = {axis: _places(label, "weight", "batch") for axis, label in labels.items()}
+        summed = {axis: _places(label, "weight", "contracted") for axis, label in labels.items()}
+        stack = [a for a in outs if any(batch[a] & summed[b] for b in outs if b != a)]
+        rest = [axis for axis in outs if axis not in stack]
+        if not stack or len(rest) != 1 or any(summed[a] & summed[rest[0]] for a in stack):
+            return None
+        return stack
+
+    def _heads(self, leaf: int, outs: list[int]) -> tuple[int, ...] | None:
+        """The axes that run along a product of activations while it sums over, or keeps, another.
+
+        None without such a product.
+        """
+        labels = [self.labels[leaf][axis] for axis in outs]
+        for place, meeting in self.attention.items():
+            for side in (0, 1):
+                roles = [_roles(label, place, side) for label in labels]
+                if not all(roles):
+                    continue
+                positions = [
+                    x for x in meeting.free[side] if x.of_data and not x.is_piece_of(labels)
+                ]
+                across = any(x.of_data for x in meeting.free[1 - side])
+                summed = [i for i, role in enumerate(roles) if "contracted" in role]
+                along = [i for i, role in enumerate(roles) if "batch" in role]
+                if len(summed) == 1 and positions and across:
+                    return tuple(axis for i, axis in enumerate(outs) if i not in summed)
+                of_values = all(x.of_data for x in meeting.contracted) and not any(
+                    x.is_piece_of(labels) for x in meeting.contracted
+                )
+                if not summed and along and len(along) < len(outs) and of_values and across:
+                    return tuple(outs[i] for i in along)
+        return None
+
+    def _joint_input(self, use: Use, ins: list[int]) -> tuple[int, ...]:
+        """The head axes among several that a product sums over, which must be one input."""
+        known = [use.contracted[axis] for axis in ins]
+        if all(labels for labels in known):
+            if all(x.of_data and not _is_made(x) for labels in known for x in labels or []):
+                return ()
+            for place, meeting in self.attention.items():
+                roles = [
+                    {role for x in labels or [] for role in _roles(x, place)} for labels in known
+                ]
+                made = [x for labels in known for x in labels or []]
+                values = all(x.of_data for x in meeting.contracted)
+                queries = any(
+                    x.of_data and not x.is_piece_of(made) for free in meeting.free for x in free
+                )
+                if values and queries and all(role & {"batch", "free"} for role in roles):
+                    # The innermost is the width of a head.
+                    along = [a for a, role in zip(ins, roles, strict=True) if "batch" in role]
+                    return tuple(along) if 0 < len(along) < len(ins) else tuple(ins[:-1])
+        raise Doubt(
+            f"contracted over its axes {ins} at once, and nothing shows whether they are one input "
+            "(heads) or a stack"
+        )
+
+    # --- Places ----------------------------------------------------------------------------------
+
+    def _check_places(self, leaf: int, uses: list[Use]) -> None:
+        """Doubt an axis taken place by place whose places meet in attention, as heads do."""
+        if not any(taken.how in ("index", "scan", "loop") for use in uses for taken in use.taken):
+            return
+        near = [
+            use
+            for use in uses
+            if use.fresh & {*self.attention}
+            or any(meeting.pending >> use.product & 1 for meeting in self.attention.values())
+        ]
+        if near:
+            self._check_chain(
+                leaf, uses, "taken place by place, and the places meet in attention: heads?"
+            )
+
+    def _check_chain(self, leaf: int, uses: list[Use], text: str) -> None:
+        """Doubt unless what is taken at one place comes before what is taken at the next."""
+        axes = {taken.axis for use in uses for taken in use.taken}
+        for axis in sorted(axes):
+            places: dict[Any, list[Use]] = {}
+            loops = False
+            for use in uses:
+                mine = [taken for taken in use.taken if taken.axis == axis]
+                loops |= any(taken.how != "index" for taken in mine)
+                key = tuple(sorted(str(taken.base) for taken in mine))
+                places.setdefault(key, []).append(use)
+            groups = sorted(places.values(), key=lambda group: group[0].product)
+            if loops:
+                chained = all(
+                    any(use.behind >> other.product & 1 for other in uses) for use in uses
+                )
+            else:
+                chained = all(
+                    any(b.behind >> a.product & 1 for a in before for b in after)
+                    for before, after in zip(groups, groups[1:], strict=False)
+                )
+            if not chained:
+                raise Doubt(f"axis {axis} is {text}")
+
+    # --- Hints -----------------------------------------------------------------------------------
+
+    def _hints(self, leaf: int, outs: tuple[int, ...], uses: list[Use]) -> list[str]:
+        if len(outs) != 1:
+            return []
+        label, axis = self.labels[leaf][outs[0]].root, outs[0]
+        hints = []
+        for factors in label.factors:
+            if len(factors) == 2 and self._are_heads(*factors):
+                hints.append(f"{factors[0].size} heads of {factors[1].size}")
+                break
+        blocks = _blocks(label)
+        if blocks:
+            hints.append(f"cut along axis {axis}: maybe FusedBlocks({blocks}, axis={axis})")
+        elif any(axis in use.partly for use in uses):
+            hints.append(f"used in pieces of axis {axis}: maybe fused blocks")
+        return hints
+
+    def _are_heads(self, many: Label, width: Label) -> bool:
+        return any(
+            _roles(many, place, side) & {"batch", "free"}
+            and _roles(width, place, side) & {"contracted", "free"}
+            for place in self.attention
+            for side in (0, 1)
+        )
+
+
+def _is_attention(meeting: Meeting) -> bool:
+    """Whether positions meet positions, or are summed over."""
+    if meeting.contracted and all(label.of_data for label in meeting.contracted):
+        return True
+    return all(any(label.of_data for label in side) for side in meeting.free)
+
+
+def _places(label: Label, kind: str, role: str) -> set[Any]:
+    return {event[1] for event in label.root.events if event[0] == kind and event[-1] == role}
+
+
+def _roles(label: Label, place: Any, side: int | None = None) -> set[str]:
+    return {
+        event[3]
+        for event in label.root.events
+        if event[0] == "meeting" and event[1] == place and side in (None, event[2])
+    }
+
+
+def _is_made(label: Label) -> bool:
+    """Whether an axis is, somewhere, one that a parameter made."""
+    return ("free",) in label.root.events
+
+
+def _blocks(label: Label) -> tuple[int, ...]:
+    """The sizes of the pieces into which an axis was cut, if they fill it."""
+    slices = label.slices
+    sizes = _filling(slices, label.size)
+    if sizes:
+        return sizes
+    for factors in label.factors:
+        major = factors[0]
+        counts = _filling(major.slices, major.size)
+        if counts and len(counts) > 1:
+            return tuple(count * (label.size // major.size) for count in counts)
+    return ()
+
+
+def _filling(slices: list[tuple[int, int]], size: int) -> tuple[int, ...]:
+    at, sizes = 0, []
+    for start, width in slices:
+        if start != at:
+            return ()
+        at, sizes = at + width, [*sizes, width]
+    return tuple(sizes) if at == size and len(sizes) > 1 else ()
+
+
+def _grouped(
+    shape: tuple[int, ...], ins: tuple[int, ...], outs: tuple[int, ...], groups: set[int]
+) -> FusedBlocks:
+    """A convolution of several groups: each is a matrix of its own, along the output axis."""
+    count = max(groups)
+    if len(groups) > 1 or len(outs) > 1 or shape[outs[0]] % count:
+        raise Doubt(f"a convolution of {sorted(groups)} feature groups whose outputs are not plain")
+    width = shape[outs[0]] // count
+    return FusedBlocks((width,) * count, outs[0], MuonDimensionNumbers(ins, outs))
+
+
+_HOWS = {
+    "scan": "scan",
+    "index": "place by place",
+    "loop": "loop",
+    "rows": "chosen by index",
+}
+
+
+def describe(
+    ins: tuple[int, ...],
+    outs: tuple[int, ...],
+    stack: tuple[int, ...],
+    hows: dict[int, str] | None = None,
+    kind: str = "product",
+) -> str:
+    """What was seen of the axes, in words."""
+
+    def some(axes: tuple[int, ...]) -> str:
+        word = "axis" if len(axes) == 1 else "axes"
+        return f"{word} {', '.join(map(str, axes))}"
+
+    words = [f"{'window and input' if kind == 'convolution' else 'contracted over'} {some(ins)}"]
+    if outs:
+        words.append(f"out {', '.join(map(str, outs))}")
+    for axis in stack:
+        how = (hows or {}).get(axis)
+        words.append(f"stack {axis} ({_HOWS[how] if how else 'batch'})")
+    return ", ".join(words)
+
+

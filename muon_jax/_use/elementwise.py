@@ -1,0 +1,289 @@
+"""Rules for primitives that work entry by entry, and for sums over axes."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from muon_jax._use.atoms import Axis, Gap, leaves, same_axis
+from muon_jax._use.labels import Label
+from muon_jax._use.reader import Reader, rule
+from muon_jax._use.values import Kind, Value, View, gaps, merge
+
+_ONE = (
+    "neg sign floor ceil round is_finite not abs sqrt rsqrt cbrt sin cos tan asin acos atan sinh "
+    "cosh tanh asinh acosh atanh erf erfc erf_inv lgamma digamma log log1p logistic square "
+    "integer_pow real imag conj copy copy_p reduce_precision population_count clz name "
+    "sharding_constraint reshard mesh_cast pvary pcast psum psum2 psum_invariant pmax pmin "
+    "ppermute cumsum cumprod cummax cummin cumlogsumexp bessel_i0e bessel_i1e"
+).split()
+_EXPONENTIALS = ("exp", "exp2", "expm1")
+_PRODUCTS = ("mul", "div", "rem", "pow", "atan2", "max", "min", "nextafter", "clamp")
+_SUMS = ("add", "sub", "add_any", "complex", "select_n")
+_COMPARISONS = ("ne", "lt", "le", "gt", "ge", "lt_to", "le_to", "eq_to")
+_LOGIC = ("and", "or", "xor", "shift_left", "shift_right_logical", "shift_right_arithmetic")
+_REDUCTIONS = (
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin"
+).split()
+
+
+@rule(*_ONE)
+def one(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
+    """Of each operand, entry by entry or along an axis, in its own shape."""
+    name = eqn.primitive.name
+    if name in _TRUE_COPIES:
+        return values
+    return [
+        dataclasses.replace(
+            value,
+            onehot=frozenset(),
+            counts=frozenset(),
+            indicator=name == "not" and value.indicator,
+        )
+        for value in values
+    ]
+
+
+_TRUE_COPIES = {
+    *"copy copy_p name sharding_constraint reshard mesh_cast pvary pcast reduce_precision".split()
+}
+
+
+@rule("optimization_barrier")
+def barrier(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
+    """Its operands as they are."""
+    return values
+
+
+@rule("sort")
+def sort(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
+    """Its operands in another order along one axis, which all share."""
+    for value in values:
+        for view in value.views:
+            reader.doubt(view, "is sorted")
+    return [merge(value.shape, values, value.axes) for value in values]
+
+
+@rule("stop_gradient")
+def stop_gradient(reader: Reader, eqn: Any, values: list[Value]) -> Value:
+    """The same entries, through which no product is reached."""
+    return dataclasses.replace(values[0], pending=0, behind=0)
+
+
+@rule("convert_element_type")
+def convert(reader: Reader, eqn: Any, values: list[Value]) -> Value:
+    """The same entries in another type; truth values become indicators."""
+    return values[0]
+
+
+@rule(*_EXPONENTIALS)
+def exponential(reader: Reader, eqn: Any, values: list[Value]) -> Value:
+    """An exponential ends what activations and a parameter have in common as a linear map.
+
+    A decay ``exp(dt * A)`` and logits with a learned bias would otherwise look like weights that
+    activations modulate.
+    """
+    (value,) = values
+    views = tuple(view for view in value.views if not view.mixed)
+    return dataclasses.replace(
+        value, views=views, onehot=frozenset(), counts=frozenset(), indicator=False
+    )
+
+
+@rule(*_PRODUCTS, *_LOGIC)
+def product(reader: Reader, eqn: Any, values: list[Value]) -> Value:
+    """Entry by entry, not linear in all operands at once."""
+    out = combine(reader, values, eqn.outvars[0].aval.shape, is_sum=False)
+    indicators = eqn.primitive.name in ("mul", "and", "or", "xor", "max", "min")
+    if indicators and all(value.indicator for value in values):
+        out = dataclasses.replace(out, indicator=True)
+    return out
+
+
+@rule(*_SUMS)
+def sum_(reader: Reader, eqn: Any, values: list[Value]) -> Value:
+    """Entry by entry, linear in all operands at once."""
+    out = combine(reader, values, eqn.outvars[0].aval.shape, is_sum=True)
+    counting = [value for value in values if value.counts]
+    if eqn.primitive.name == "add" and len(counting) == 1 and out.kind is Kind.CONSTANT:
+        others = [value for value in values if not value.counts]
+        if all(not value.shape for value in others):
+            out = dataclasses.replace(out, counts=counting[0].counts)
+    if eqn.primitive.name == "select_n" and all(
+        value.kind is Kind.CONSTANT and (not value.shape or all(map(is_flat, value.axes)))
+        for value in values[1:]
+    ):
+        out = dataclasses.replace(
+            out, onehot=values[0].onehot, indicator=out.kind is not Kind.PARAMETER
+        )
+    return out
+
+
+@rule("eq")
+def equal(reader: Reader, eqn: Any, values: list[Value]) -> Value:
+    """A comparison, and with what counts along an axis a one-hot code along it."""
+    out = compare(reader, eqn, values)
+    for count, other in (values, values[::-1]):
+        if not other.shape:
+            continue
+        hot = frozenset(
+            axis
+            for axis in count.counts
+            if count.kind is Kind.CONSTANT
+            and all(isinstance(atom, Gap) for atom in other.axes[axis])
+        )
+        out = dataclasses.replace(out, onehot=out.onehot | hot)
+    return out
+
+
+@rule(*_COMPARISONS)
+def compare(reader: Reader, eqn: Any, values: list[Value]) -> Value:
+    """True or false, which is 0 or 1 where it is counted."""
+    out = combine(reader, values, eqn.outvars[0].aval.shape, is_sum=True, quietly=True)
+    return dataclasses.replace(out, indicator=True)
+
+
+@rule("iota")
+def iota(reader: Reader, eqn: Any, values: list[Value]) -> Value:
+    """Counts along one axis."""
+    shape, axis = eqn.outvars[0].aval.shape, eqn.params["dimension"]
+    axes = list(gaps(shape))
+    axes[axis] = (Label(shape[axis]),)
+    counts = frozenset({axis}) if shape[axis] > 1 else frozenset()
+    return Value(shape, Kind.CONSTANT, tuple(axes), counts=counts)
+
+
+@rule(*_REDUCTIONS)
+def reduce(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
+    """Sums, or the like, over some axes."""
+    return [reduced(reader, value, {*eqn.params["axes"]}) for value in values]
+
+
+def reduced(reader: Reader, value: Value, gone: set[int]) -> Value:
+    """A value without the axes that a reduction took."""
+    kept = [i for i in range(len(value.shape)) if i not in gone]
+    views = []
+    for view in value.views:
+        summed = {digit.axis for i in gone for digit in view.digits(view.axes[i])}
+        view = dataclasses.replace(view, contracted=view.contracted | summed)
+        check_by_hand(reader, view)
+        views.append(view.replace_axes(view.axes[i] for i in kept))
+    return dataclasses.replace(
+        value,
+        shape=tuple(value.shape[i] for i in kept),
+        axes=tuple(value.axes[i] for i in kept),
+        views=tuple(views),
+        onehot=frozenset(),
+        counts=frozenset(),
+        indicator=False,
+    )
+
+
+def check_by_hand(reader: Reader, view: View) -> None:
+    """Doubt a parameter that was multiplied entry by entry, and then summed as in a product."""
+    if view.mixed and any(x != y for x in view.contracted for y in view.free):
+        summed, free = sorted(view.contracted), sorted(view.free)
+        reader.note(
+            view.leaf,
+            "doubt",
+            f"multiplied or added by hand, then summed over its axis {summed[0]} while axis "
+            f"{free[0]} stays: maybe a product",
+        )
+
+
+# --- Several operands -----------------------------------------------------------------------------
+
+
+def combine(
+    reader: Reader,
+    values: Sequence[Value],
+    shape: Sequence[int],
+    *,
+    is_sum: bool,
+    quietly: bool = False,
+) -> Value:
+    """What several values of one shape, or scalars, make entry by entry.
+
+    Args:
+      reader: the reader.
+      values: the operands.
+      shape: the shape of the outcome.
+      is_sum: whether it is linear in the operands together.
+      quietly: whether no gradient passes, so that nothing is to be noted.
+    """
+    shape = tuple(shape)
+    values = [x if x.shape == shape else spread(x, shape) for x in values]
+    varying = [x for x in values if x.kind is not Kind.CONSTANT]
+    axes = gaps(shape)
+    for value in varying:
+        axes = tuple(same_axis(a, b) for a, b in zip(axes, value.axes, strict=True))
+    # A constant's own labels would unite whatever it is used with.
+    for value in values:
+        if value.kind is Kind.CONSTANT:
+            axes = tuple(
+                b if all(isinstance(atom, Gap) for atom in a) else a
+                for a, b in zip(axes, value.axes, strict=True)
+            )
+    out = merge(shape, values, axes)
+    if quietly:
+        return dataclasses.replace(out, parameters=frozenset())
+    if not is_sum:
+        _doubt_products(reader, values)
+    return join_activations(reader, out, values)
+
+
+def spread(value: Value, shape: tuple[int, ...]) -> Value:
+    """A scalar as a value of `shape`, along which it does not vary."""
+    return dataclasses.replace(
+        value,
+        shape=shape,
+        axes=gaps(shape),
+        views=(),
+        onehot=frozenset(),
+        counts=frozenset(),
+    )
+
+
+def _doubt_products(reader: Reader, values: Sequence[Value]) -> None:
+    """Doubt different parameters whose matrices are multiplied entry by entry."""
+    views = [
+        view
+        for value in values
+        if value.kind is Kind.PARAMETER
+        for view in value.views
+        if len(view.live) > 1 and not view.contracted
+    ]
+    if len({view.leaf for view in views}) > 1:
+        for view in views:
+            reader.doubt(view, "multiplied entry by entry with another parameter")
+
+
+def join_activations(reader: Reader, out: Value, values: Sequence[Value]) -> Value:
+    """`out` with the views of its operands, which mix where one operand is an activation."""
+    if out.kind is not Kind.DATA:
+        views = [view for value in values for view in value.views]
+        whole = {view.leaf for view in views if not view.contracted}
+        # A norm or a mean of a parameter does not hide the parameter itself beside it.
+        views = [view for view in views if not view.contracted or view.leaf not in whole]
+        return dataclasses.replace(out, views=tuple(dict.fromkeys(views)))
+    views = []
+    for number, value in enumerate(values):
+        others = [x for i, x in enumerate(values) if i != number and x.kind is Kind.DATA]
+        for view in value.views:
+            if view.mixed:
+                views.append(view)
+                continue
+            if not view.contracted:
+                reader.note(view.leaf, "elementwise", "added or multiplied entry by entry")
+            free = {
+                digit.axis
+                for i, axis in enumerate(view.axes)
+                for digit in view.digits(axis)
+                if others and all(is_flat(other.axes[i]) for other in others)
+            }
+            views.append(dataclasses.replace(view, mixed=True, free=view.free | free))
+    return dataclasses.replace(out, views=tuple(dict.fromkeys(views)))
+
+
+def is_flat(axis: Axis) -> bool:
+    """Whether nothing varies along an axis."""
+    return bool(axis) and all(isinstance(atom, Gap) for atom in leaves(axis))

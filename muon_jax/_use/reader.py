@@ -1,0 +1,319 @@
+"""Follow every parameter through a traced program, one equation after another.
+
+The reader visits the equations in order and knows of each value what `Value` holds. What it learns
+about the parameters it writes down by the equation's place, so that a loop's body, which is visited
+until nothing is new, leaves only what its last visit saw.
+
+An equation whose primitive has no rule makes the parameters that enter it unknown, by name. That is
+the design: new primitives of JAX can't be misread, only not read.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
+
+from muon_jax._use.atoms import Axis, CannotFollow
+from muon_jax._use.labels import Label
+from muon_jax._use.live import live_equations
+from muon_jax._use.values import (
+    Kind,
+    Taken,
+    Value,
+    View,
+    constant,
+    derived,
+    fresh_axes,
+    gaps,
+    merge,
+)
+
+Place = tuple[int, ...]
+"""An equation, below the equations that call the program it stands in."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One product of activations with a parameter.
+
+    Attributes:
+      leaf: the parameter's number.
+      product: the product's number.
+      kind: ``"product"``, ``"ragged product"`` or ``"convolution"``.
+      contracted: the axes that it sums over, with the labels of the activations there; None where
+        these are not known.
+      free: the axes that stay.
+      batch: the axes that run along with one of the activations, with its labels.
+      taken: the axes that were cut or indexed before.
+      partly: the axes of which a piece takes part.
+      behind: the products that the activations come from, as bits.
+      fresh: the products of activations that they come from without a parameter between.
+      groups: the feature groups of a convolution.
+      depthwise: whether each group has a single input channel.
+    """
+
+    leaf: int
+    product: int
+    kind: str
+    contracted: dict[int, list[Label] | None]
+    free: frozenset[int]
+    batch: dict[int, list[Label]]
+    taken: frozenset[Taken]
+    partly: frozenset[int]
+    behind: int = 0
+    fresh: frozenset[Place] = frozenset()
+    groups: int = 1
+    depthwise: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """Something else that was seen of a parameter.
+
+    Attributes:
+      leaf: the parameter's number.
+      kind: ``"doubt"``, ``"vector"`` (a product with a vector of parameters), ``"rows"`` or
+        ``"elementwise"``.
+      text: what was seen.
+    """
+
+    leaf: int
+    kind: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """A product of activations with activations, as in attention.
+
+    Attributes:
+      contracted: the labels of the axes that it sums over.
+      free: the labels of the axes that stay, of the left and of the right.
+      pending: the products with parameters that meet here, as bits.
+    """
+
+    contracted: tuple[Label, ...]
+    free: tuple[tuple[Label, ...], tuple[Label, ...]]
+    pending: int
+
+
+Rule = Callable[["Reader", Any, list[Value]], Value | list[Value]]
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register how values pass the primitives of these names."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+class Reader:
+    """What is known while a program is read.
+
+    Attributes:
+      shapes: the shape of each parameter.
+      paths: how each parameter is called, for what is written down.
+      uses: the products of activations and parameters, by place.
+      notes: what else was seen, by place.
+      meetings: the products of activations with activations, by place.
+      followers: for each product with a parameter, the products that its outcome enters, as bits.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]]):
+        self.shapes = shapes
+        self.uses: dict[Place, list[Use]] = {}
+        self.notes: dict[Place, list[Note]] = {}
+        self.meetings: dict[Place, Meeting] = {}
+        self.followers: list[int] = []
+        self.shards: list[tuple[Axis, Axis]] = []
+        self._numbers: dict[Place, int] = {}
+        self._place: Place = ()
+        self._keep_alive: list[Any] = []
+
+    # --- Programs --------------------------------------------------------------------------------
+
+    def run(
+        self, jaxpr: Any, values: Sequence[Value], wanted: Sequence[bool] | None = None
+    ) -> list[Value]:
+        """The results of a program; those that are not wanted may say nothing.
+
+        Args:
+          jaxpr: the program, closed or not.
+          values: what goes in, without the constants of a closed one.
+          wanted: for each result, whether it is looked at.
+        """
+        constants = getattr(jaxpr, "consts", ())
+        jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+        known: dict[Any, Value] = {}
+        for var, const in zip(jaxpr.constvars, constants, strict=False):
+            known[var] = of_array(const)
+        for var in jaxpr.constvars:
+            known.setdefault(var, constant(var.aval.shape))
+        known.update(zip(jaxpr.invars, values, strict=True))
+        wanted = [True] * len(jaxpr.outvars) if wanted is None else list(wanted)
+        live = live_equations(jaxpr, tuple(wanted))
+        for eqn in jaxpr.eqns:
+            if id(eqn) in live:
+                ins = [self._read(known, var) for var in eqn.invars]
+                known.update(zip(eqn.outvars, self._equation(eqn, ins), strict=True))
+        return [
+            self._read(known, var) if want else constant(var.aval.shape)
+            for var, want in zip(jaxpr.outvars, wanted, strict=True)
+        ]
+
+    def _read(self, known: dict[Any, Value], var: Any) -> Value:
+        shape = getattr(var.aval, "shape", ())
+        if isinstance(var, Literal):
+            return Value(shape, Kind.CONSTANT, gaps(shape))
+        # What only unwanted results hang on was not computed.
+        return known[var] if var in known else constant(shape)
+
+    def _equation(self, eqn: Any, values: list[Value]) -> list[Value]:
+        self._keep_alive.append(eqn)
+        outer, self._place = self._place, (*self._place, id(eqn))
+        try:
+            for written in (self.uses, self.notes, self.meetings):
+                written.pop(self._place, None)
+            function = RULES.get(eqn.primitive.name, unknown)
+            try:
+                out = function(self, eqn, values)
+            except CannotFollow:
+                out = unknown(self, eqn, values)
+            out = [out] if isinstance(out, Value) else out
+            return [x.tidy(is_inexact(var)) for x, var in zip(out, eqn.outvars, strict=True)]
+        finally:
+            self._place = outer
+
+    # --- What is written down --------------------------------------------------------------------
+
+    @property
+    def place(self) -> Place:
+        """The equation at hand."""
+        return self._place
+
+    def note(self, leaf: int, kind: str, text: str) -> None:
+        """Write down something of a parameter that has two axes at least."""
+        if sum(size > 1 for size in self.shapes[leaf]) > 1:
+            self.notes.setdefault(self._place, []).append(Note(leaf, kind, text))
+
+    def doubt(self, view: View, text: str) -> None:
+        """Write down a doubt of a parameter, if what is there of it may be a matrix."""
+        if len(view.live) > 1:
+            self.note(view.leaf, "doubt", text)
+
+    def product(self, pending: int) -> int:
+        """The number of the product at hand, which the products in `pending` enter."""
+        number = self._numbers.setdefault(self._place, len(self.followers))
+        if number == len(self.followers):
+            self.followers.append(0)
+        for other in bits(pending):
+            self.followers[other] |= 1 << number
+        return number
+
+
+def unknown(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
+    """A primitive without a rule: what enters it is unknown behind it."""
+    for value in values:
+        for leaf in value.touches():
+            reader.note(leaf, "doubt", f"passes {eqn.primitive.name}, which by_use can't follow")
+    return [
+        merge(var.aval.shape, values, fresh_axes(var.aval.shape))
+        if hasattr(var.aval, "shape")
+        else merge((), values, ())
+        for var in eqn.outvars
+    ]
+
+
+def is_inexact(var: Any) -> bool:
+    """Whether a gradient can pass a variable."""
+    dtype = getattr(var.aval, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def bits(number: int) -> list[int]:
+    """The places of the ones in a number."""
+    out = []
+    while number:
+        low = number & -number
+        out.append(low.bit_length() - 1)
+        number ^= low
+    return out
+
+
+def of_array(array: Any) -> Value:
+    """A constant whose entries are at hand: it may count, or be a table of indicators."""
+    value = constant(np.shape(array))
+    dtype = getattr(array, "dtype", None)
+    if (
+        isinstance(array, jax.core.Tracer)
+        or dtype is None
+        or not (jnp.issubdtype(dtype, jnp.number) or dtype == bool)
+        or not math.prod(value.shape)
+    ):
+        return value
+    entries = np.asarray(array)
+    counts = frozenset(
+        axis
+        for axis, size in enumerate(entries.shape)
+        if entries.size == size > 1 and np.array_equal(entries.ravel(), np.arange(size))
+    )
+    is_indicator = entries.size > 1 and bool(np.all((entries == 0) | (entries == 1)))
+    rows_of_one = (
+        is_indicator and entries.ndim == 2 and np.array_equal(entries.sum(1), np.ones(len(entries)))
+    )
+    return dataclasses.replace(
+        value,
+        counts=counts,
+        indicator=is_indicator,
+        onehot=frozenset({1}) if rows_of_one and entries.shape[1] > 1 else frozenset(),
+    )
+
+
+def restructure(
+    reader: Reader,
+    value: Value,
+    shape: Sequence[int],
+    function: Callable[[tuple[Axis, ...]], Sequence[Axis]],
+    moved: dict[int, int] | None = None,
+    what: str = "",
+) -> Value:
+    """A value whose entries are moved, repeated or left out.
+
+    Args:
+      reader: the reader.
+      value: the value before.
+      shape: its shape after.
+      function: from the atoms of its axes to those after.
+      moved: where axes that stay whole go, for what is known along them.
+      what: the operation's name, for doubts.
+    """
+    try:
+        axes = tuple(function(value.axes))
+    except CannotFollow:
+        axes = tuple(derived(size, *value.axes) for size in shape)
+    views = []
+    for view in value.views:
+        try:
+            views.append(view.replace_axes(function(view.axes)))
+        except LookupError:
+            continue
+        except CannotFollow:
+            reader.doubt(view, f"{what} cuts across its axes")
+    moved = moved or {}
+    return dataclasses.replace(
+        value,
+        shape=tuple(shape),
+        axes=axes,
+        views=tuple(views),
+        onehot=frozenset(moved[x] for x in value.onehot if x in moved),
+        counts=frozenset(moved[x] for x in value.counts if x in moved),
+    )

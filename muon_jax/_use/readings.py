@@ -1,0 +1,101 @@
+"""What `by_use` saw of each parameter, as values."""
+
+import dataclasses
+from typing import Literal
+
+from optax.contrib import MuonDimensionNumbers
+
+from muon_jax._matrices import MatrixSpec
+from muon_jax._paths import Path, show
+from muon_jax._tables import table
+
+Role = Literal[
+    "matrix", "head", "embedding", "elementwise", "vector", "declared", "unknown"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What was seen of one parameter.
+
+    Attributes:
+      path: its path.
+      shape: its shape.
+      role: what it is; ``"unknown"`` raises unless the user declared the parameter.
+      reason: what was seen, such as ``"contracted over axis 1, stack 0 (scan)"``.
+      spec: which axes form its matrices; None sends it to AdamW.
+      hints: evidence that decides nothing, such as the number of heads.
+      head_axes: the axes of `spec` that hold attention's heads, for ``heads="per_head"``.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    role: Role
+    reason: str
+    spec: MatrixSpec | None = None
+    hints: tuple[str, ...] = ()
+    head_axes: tuple[int, ...] = ()
+
+    @property
+    def because(self) -> str:
+        """The reason with the hints."""
+        return "; ".join((self.reason, *self.hints))
+
+    def per_head(self) -> MuonDimensionNumbers:
+        """The matrices with each of attention's heads as one of its own."""
+        assert isinstance(self.spec, MuonDimensionNumbers)
+        ins, outs = (
+            tuple(axis for axis in axes if axis not in self.head_axes)  # type: ignore[union-attr]
+            for axes in (self.spec.reduction_axis, self.spec.output_axis)
+        )
+        return MuonDimensionNumbers(ins, outs)
+
+
+@dataclasses.dataclass(frozen=True)
+class UseRoles:
+    """The roles that `by_use` read, a value for `muon_weight_dimension_numbers`.
+
+    Attributes:
+      readings: one for each parameter, in the order of ``jax.tree.leaves``.
+    """
+
+    readings: tuple[Reading, ...]
+
+    def __str__(self) -> str:
+        cells = [
+            (
+                show(reading.path),
+                "x".join(map(str, reading.shape)) or "()",
+                reading.role,
+                reading.because,
+            )
+            for reading in self.readings
+        ]
+        return "\n".join(table(("path", "shape", "role", "what was seen"), cells))
+
+    def __repr__(self) -> str:
+        muon = sum(reading.spec is not None for reading in self.readings)
+        return f"<UseRoles: {muon} of {len(self.readings)} parameters are matrices>\n{self}"
+
+    def of(self, path: Path, shape: tuple[int, ...]) -> Reading:
+        """The reading of one parameter.
+
+        Raises:
+          ValueError: for a parameter that was not there, or had another shape.
+        """
+        found = self._by_path.get(path)
+        if found is None:
+            raise ValueError(
+                f"The roles that by_use read know no parameter {show(path)}: they were read from "
+                "another tree. Call by_use with the parameters that the optimizer is given."
+            )
+        if found.shape != shape:
+            raise ValueError(
+                f"{show(path)} has shape {shape}, and had {found.shape} when by_use read its role. "
+                "Call by_use with the parameters that the optimizer is given."
+            )
+        return found
+
+    @property
+    def _by_path(self) -> dict[Path, Reading]:
+        return {reading.path: reading for reading in self.readings}
