@@ -16,6 +16,8 @@ from muon_jax._scaling import (
     resolve_update_scale,
 )
 from muon_jax._tables import table
+from muon_jax._use.readings import UseRoles
+from muon_jax._use.second_reading import note_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +88,8 @@ def routing_report(
 
     Args:
       params: a pytree of arrays or of `jax.ShapeDtypeStruct`s.
-      muon_weight_dimension_numbers: as given to `muon`.
+      muon_weight_dimension_numbers: as given to `muon`. With the roles that `by_use` read, the
+        reason is the use, and where the table of names reads a leaf in another way, that too.
       heads: as given to `muon`.
       consistent_rms: as given to `muon`.
       update_scale: as given to `muon`.
@@ -107,6 +110,8 @@ def routing_report(
     """
     scale = resolve_update_scale(consistent_rms, update_scale)
     routes, _ = route_leaves(params, muon_weight_dimension_numbers, heads)
+    if isinstance(muon_weight_dimension_numbers, UseRoles):
+        routes = note_names(params, routes, heads)
     report = RoutingReport(tuple(_row(route, scale) for route in routes))
     print(report)
     return report

@@ -81,10 +81,11 @@ from examples.moonlight.training.placement import state_shardings
 from examples.moonlight.training.plots import draw_plan
 from examples.moonlight.training.results import RESULTS, SCHEDULE, SHARDING, present, write_results
 from examples.moonlight.training.retention import EveryTokens, Retention
+from examples.moonlight.training.routing import read_roles
 from examples.moonlight.training.run_folder import open_run_folder
 from examples.moonlight.training.steps import TrainState, make_train_steps, make_validate
 from examples.moonlight.training.stopping import Stopped, StopRequest, quieten_signals
-from muon_jax import muon, qk_clip, sharding_report
+from muon_jax import UseRoles, muon, qk_clip, sharding_report
 
 
 def make_optimizer(
@@ -94,15 +95,23 @@ def make_optimizer(
     mesh: Mesh | None = None,
     param_specs: Any = None,
     clip: Sequence[optax.GradientTransformation] = (),
+    roles: UseRoles | None = None,
 ) -> optax.GradientTransformation:
     """Clipping, then the optimizer. Clipping after Muon would divide the update by its own norm.
 
-    QK-Clip, the `clip` of "muonclip", comes last: it scales the weights after the update.
+    QK-Clip, the `clip` of "muonclip", comes last: it scales the weights after the update. `roles`
+    are what the model's own loss shows of its parameters; None leaves it to their names.
     """
     if name == "adamw":
         optimizer = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=weight_decay)
     else:
-        optimizer = muon(schedule, weight_decay=weight_decay, mesh=mesh, param_specs=param_specs)
+        optimizer = muon(
+            schedule,
+            weight_decay=weight_decay,
+            mesh=mesh,
+            param_specs=param_specs,
+            muon_weight_dimension_numbers=roles,
+        )
     return optax.chain(optax.clip_by_global_norm(1.0), optimizer, *clip)
 
 
@@ -257,8 +266,9 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
         clip = []
         if args.optimizer == "muonclip":
             clip = [qk_clip(attention_heads(config), settings["qk_clip_threshold"])]
+        roles = None if args.optimizer == "adamw" else read_roles(config)
         optimizer = make_optimizer(
-            args.optimizer, plan.learning_rate, args.weight_decay, mesh, specs, clip
+            args.optimizer, plan.learning_rate, args.weight_decay, mesh, specs, clip, roles
         )
 
         def start() -> TrainState:

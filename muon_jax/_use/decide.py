@@ -228,13 +228,27 @@ class Judge:
                     x.of_data and not x.is_piece_of(made) for free in meeting.free for x in free
                 )
                 if values and queries and all(role & {"batch", "free"} for role in roles):
-                    # The innermost is the width of a head.
-                    along = [a for a, role in zip(ins, roles, strict=True) if "batch" in role]
-                    return tuple(along) if 0 < len(along) < len(ins) else tuple(ins[:-1])
+                    return self._many(ins, known, place, meeting)
         raise Doubt(
             f"contracted over its axes {ins} at once, and nothing shows whether they are one input "
             "(heads) or a stack"
         )
+
+    def _many(
+        self, ins: list[int], known: list[list[Label] | None], place: Any, meeting: Meeting
+    ) -> tuple[int, ...]:
+        """The axes of heads: all but the one that the values alone bring."""
+        for side in (0, 1):
+            if any(x.of_data for x in meeting.free[side]):
+                continue
+            width = [
+                axis
+                for axis, labels in zip(ins, known, strict=True)
+                if all("free" in _roles(x, place, side) for x in labels or [])
+            ]
+            if len(width) == 1:
+                return tuple(axis for axis in ins if axis not in width)
+        return ()
 
     # --- Places ----------------------------------------------------------------------------------
 
@@ -330,15 +344,13 @@ def _is_made(label: Label) -> bool:
 
 def _blocks(label: Label) -> tuple[int, ...]:
     """The sizes of the pieces into which an axis was cut, if they fill it."""
-    slices = label.slices
-    sizes = _filling(slices, label.size)
+    sizes = _filling(label.slices, label.size)
     if sizes:
         return sizes
     for factors in label.factors:
-        major = factors[0]
-        counts = _filling(major.slices, major.size)
-        if counts and len(counts) > 1:
-            return tuple(count * (label.size // major.size) for count in counts)
+        of_major = _blocks(factors[0])
+        if of_major:
+            return tuple(size * (label.size // factors[0].size) for size in of_major)
     return ()
 
 

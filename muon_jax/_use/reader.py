@@ -186,7 +186,8 @@ class Reader:
             function = RULES.get(eqn.primitive.name, unknown)
             try:
                 out = function(self, eqn, values)
-            except CannotFollow:
+            except (CannotFollow, KeyError):
+                # Also where another version of JAX keeps a primitive's parameters elsewhere.
                 out = unknown(self, eqn, values)
             out = [out] if isinstance(out, Value) else out
             return [x.tidy(is_inexact(var)) for x, var in zip(out, eqn.outvars, strict=True)]

@@ -1,0 +1,25 @@
+"""Which parameters are matrices: read from the model's own loss."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from examples.moonlight.huggingface.hf_import import ModelConfig, abstract_model
+from examples.moonlight.model.config import Execution
+from examples.moonlight.model.language_model import next_token_loss
+from muon_jax import UseRoles, by_use
+
+
+def read_roles(config: ModelConfig) -> UseRoles:
+    """The role of every parameter, from the loss of a few tokens; nothing is computed.
+
+    However a model is run, its parameters are the same. They are read on one device with the ragged
+    route, which keeps experts apart; the dense route merges them into one wide product, of which
+    `by_use` would have to ask whether it is one matrix.
+    """
+    graphdef, params, bias = abstract_model(config, Execution(experts="ragged"))
+
+    def loss(params: nnx.State, bias: nnx.State, tokens_bt: jax.Array):
+        return next_token_loss(nnx.merge(graphdef, params, bias), tokens_bt)
+
+    return by_use(loss, params, bias, jax.ShapeDtypeStruct((2, 9), jnp.int32))
