@@ -122,9 +122,9 @@ def sum_(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 def equal(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """A comparison, and with what counts along an axis a one-hot code along it."""
     out = compare(reader, eqn, values)
+    shape = eqn.outvars[0].aval.shape
+    values = [x if x.shape == shape else spread(x, shape) for x in values]
     for count, other in (values, values[::-1]):
-        if not other.shape:
-            continue
         hot = frozenset(
             axis
             for axis in count.counts
@@ -232,14 +232,24 @@ def combine(
 
 
 def spread(value: Value, shape: tuple[int, ...]) -> Value:
-    """A scalar as a value of `shape`, along which it does not vary."""
+    """A scalar, or a value with axes of length 1, as one of `shape`, along which it is the same."""
+
+    def widened(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        if not axes:
+            return gaps(shape)
+        return tuple(
+            axis if old == new else (Gap(new),)
+            for axis, old, new in zip(axes, value.shape, shape, strict=True)
+        )
+
+    kept = {i for i, size in enumerate(value.shape) if size == shape[i]}
     return dataclasses.replace(
         value,
         shape=shape,
-        axes=gaps(shape),
-        views=(),
-        onehot=frozenset(),
-        counts=frozenset(),
+        axes=widened(value.axes),
+        views=tuple(view.replace_axes(widened(view.axes)) for view in value.views),
+        onehot=value.onehot & kept,
+        counts=value.counts & kept,
     )
 
 

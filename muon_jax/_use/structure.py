@@ -63,9 +63,8 @@ def keep_axes(reader: Reader, value: Value, kept: Sequence[int]) -> Value:
 @rule("broadcast_in_dim")
 def broadcast_in_dim(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """Adds axes along which nothing varies."""
-    return broadcast(
-        reader, values[0], eqn.outvars[0].aval.shape, eqn.params["broadcast_dimensions"]
-    )
+    where = [*map(int, eqn.params["broadcast_dimensions"])]
+    return broadcast(reader, values[0], eqn.outvars[0].aval.shape, where)
 
 
 def broadcast(reader: Reader, value: Value, shape: Sequence[int], where: Sequence[int]) -> Value:

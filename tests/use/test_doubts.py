@@ -275,7 +275,7 @@ def test_a_loss_is_a_scalar_or_a_pair(outcome, error, match):
         by_use(lambda p, x: outcome(x @ p["w"]), arrays(w=(D, 3)), data(6, D))
 
 
-def test_arguments_of_another_kind_raise():
+def test_arguments_of_another_kind_raise(untyped):
     params = arrays(w=(D, 3))
     with pytest.raises(TypeError, match="declared must be what muon_jax.by_path returns"):
         by_use(head, params, declared={"w": None})
