@@ -7,7 +7,7 @@ from typing import Any
 from muon_jax._use.atoms import Axis, CannotFollow, Digit, Gap, Part, align, leaves
 from muon_jax._use.labels import Label
 from muon_jax._use.live import CALLS, called
-from muon_jax._use.reader import Reader, rule, unknown
+from muon_jax._use.reader import Reader, ints, rule, shape_of, unknown
 from muon_jax._use.values import (
     Kind,
     Taken,
@@ -166,12 +166,12 @@ def shard_map(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
     body = eqn.params["jaxpr"]
     inner = getattr(body, "jaxpr", body)
     pieces = [
-        resized(reader, value, var.aval.shape)
+        resized(reader, value, ints(var.aval.shape))
         for value, var in zip(values, inner.invars, strict=True)
     ]
     outcome = reader.run(body, pieces)
     return [
-        resized(reader, value, var.aval.shape)
+        resized(reader, value, ints(var.aval.shape))
         for value, var in zip(outcome, eqn.outvars, strict=True)
     ]
 
@@ -181,7 +181,7 @@ def all_gather(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
     """The pieces of all devices, side by side or along a new axis."""
     tiled, out = eqn.params.get("tiled", False), []
     for value, var in zip(values, eqn.outvars, strict=True):
-        shape = var.aval.shape
+        shape = ints(var.aval.shape)
         if tiled:
             out.append(resized(reader, value, shape))
             continue
@@ -199,7 +199,7 @@ def exchange(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
     """Pieces that go to other devices: axes that keep their length keep their labels."""
     out = []
     for value, var in zip(values, eqn.outvars, strict=True):
-        shape = var.aval.shape
+        shape = ints(var.aval.shape)
         for view in value.views:
             reader.doubt(view, f"passes {eqn.primitive.name}")
         same = len(shape) == len(value.shape)
@@ -214,7 +214,7 @@ def exchange(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
 @rule("axis_index", "platform_index")
 def index(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """The device's own place: the same program for all."""
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn)
     return Value(shape, Kind.CONSTANT, gaps(shape))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from muon_jax._use.atoms import Axis, Gap, leaves, same_axis
 from muon_jax._use.labels import Label
-from muon_jax._use.reader import Reader, rule
+from muon_jax._use.reader import Reader, ints, rule, shape_of
 from muon_jax._use.values import Kind, Value, View, gaps, merge
 
 _ONE = (
@@ -92,7 +92,7 @@ def exponential(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 @rule(*_PRODUCTS, *_LOGIC)
 def product(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """Entry by entry, not linear in all operands at once."""
-    out = combine(reader, values, eqn.outvars[0].aval.shape, is_sum=False)
+    out = combine(reader, values, shape_of(eqn), is_sum=False)
     indicators = eqn.primitive.name in ("mul", "and", "or", "xor", "max", "min")
     if indicators and all(value.indicator for value in values):
         out = dataclasses.replace(out, indicator=True)
@@ -102,7 +102,7 @@ def product(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 @rule(*_SUMS)
 def sum_(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """Entry by entry, linear in all operands at once."""
-    out = combine(reader, values, eqn.outvars[0].aval.shape, is_sum=True)
+    out = combine(reader, values, shape_of(eqn), is_sum=True)
     counting = [value for value in values if value.counts]
     if eqn.primitive.name == "add" and len(counting) == 1 and out.kind is Kind.CONSTANT:
         others = [value for value in values if not value.counts]
@@ -122,7 +122,7 @@ def sum_(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 def equal(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """A comparison, and with what counts along an axis a one-hot code along it."""
     out = compare(reader, eqn, values)
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn)
     values = [x if x.shape == shape else spread(x, shape) for x in values]
     for count, other in (values, values[::-1]):
         hot = frozenset(
@@ -138,14 +138,14 @@ def equal(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 @rule(*_COMPARISONS)
 def compare(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """True or false, which is 0 or 1 where it is counted."""
-    out = combine(reader, values, eqn.outvars[0].aval.shape, is_sum=True, quietly=True)
+    out = combine(reader, values, shape_of(eqn), is_sum=True, quietly=True)
     return dataclasses.replace(out, indicator=True)
 
 
 @rule("iota")
 def iota(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """Counts along one axis."""
-    shape, axis = eqn.outvars[0].aval.shape, eqn.params["dimension"]
+    shape, axis = shape_of(eqn), eqn.params["dimension"]
     axes = list(gaps(shape))
     axes[axis] = (Label(shape[axis]),)
     counts = frozenset({axis}) if shape[axis] > 1 else frozenset()
@@ -155,7 +155,7 @@ def iota(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 @rule(*_REDUCTIONS)
 def reduce(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
     """Sums, or the like, over some axes."""
-    return [reduced(reader, value, {*eqn.params["axes"]}) for value in values]
+    return [reduced(reader, value, {*ints(eqn.params["axes"])}) for value in values]
 
 
 def reduced(reader: Reader, value: Value, gone: set[int]) -> Value:

@@ -5,7 +5,7 @@ from typing import Any
 
 from muon_jax._use.atoms import Axis, CannotFollow, Digit, Gap
 from muon_jax._use.labels import Label
-from muon_jax._use.reader import Reader, rule
+from muon_jax._use.reader import Reader, ints, rule, shape_of
 from muon_jax._use.structure import chosen, window, written_into
 from muon_jax._use.values import Kind, Taken, Value, derived, fresh_axes, merge
 
@@ -14,8 +14,8 @@ from muon_jax._use.values import Kind, Taken, Value, derived, fresh_axes, merge
 def gather(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """Entries, rows or windows, taken by an array of indices."""
     operand, indices = values
-    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    shape = eqn.outvars[0].aval.shape
+    numbers, sizes = eqn.params["dimension_numbers"], ints(eqn.params["slice_sizes"])
+    shape = shape_of(eqn)
     collapsed, batching = {*numbers.collapsed_slice_dims}, [*numbers.operand_batching_dims]
     index_batching = [*numbers.start_indices_batching_dims]
     started = {*numbers.start_index_map}
@@ -120,7 +120,7 @@ def top_k(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
     (value,) = values
     for view in value.views:
         reader.doubt(view, "only its largest entries are used")
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn)
     axes = tuple(
         old if size == before else fresh_axes((size,))[0]
         for old, size, before in zip(value.axes, shape, value.shape, strict=True)

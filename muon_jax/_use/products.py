@@ -18,7 +18,7 @@ from muon_jax._use.atoms import (
 )
 from muon_jax._use.elementwise import check_by_hand, combine, is_flat
 from muon_jax._use.labels import Label
-from muon_jax._use.reader import Meeting, Reader, Use, restructure, rule
+from muon_jax._use.reader import Meeting, Reader, Use, restructure, rule, shape_of
 from muon_jax._use.structure import broadcast, chosen
 from muon_jax._use.values import Kind, Taken, Value, View, is_whole, labels_in, merge
 
@@ -35,7 +35,7 @@ def dot_general(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 def _dot(
     reader: Reader, eqn: Any, lhs: Value, rhs: Value, contract: Pairs, batch: Pairs
 ) -> Value:
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn)
     if not contract[0]:
         return _outer(reader, lhs, rhs, batch, shape)
     for one, other, sides in ((lhs, rhs, 0), (rhs, lhs, 1)):
@@ -344,7 +344,7 @@ def ragged_dot(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     ragged = [*numbers.lhs_ragged_dimensions]
     if lhs.kind is not Kind.DATA or not groups or {*ragged} & {*contract[0]}:
         raise CannotFollow
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn)
     free = [i for i in _free(rhs, 1, contract, batch) if i not in groups]
     axes = (
         *(same_axis(lhs.axes[i], rhs.axes[j]) for i, j in zip(*batch, strict=True)),
@@ -368,7 +368,7 @@ def ragged_dot(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 def convolution(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """A convolution: its window and its input channels are fan-in."""
     lhs, rhs = values
-    numbers, shape = eqn.params["dimension_numbers"], eqn.outvars[0].aval.shape
+    numbers, shape = eqn.params["dimension_numbers"], shape_of(eqn)
     (l_batch, l_in, *l_window), (r_out, r_in, *r_window) = numbers.lhs_spec, numbers.rhs_spec
     if lhs.kind is not Kind.DATA or eqn.params["batch_group_count"] != 1:
         raise CannotFollow

@@ -234,6 +234,16 @@ def unknown(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
     ]
 
 
+def ints(numbers: Any) -> list[int]:
+    """Python's own integers: programs hold NumPy's here and there."""
+    return [*map(int, numbers)]
+
+
+def shape_of(eqn: Any, number: int = 0) -> tuple[int, ...]:
+    """The shape of an equation's outcome."""
+    return tuple(ints(eqn.outvars[number].aval.shape))
+
+
 def is_inexact(var: Any) -> bool:
     """Whether a gradient can pass a variable."""
     dtype = getattr(var.aval, "dtype", None)

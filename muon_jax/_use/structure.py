@@ -19,14 +19,14 @@ from muon_jax._use.atoms import (
 )
 from muon_jax._use.elementwise import join_activations
 from muon_jax._use.labels import Label
-from muon_jax._use.reader import Reader, restructure, rule
+from muon_jax._use.reader import Reader, ints, restructure, rule, shape_of
 from muon_jax._use.values import Kind, Value, View, derived, labels_in, merge
 
 
 @rule("reshape")
 def reshape(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """Cuts and joins axes, row-major."""
-    (value,), shape = values, eqn.outvars[0].aval.shape
+    (value,), shape = values, shape_of(eqn)
     if eqn.params.get("dimensions") is not None:
         raise CannotFollow
     pairs = groups(value.shape, shape)
@@ -39,9 +39,9 @@ def reshape(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 @rule("transpose")
 def transpose(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """Reorders axes."""
-    order = eqn.params["permutation"]
+    order = ints(eqn.params["permutation"])
     moved = {old: new for new, old in enumerate(order)}
-    shape = eqn.outvars[0].aval.shape
+    shape = shape_of(eqn)
     return restructure(reader, values[0], shape, lambda axes: [axes[i] for i in order], moved)
 
 
@@ -63,8 +63,8 @@ def keep_axes(reader: Reader, value: Value, kept: Sequence[int]) -> Value:
 @rule("broadcast_in_dim")
 def broadcast_in_dim(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """Adds axes along which nothing varies."""
-    where = [*map(int, eqn.params["broadcast_dimensions"])]
-    return broadcast(reader, values[0], eqn.outvars[0].aval.shape, where)
+    where = ints(eqn.params["broadcast_dimensions"])
+    return broadcast(reader, values[0], shape_of(eqn), where)
 
 
 def broadcast(reader: Reader, value: Value, shape: Sequence[int], where: Sequence[int]) -> Value:
@@ -84,8 +84,8 @@ def broadcast(reader: Reader, value: Value, shape: Sequence[int], where: Sequenc
 @rule("tile")
 def tile(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """Repeats the whole along its axes."""
-    (value,), reps = values, eqn.params["reps"]
-    shape = eqn.outvars[0].aval.shape
+    (value,), reps = values, ints(eqn.params["reps"])
+    shape = shape_of(eqn)
     if len(reps) != len(value.shape):
         raise CannotFollow
 
@@ -102,8 +102,8 @@ def tile(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 @rule("slice")
 def slice_(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """Every so manieth entry of each axis, from static starts."""
-    steps = eqn.params["strides"] or [1] * len(values[0].shape)
-    starts, shape = eqn.params["start_indices"], eqn.outvars[0].aval.shape
+    steps = ints(eqn.params["strides"] or [1] * len(values[0].shape))
+    starts, shape = ints(eqn.params["start_indices"]), shape_of(eqn)
     return static_slice(reader, values[0], starts, shape, steps)
 
 
@@ -144,7 +144,7 @@ def split(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
     """Several slices along one axis."""
     (value,), axis = values, eqn.params["axis"]
     out, start = [], 0
-    for size in map(int, eqn.params["sizes"]):
+    for size in ints(eqn.params["sizes"]):
         starts = [start if i == axis else 0 for i in range(len(value.shape))]
         shape = [size if i == axis else n for i, n in enumerate(value.shape)]
         out.append(static_slice(reader, value, starts, shape, [1] * len(shape)))
@@ -196,7 +196,7 @@ def rev(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 @rule("dynamic_slice")
 def dynamic_slice(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """A slice whose starts are computed."""
-    return window(reader, values[0], eqn.outvars[0].aval.shape, values[1:])
+    return window(reader, values[0], shape_of(eqn), values[1:])
 
 
 def window(reader: Reader, value: Value, shape: Sequence[int], indices: Sequence[Value]) -> Value:
@@ -264,7 +264,7 @@ def written_into(reader: Reader, eqn: Any, values: list[Value], axes: tuple[Axis
     for value in values:
         for view in value.views:
             reader.doubt(view, f"is written into another array by {eqn.primitive.name}")
-    return merge(eqn.outvars[0].aval.shape, values, axes)
+    return merge(shape_of(eqn), values, axes)
 
 
 # --- Joining --------------------------------------------------------------------------------------
@@ -355,8 +355,8 @@ def _parent(parts: Sequence[Label], total: int) -> Label | None:
 def pad(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """Puts constants around or between the entries of a value."""
     value, filler = values
-    config = eqn.params["padding_config"]
-    shape = eqn.outvars[0].aval.shape
+    config = [tuple(ints(entry)) for entry in eqn.params["padding_config"]]
+    shape = shape_of(eqn)
     if any(between for _, _, between in config):
         for view in value.views:
             reader.doubt(view, "its entries are spread by pad")
