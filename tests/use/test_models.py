@@ -63,15 +63,21 @@ def test_nnx_transformer():
 
 
 def test_nnx_optimizer_takes_what_a_module_was_read_as():
-    model = Transformer(nnx.Rngs(0))
+    """Its parameters are wrapped in one way in `init` and in another in `update`."""
     tokens = jnp.zeros((B, T), jnp.int32)
 
     def loss(model, tokens):
         return mean_square(model(tokens))
 
-    roles = by_use(loss, model, tokens)
-    optimizer = nnx.Optimizer(model, muon(1e-3, muon_weight_dimension_numbers=roles), wrt=nnx.Param)
-    optimizer.update(model, nnx.grad(loss)(model, tokens))
+    def step():
+        model = Transformer(nnx.Rngs(0))
+        roles = by_use(loss, model, tokens)
+        tx = muon(1e-3, muon_weight_dimension_numbers=roles)
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        optimizer.update(model, nnx.grad(loss)(model, tokens))
+        return nnx.state(optimizer)
+
+    assert jax.eval_shape(step)
 
 
 class Vision(nnx.Module):

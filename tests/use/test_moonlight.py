@@ -40,13 +40,11 @@ def test_the_example_is_routed_as_before():
 
 
 RUNS = {
-    "bfloat16": {"dtype": jnp.bfloat16},
-    "remat": {"remat": True},
-    "unrolled": {"unroll": True},
-    "blocks": {"attention_block": 4, "loss_block": 4},
-    "capacity": {"expert_capacity": 2.0},
-    "monitored": {"monitor": True},
-}
+    "bfloat16, in blocks": {
+        "dtype": jnp.bfloat16, "attention_block": 4, "loss_block": 4, "monitor": True
+    },
+    "unrolled, remat, with a capacity": {"unroll": True, "remat": True, "expert_capacity": 2.0},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)
