@@ -3,6 +3,7 @@
 import functools
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from muon_jax._parameters import check_tree, parameter_shape
 from muon_jax._paths import Path, flatten_with_names, show
 from muon_jax._routing import PathRules, declared_by_rules
 from muon_jax._use import control, elementwise, gather, products, structure
-from muon_jax._use.decide import Doubt, Judge
+from muon_jax._use.decide import RAVELLED, Doubt, Judge
 from muon_jax._use.labels import Label
 from muon_jax._use.reader import Reader
 from muon_jax._use.readings import Reading, UseRoles
@@ -90,6 +91,13 @@ def by_use(
             doubts.append((path, shape, str(doubt)))
     if doubts:
         raise ValueError(_message(doubts))
+    ravelled = [show(reading.path) for reading in readings if reading.reason == RAVELLED]
+    if ravelled:
+        warnings.warn(
+            f"by_use: {', '.join(ravelled)} holds matrices in a single axis, and goes to AdamW as a "
+            "whole; give the optimizer the matrices themselves.",
+            stacklevel=2,
+        )
     return UseRoles(tuple(readings))
 
 
@@ -131,7 +139,7 @@ def _judge(
 
 def _scalar(outcome: Any) -> Any:
     """The loss itself of what a loss function returns."""
-    value = outcome[0] if isinstance(outcome, tuple) and len(outcome) == 2 else outcome
+    value: Any = outcome[0] if isinstance(outcome, tuple) and len(outcome) == 2 else outcome
     if not hasattr(value, "shape") and not isinstance(value, float):
         raise TypeError(
             "by_use: the loss must return a scalar, or a pair (scalar, auxiliary values); got "
@@ -178,5 +186,3 @@ def _message(doubts: list[tuple[Path, tuple[int, ...], str]]) -> str:
 def _proposal(shape: tuple[int, ...]) -> str:
     del shape
     return "MuonDimensionNumbers(-2, -1)"
-
-

@@ -73,7 +73,11 @@ def scan(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
     carried = sum(rank(a) == rank(b) for a, b in zip(eqn.outvars, inner.outvars, strict=True))
     scanned = sum(rank(a) != rank(b) for a, b in zip(eqn.invars, inner.invars, strict=True))
     first = len(values) - scanned
-    constants, start, xs = values[: first - carried], values[first - carried : first], values[first:]
+    constants, start, xs = (
+        values[: first - carried],
+        values[first - carried : first],
+        values[first:],
+    )
     place = reader.place
     entries = [_entry(reader, x, place) for x in xs]
     if length == 1:
@@ -125,9 +129,7 @@ def _entry(reader: Reader, value: Value, place: tuple) -> Value:
             continue
         digits = [x for x in atoms if isinstance(x, Digit) and view.lengths[x.axis] > 1]
         taken = {Taken(digit.axis, "scan", None, digit, place) for digit in digits}
-        views.append(
-            dataclasses.replace(view, axes=view.axes[1:], taken=view.taken | taken)
-        )
+        views.append(dataclasses.replace(view, axes=view.axes[1:], taken=view.taken | taken))
     return dataclasses.replace(
         value,
         shape=value.shape[1:],

@@ -12,6 +12,7 @@ several axes could be one matrix or a stack, only with evidence from the activat
   layers do, or stay apart from attention, as experts do. Heads in a loop would look the same.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,11 @@ from muon_jax._use.values import Value
 
 Verdict = tuple[str, str, MatrixSpec | None, tuple[str, ...], tuple[int, ...]]
 """Role, reason, spec, hints and head axes, as in `Reading`."""
+
+
+RAVELLED = "one axis, which the program cuts into matrices"
+
+Axes = tuple[int, ...]
 
 
 class Doubt(Exception):
@@ -72,6 +78,8 @@ class Judge:
         shape, notes = self.reader.shapes[leaf], self.notes.get(leaf, {})
         if sum(size > 1 for size in shape) < 2:
             reason = "one axis" if shape else "scalar"
+            if leaf in self.reader.cut:
+                return "vector", RAVELLED, None, (), ()
             return "vector", "of one row or column" if len(shape) > 1 else reason, None, (), ()
         if "doubt" in notes:
             raise Doubt("; ".join(notes["doubt"]))
@@ -92,7 +100,9 @@ class Judge:
             hints.append("also straight to the loss")
         readings = [self._axes(use) for use in uses]
         if any(reading != readings[0] for reading in readings):
-            seen = "; ".join(dict.fromkeys(describe(*reading[:3]) for reading in readings))
+            seen = "; ".join(
+                dict.fromkeys(describe(ins, outs, stack) for ins, outs, stack, _ in readings)
+            )
             raise Doubt(f"used in different ways: {seen}")
         ins, outs, stack, heads = readings[0]
         hows = {taken.axis: taken.how for use in uses for taken in use.taken}
@@ -126,7 +136,7 @@ class Judge:
 
     # --- Axes ------------------------------------------------------------------------------------
 
-    def _axes(self, use: Use) -> tuple[tuple[int, ...], ...]:
+    def _axes(self, use: Use) -> tuple[Axes, Axes, Axes, Axes]:
         """Fan-in, fan-out, stack, and the head axes among the first two, of one use."""
         shape = self.reader.shapes[use.leaf]
         stacked = {*use.batch} | {taken.axis for taken in use.taken}
@@ -148,6 +158,11 @@ class Judge:
             if axis in use.partly:
                 raise Doubt(f"contracted over pieces of axis {axis}")
         self._check_batch(use)
+        if len(outs) == 1 and self._holds_experts(self.labels[use.leaf][outs[0]].root):
+            raise Doubt(
+                f"another parameter's product runs along pieces of axis {outs[0]}: maybe a stack "
+                "stored side by side"
+            )
         heads: tuple[int, ...] = ()
         if len(ins) > 1 and use.kind != "convolution":
             heads = self._joint_input(use, ins)
@@ -181,10 +196,24 @@ class Judge:
         batch = {axis: _places(label, "weight", "batch") for axis, label in labels.items()}
         summed = {axis: _places(label, "weight", "contracted") for axis, label in labels.items()}
         stack = [a for a in outs if any(batch[a] & summed[b] for b in outs if b != a)]
+        # Experts are added up in the end; heads of a block-diagonal product stay.
+        stack = [axis for axis in stack if _is_added_up(labels[axis])]
         rest = [axis for axis in outs if axis not in stack]
         if not stack or len(rest) != 1 or any(summed[a] & summed[rest[0]] for a in stack):
             return None
         return stack
+
+    def _holds_experts(self, label: Label) -> bool:
+        """Whether a product with a parameter runs along one factor, and sums over another."""
+        for factors in label.factors:
+            batch, summed = (
+                [_places(factor.root, "weight", role) for factor in factors]
+                for role in ("batch", "contracted")
+            )
+            for i, along in enumerate(batch):
+                if any(along & over for j, over in enumerate(summed) if j != i):
+                    return True
+        return False
 
     def _heads(self, leaf: int, outs: list[int]) -> tuple[int, ...] | None:
         """The axes that run along a product of activations while it sums over, or keeps, another.
@@ -253,14 +282,17 @@ class Judge:
     # --- Places ----------------------------------------------------------------------------------
 
     def _check_places(self, leaf: int, uses: list[Use]) -> None:
-        """Doubt an axis taken place by place whose places meet in attention, as heads do."""
+        """Doubt an axis taken place by place whose places meet as heads do in attention.
+
+        Any product of activations may be attention here, and so may what can't be followed.
+        """
         if not any(taken.how in ("index", "scan", "loop") for use in uses for taken in use.taken):
             return
         near = [
             use
             for use in uses
-            if use.fresh & {*self.attention}
-            or any(meeting.pending >> use.product & 1 for meeting in self.attention.values())
+            if use.fresh
+            or any(meeting.pending >> use.product & 1 for meeting in self.reader.meetings.values())
         ]
         if near:
             self._check_chain(
@@ -286,7 +318,7 @@ class Judge:
             else:
                 chained = all(
                     any(b.behind >> a.product & 1 for a in before for b in after)
-                    for before, after in zip(groups, groups[1:], strict=False)
+                    for before, after in itertools.pairwise(groups)
                 )
             if not chained:
                 raise Doubt(f"axis {axis} is {text}")
@@ -296,7 +328,8 @@ class Judge:
     def _hints(self, leaf: int, outs: tuple[int, ...], uses: list[Use]) -> list[str]:
         if len(outs) != 1:
             return []
-        label, axis = self.labels[leaf][outs[0]].root, outs[0]
+        (axis,) = outs
+        label = self.labels[leaf][axis].root
         hints = []
         for factors in label.factors:
             if len(factors) == 2 and self._are_heads(*factors):
@@ -337,6 +370,13 @@ def _roles(label: Label, place: Any, side: int | None = None) -> set[str]:
     }
 
 
+def _is_added_up(label: Label) -> bool:
+    return any(
+        event[0] == "reduced" or (event[0] == "meeting" and event[3] == "contracted")
+        for event in label.root.events
+    )
+
+
 def _is_made(label: Label) -> bool:
     """Whether an axis is, somewhere, one that a parameter made."""
     return ("free",) in label.root.events
@@ -367,11 +407,10 @@ def _grouped(
     shape: tuple[int, ...], ins: tuple[int, ...], outs: tuple[int, ...], groups: set[int]
 ) -> FusedBlocks:
     """A convolution of several groups: each is a matrix of its own, along the output axis."""
-    count = max(groups)
-    if len(groups) > 1 or len(outs) > 1 or shape[outs[0]] % count:
+    count, axis = max(groups), max(outs)
+    if len(groups) > 1 or len(outs) > 1 or shape[axis] % count:
         raise Doubt(f"a convolution of {sorted(groups)} feature groups whose outputs are not plain")
-    width = shape[outs[0]] // count
-    return FusedBlocks((width,) * count, outs[0], MuonDimensionNumbers(ins, outs))
+    return FusedBlocks((shape[axis] // count,) * count, axis, MuonDimensionNumbers(ins, outs))
 
 
 _HOWS = {
@@ -402,5 +441,3 @@ def describe(
         how = (hows or {}).get(axis)
         words.append(f"stack {axis} ({_HOWS[how] if how else 'batch'})")
     return ", ".join(words)
-
-

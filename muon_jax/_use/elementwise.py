@@ -7,23 +7,86 @@ from typing import Any
 from muon_jax._use.atoms import Axis, Gap, leaves, same_axis
 from muon_jax._use.labels import Label
 from muon_jax._use.reader import Reader, ints, rule, shape_of
-from muon_jax._use.values import Kind, Value, View, gaps, merge
+from muon_jax._use.values import Kind, Value, View, gaps, labels_in, merge
 
-_ONE = (
-    "neg sign floor ceil round is_finite not abs sqrt rsqrt cbrt sin cos tan asin acos atan sinh "
-    "cosh tanh asinh acosh atanh erf erfc erf_inv lgamma digamma log log1p logistic square "
-    "integer_pow real imag conj copy copy_p reduce_precision population_count clz name "
-    "sharding_constraint reshard mesh_cast pvary pcast psum psum2 psum_invariant pmax pmin "
-    "ppermute cumsum cumprod cummax cummin cumlogsumexp bessel_i0e bessel_i1e"
-).split()
+_ONE = [
+    "neg",
+    "sign",
+    "floor",
+    "ceil",
+    "round",
+    "is_finite",
+    "not",
+    "abs",
+    "sqrt",
+    "rsqrt",
+    "cbrt",
+    "sin",
+    "cos",
+    "tan",
+    "asin",
+    "acos",
+    "atan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "asinh",
+    "acosh",
+    "atanh",
+    "erf",
+    "erfc",
+    "erf_inv",
+    "lgamma",
+    "digamma",
+    "log",
+    "log1p",
+    "logistic",
+    "square",
+    "integer_pow",
+    "real",
+    "imag",
+    "conj",
+    "copy",
+    "copy_p",
+    "reduce_precision",
+    "population_count",
+    "clz",
+    "name",
+    "sharding_constraint",
+    "reshard",
+    "mesh_cast",
+    "pvary",
+    "pcast",
+    "psum",
+    "psum2",
+    "psum_invariant",
+    "pmax",
+    "pmin",
+    "ppermute",
+    "cumsum",
+    "cumprod",
+    "cummax",
+    "cummin",
+    "cumlogsumexp",
+    "bessel_i0e",
+    "bessel_i1e",
+]
 _EXPONENTIALS = ("exp", "exp2", "expm1")
 _PRODUCTS = ("mul", "div", "rem", "pow", "atan2", "max", "min", "nextafter", "clamp")
 _SUMS = ("add", "sub", "add_any", "complex", "select_n")
 _COMPARISONS = ("ne", "lt", "le", "gt", "ge", "lt_to", "le_to", "eq_to")
 _LOGIC = ("and", "or", "xor", "shift_left", "shift_right_logical", "shift_right_arithmetic")
-_REDUCTIONS = (
-    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin"
-).split()
+_REDUCTIONS = [
+    "reduce_sum",
+    "reduce_max",
+    "reduce_min",
+    "reduce_prod",
+    "reduce_and",
+    "reduce_or",
+    "reduce_xor",
+    "argmax",
+    "argmin",
+]
 
 
 @rule(*_ONE)
@@ -44,7 +107,17 @@ def one(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 _TRUE_COPIES = {
-    *"copy copy_p name sharding_constraint reshard mesh_cast pvary pcast reduce_precision".split()
+    *[
+        "copy",
+        "copy_p",
+        "name",
+        "sharding_constraint",
+        "reshard",
+        "mesh_cast",
+        "pvary",
+        "pcast",
+        "reduce_precision",
+    ]
 }
 
 
@@ -121,7 +194,8 @@ def sum_(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 @rule("eq")
 def equal(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """A comparison, and with what counts along an axis a one-hot code along it."""
-    out = compare(reader, eqn, values)
+    out = combine(reader, values, shape_of(eqn), is_sum=True, quietly=True)
+    out = dataclasses.replace(out, indicator=True)
     shape = shape_of(eqn)
     values = [x if x.shape == shape else spread(x, shape) for x in values]
     for count, other in (values, values[::-1]):
@@ -161,6 +235,8 @@ def reduce(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
 def reduced(reader: Reader, value: Value, gone: set[int]) -> Value:
     """A value without the axes that a reduction took."""
     kept = [i for i in range(len(value.shape)) if i not in gone]
+    for label in labels_in(*(value.axes[i] for i in gone)):
+        label.add(("reduced",))
     views = []
     for view in value.views:
         summed = {digit.axis for i in gone for digit in view.digits(view.axes[i])}

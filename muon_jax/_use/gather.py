@@ -68,9 +68,7 @@ def gather(reader: Reader, eqn: Any, values: list[Value]) -> Value:
                         view_axes[new] = _scrambled(view_axes[new], mixed)
                 else:
                     taken.add(Taken(digit.axis, "rows"))
-        views.append(
-            dataclasses.replace(view, axes=tuple(view_axes), taken=view.taken | taken)
-        )
+        views.append(dataclasses.replace(view, axes=tuple(view_axes), taken=view.taken | taken))
     merged = merge(shape, (operand, indices), tuple(axes))
     hot = {new for new, old in places.items() if old in operand.onehot}
     out = dataclasses.replace(
@@ -126,5 +124,3 @@ def top_k(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
         for old, size, before in zip(value.axes, shape, value.shape, strict=True)
     )
     return [merge(shape, values, axes) for _ in eqn.outvars]
-
-

@@ -1,4 +1,4 @@
-"""Rules for products: what a product sums over is fan-in, what stays is fan-out, a batch a stack."""
+"""Rules for products: what they sum over is fan-in, what stays is fan-out, a batch is a stack."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -32,9 +32,7 @@ def dot_general(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     return _dot(reader, eqn, values[0], values[1], contract, batch)
 
 
-def _dot(
-    reader: Reader, eqn: Any, lhs: Value, rhs: Value, contract: Pairs, batch: Pairs
-) -> Value:
+def _dot(reader: Reader, eqn: Any, lhs: Value, rhs: Value, contract: Pairs, batch: Pairs) -> Value:
     shape = shape_of(eqn)
     if not contract[0]:
         return _outer(reader, lhs, rhs, batch, shape)
@@ -68,27 +66,23 @@ def _axes(lhs: Value, rhs: Value, contract: Pairs, batch: Pairs) -> tuple[Axis, 
     both = [
         same_axis(lhs.axes[i], rhs.axes[j])
         if lhs.kind is not Kind.CONSTANT and rhs.kind is not Kind.CONSTANT
-        else (rhs if lhs.kind is Kind.CONSTANT else lhs).axes[
-            j if lhs.kind is Kind.CONSTANT else i
-        ]
+        else (rhs if lhs.kind is Kind.CONSTANT else lhs).axes[j if lhs.kind is Kind.CONSTANT else i]
         for i, j in zip(*batch, strict=True)
     ]
     free = [
-        value.axes[i] for value, side in ((lhs, 0), (rhs, 1)) for i in _free(value, side, contract, batch)
+        value.axes[i]
+        for value, side in ((lhs, 0), (rhs, 1))
+        for i in _free(value, side, contract, batch)
     ]
     return (*both, *free)
 
 
 def _free(value: Value, side: int, contract: Pairs, batch: Pairs) -> list[int]:
     """The axes that stay, in the order of the outcome."""
-    return [
-        i for i in range(len(value.shape)) if i not in contract[side] and i not in batch[side]
-    ]
+    return [i for i in range(len(value.shape)) if i not in contract[side] and i not in batch[side]]
 
 
-def _outer(
-    reader: Reader, lhs: Value, rhs: Value, batch: Pairs, shape: tuple[int, ...]
-) -> Value:
+def _outer(reader: Reader, lhs: Value, rhs: Value, batch: Pairs, shape: tuple[int, ...]) -> Value:
     """A product that sums over nothing: entry by entry, each spread along the other's axes."""
     spread = []
     for side, value in enumerate((lhs, rhs)):
@@ -240,7 +234,7 @@ def used(
       depthwise: see `Use`.
     """
     number = reader.product(out.pending)
-    summed, along = dict((j, i) for i, j in contract), dict((j, i) for i, j in batch)
+    summed, along = {j: i for i, j in contract}, {j: i for i, j in batch}
     uses = []
     for view in weight.views:
         if act.indicator and kind == "product":
@@ -265,9 +259,11 @@ def used(
             depthwise,
         )
         free: set[int] = set()
+        shape = reader.shapes[view.leaf]
         for axis, atoms in enumerate(view.axes):
             for place, digit in enumerate(x for x in leaves(atoms) if isinstance(x, Digit)):
-                if digit.size == 1:
+                # On a device's piece, an axis may be a single entry long and still be an axis.
+                if digit.size == 1 and not view.lengths[digit.axis] < shape[digit.axis]:
                     continue
                 if axis in summed:
                     labels = _labels_at(act.axes[summed[axis]], atoms, place)
@@ -282,6 +278,8 @@ def used(
                 else:
                     free.add(digit.axis)
         uses.append(dataclasses.replace(use, free=frozenset(free)))
+        if {*use.contracted} & free:
+            reader.cut.add(view.leaf)
     reader.uses[reader.place] = uses
     for axis, atoms in enumerate(weight.axes):
         if axis not in summed and axis not in along:
@@ -389,5 +387,3 @@ def convolution(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     if any(view for value in values for view in value.views):
         raise CannotFollow
     return out
-
-

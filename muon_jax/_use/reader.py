@@ -9,13 +9,14 @@ the design: new primitives of JAX can't be misread, only not read.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import Literal
 
 from muon_jax._use.atoms import Axis, CannotFollow
@@ -125,6 +126,8 @@ class Reader:
       uses: the products of activations and parameters, by place.
       notes: what else was seen, by place.
       meetings: the products of activations with activations, by place.
+      cut: the parameters one axis of which is both fan-in and fan-out.
+      shards: the axes of values, and of their pieces on devices.
       followers: for each product with a parameter, the products that its outcome enters, as bits.
     """
 
@@ -134,6 +137,7 @@ class Reader:
         self.notes: dict[Place, list[Note]] = {}
         self.meetings: dict[Place, Meeting] = {}
         self.followers: list[int] = []
+        self.cut: set[int] = set()
         self.shards: list[tuple[Axis, Axis]] = []
         self._numbers: dict[Place, int] = {}
         self._place: Place = ()
@@ -226,12 +230,16 @@ def unknown(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
     for value in values:
         for leaf in value.touches():
             reader.note(leaf, "doubt", f"passes {eqn.primitive.name}, which by_use can't follow")
-    return [
-        merge(var.aval.shape, values, fresh_axes(var.aval.shape))
-        if hasattr(var.aval, "shape")
-        else merge((), values, ())
-        for var in eqn.outvars
-    ]
+    out = []
+    for var in eqn.outvars:
+        shape = ints(getattr(var.aval, "shape", ()))
+        out.append(merge(shape, values, fresh_axes(shape)))
+    pending = functools.reduce(int.__or__, (value.pending for value in values), 0)
+    if pending:
+        # Activations may meet in there, as in a kernel for attention.
+        reader.meetings[reader.place] = Meeting((), ((), ()), pending)
+        out = [dataclasses.replace(x, fresh=x.fresh | {reader.place}) for x in out]
+    return out
 
 
 def ints(numbers: Any) -> list[int]:
@@ -265,9 +273,9 @@ def of_array(array: Any) -> Value:
     value = constant(np.shape(array))
     dtype = getattr(array, "dtype", None)
     if (
-        isinstance(array, jax.core.Tracer)
+        isinstance(array, Tracer)
         or dtype is None
-        or not (jnp.issubdtype(dtype, jnp.number) or dtype == bool)
+        or not (jnp.issubdtype(dtype, jnp.number) or dtype == np.bool_)
         or not math.prod(value.shape)
     ):
         return value

@@ -1,7 +1,7 @@
 """What `by_use` saw of each parameter, as values."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from optax.contrib import MuonDimensionNumbers
 
@@ -9,9 +9,7 @@ from muon_jax._matrices import MatrixSpec
 from muon_jax._paths import Path, show
 from muon_jax._tables import table
 
-Role = Literal[
-    "matrix", "head", "embedding", "elementwise", "vector", "declared", "unknown"
-]
+Role = Literal["matrix", "head", "embedding", "elementwise", "vector", "declared", "unknown"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +41,10 @@ class Reading:
 
     def per_head(self) -> MuonDimensionNumbers:
         """The matrices with each of attention's heads as one of its own."""
-        assert isinstance(self.spec, MuonDimensionNumbers)
+        numbers: Any = self.spec
         ins, outs = (
-            tuple(axis for axis in axes if axis not in self.head_axes)  # type: ignore[union-attr]
-            for axes in (self.spec.reduction_axis, self.spec.output_axis)
+            tuple(axis for axis in axes if axis not in self.head_axes)
+            for axes in (numbers.reduction_axis, numbers.output_axis)
         )
         return MuonDimensionNumbers(ins, outs)
 

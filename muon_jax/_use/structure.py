@@ -162,7 +162,11 @@ def unstack(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
         keep_axes(
             reader,
             static_slice(
-                reader, value, [n if i == axis else 0 for i in range(len(shape))], shape, [1] * len(shape)
+                reader,
+                value,
+                [n if i == axis else 0 for i in range(len(shape))],
+                shape,
+                [1] * len(shape),
             ),
             kept,
         )
@@ -223,7 +227,7 @@ def _anywhere(axis: Axis, size: int) -> Axis:
         if size % block:
             raise CannotFollow
         return (*_anywhere(axis[:1], size // block), *axis[1:])
-    atom = axis[0]
+    atom: Atom = [*axis][0]
     if isinstance(atom, Part):
         raise CannotFollow
     if isinstance(atom, Digit):
@@ -363,7 +367,9 @@ def pad(reader: Reader, eqn: Any, values: list[Value]) -> Value:
         axes = tuple(derived(size, axis) for size, axis in zip(shape, value.axes, strict=True))
         return merge(shape, values, axes)
     starts = [max(-lo, 0) for lo, _, _ in config]
-    inner = [n + min(lo, 0) + min(hi, 0) for n, (lo, hi, _) in zip(value.shape, config, strict=True)]
+    inner = [
+        n + min(lo, 0) + min(hi, 0) for n, (lo, hi, _) in zip(value.shape, config, strict=True)
+    ]
     value = static_slice(reader, value, starts, inner, [1] * len(inner))
     axes, views = list(value.axes), list(value.views)
     for i, (lo, hi, _) in enumerate(config):

@@ -176,9 +176,7 @@ def merge(shape: Sequence[int], values: Sequence[Value], axes: tuple[Axis, ...])
         parameters |= value.parameters
     if kind is Kind.DATA:
         parameters = frozenset()
-    return Value(
-        tuple(shape), kind, axes, (), parameters, pending, behind, fresh
-    )
+    return Value(tuple(shape), kind, axes, (), parameters, pending, behind, fresh)
 
 
 def join(a: Value, b: Value) -> Value:
@@ -207,4 +205,3 @@ def is_whole(view: View, axis: int) -> bool:
     """Whether all entries along a parameter's axis are there."""
     sizes = [d.size for one in view.axes for d in view.digits(one) if d.axis == axis]
     return math.prod(sizes) == view.lengths[axis]
-

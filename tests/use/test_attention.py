@@ -31,7 +31,9 @@ def finish(p, x):
 
 def three_axes(p, x, turn=lambda x: x):
     q, k, v = (jnp.einsum("btd,dhw->bthw", x, p[name]) for name in "qkv")
-    return finish(p, x + jnp.einsum("bthw,hwd->btd", softmax_attention(turn(q), turn(k), v), p["o"]))
+    return finish(
+        p, x + jnp.einsum("bthw,hwd->btd", softmax_attention(turn(q), turn(k), v), p["o"])
+    )
 
 
 THREE = {**dict.fromkeys("qkv", ((0,), (1, 2))), "o": ((0, 1), (2,)), "head": "head"}
@@ -92,9 +94,7 @@ def test_grouped_queries_of_three_and_four_axes():
         y = jnp.einsum("bngqk,bknw->bqngw", weights, v)
         return finish(p, x + jnp.einsum("btngw,ngwd->btd", y, p["o"]))
 
-    params = arrays(
-        q=(D, KV, 2, W), k=(D, KV, W), v=(D, KV, W), o=(KV, 2, W, D), head=(D, 5)
-    )
+    params = arrays(q=(D, KV, 2, W), k=(D, KV, W), v=(D, KV, W), o=(KV, 2, W, D), head=(D, 5))
     assert read(loss, params, data(2, 7, D)) == {
         "q": ((0,), (1, 2, 3)),
         "k": ((0,), (1, 2)),
@@ -217,6 +217,39 @@ def test_a_loop_over_heads_is_a_doubt():
     for loss in (python, mapped):
         with pytest.raises(ValueError, match=r"(?s)4 parameter.*k, shape.*o, .*q, .*v, .*heads\?"):
             by_use(loss, params, data(2, 7, D))
+
+
+def test_mapped_heads_are_joint_where_they_are_free_and_a_doubt_where_they_run_along():
+    def loss(p, x):
+        def one(q, k, v, o):
+            return (jax.nn.softmax((x @ q) @ (x @ k).swapaxes(1, 2)) @ (x @ v)) @ o
+
+        each = (p[name] for name in "qkvo")
+        return finish(p, x + jax.vmap(one, in_axes=(1, 1, 1, 0))(*each).sum(0))
+
+    params = arrays(q=(D, H, W), k=(D, H, W), v=(D, H, W), o=(H, W, D), head=(D, 5))
+    with pytest.raises(ValueError, match="1 parameter(?s:.*) o, .*attention's heads"):
+        by_use(loss, params, data(2, 7, D))
+
+
+def test_headwise_matrices_behind_several_outputs_are_a_doubt():
+    def loss(p, x):
+        y = jnp.einsum("nhw,hwv->nhv", jnp.einsum("nd,dhw->nhw", x, p["q"]), p["b"])
+        return finish(p, jnp.tanh(y).reshape(6, -1))
+
+    params = arrays(q=(D, H, W), b=(H, W, 3), head=(D, 5))
+    with pytest.raises(ValueError, match="1 parameter(?s:.*) q, "):
+        by_use(loss, params, data(6, D))
+
+
+def test_a_fused_axis_of_its_own_is_a_doubt():
+    def loss(p, x):
+        q, k, v = jnp.moveaxis(jnp.einsum("btd,dchw->btchw", x, p["qkv"]), 2, 0)
+        return finish(p, x + jnp.einsum("bthw,hwd->btd", softmax_attention(q, k, v), p["o"]))
+
+    params = arrays(qkv=(D, 3, H, W), o=(H, W, D), head=(D, 5))
+    with pytest.raises(ValueError, match="1 parameter(?s:.*) qkv, "):
+        by_use(loss, params, data(2, 7, D))
 
 
 @pytest.mark.parametrize("merged", ["kv", "qkv"])

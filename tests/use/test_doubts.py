@@ -87,6 +87,12 @@ def summed(p, x):
     return head(p, x + p["w"].sum(0)[None])
 
 
+def experts_side_by_side(p, x):
+    h = jnp.tanh(jnp.einsum("nd,def->nef", x, p["w"].reshape(D, 2, 2)))
+    y = jnp.einsum("ned,ne->nd", jnp.einsum("nef,efd->ned", h, p["e"]), x[:, :2])
+    return head(p, y)
+
+
 def both_ways(p, x):
     return head(p, jnp.tanh(x @ p["w"]) @ p["w"].T)
 
@@ -111,6 +117,7 @@ TRAPS = {
     "sorted": (sorted_, "is sorted"),
     "scattered": (scattered, "written into another array by scatter"),
     "summed": (summed, "does not use it"),
+    "experts side by side": (experts_side_by_side, "stored side by side"),
     "both ways": (both_ways, "different ways"),
     "on a vector": (on_a_vector_of_parameters, "vector of parameters only"),
 }
@@ -120,9 +127,9 @@ test_time_training.__test__ = False
 @pytest.mark.parametrize("name", TRAPS)
 def test_each_trap_raises_and_names_the_leaf(name):
     loss, seen = TRAPS[name]
-    params = arrays(w=(D, D), head=(D, 3), maker=(D, D * D), v=(D,))
+    params = arrays(w=(D, D), head=(D, 3), maker=(D, D * D), v=(D,), e=(2, 2, D))
     with pytest.raises(ValueError, match=rf"w, shape \(4, 4\): .*({seen})"):
-        by_use(loss, params, data(6, D), declared=by_path({"^maker$": None}))
+        by_use(loss, params, data(6, D), declared=by_path({"^(maker|e)$": None}))
 
 
 def test_products_of_parameters_raise_for_both_and_low_rank_terms_on_activations_do_not():
@@ -171,6 +178,14 @@ def test_what_is_no_trouble():
     }
 
 
+def test_a_ravelled_tree_warns():
+    def loss(p, x):
+        return mean_square(jnp.tanh(x @ p["v"][:16].reshape(D, D)) @ p["v"][16:].reshape(D, 3))
+
+    with pytest.warns(UserWarning, match="v holds matrices in a single axis"):
+        assert read(loss, arrays(v=(28,)), data(6, D)) == {"v": "vector"}
+
+
 def test_metrics_beside_the_loss_say_nothing():
     def loss(p, x):
         y = jnp.tanh(x @ p["w"])
@@ -196,15 +211,13 @@ PLACES = {
     "in a jit": lambda w, x: x @ jax.jit(strange)(w),
     "in a remat": lambda w, x: jax.checkpoint(lambda w, x: x @ strange(w))(w, x),
     "in a scan": lambda w, x: lax.scan(lambda x, _: (x @ strange(w), None), x, length=2)[0],
-    "on scanned slices": lambda w, x: lax.scan(
-        lambda x, row: (x + strange(row)[None], None), x, w
-    )[0],
+    "on scanned slices": lambda w, x: lax.scan(lambda x, row: (x + strange(row)[None], None), x, w)[
+        0
+    ],
     "in a while": lambda w, x: lax.while_loop(
         lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] @ strange(w)), (0, x)
     )[1],
-    "in a branch": lambda w, x: lax.cond(
-        x.sum() > 0, lambda x: x @ strange(w), lambda x: x @ w, x
-    ),
+    "in a branch": lambda w, x: lax.cond(x.sum() > 0, lambda x: x @ strange(w), lambda x: x @ w, x),
     "behind a reshape": lambda w, x: x @ strange(w.reshape(2, 2, D)).reshape(D, D),
     "on a norm of it": lambda w, x: x @ (w / strange(jnp.linalg.norm(w, axis=0))[None]),
     "added to activations": lambda w, x: strange(x[:, None] + w[None]).sum(1),
@@ -228,7 +241,11 @@ def test_an_unknown_primitive_on_activations_hides_nothing():
 
 
 def test_all_doubts_come_at_once_with_the_line_that_settles_them():
-    params = {"a": arrays(w=(D, D)), "b": arrays(w=(D, D), unused=(D, D)), "head": S((D, 3), jnp.float32)}
+    params = {
+        "a": arrays(w=(D, D)),
+        "b": arrays(w=(D, D), unused=(D, D)),
+        "head": S((D, 3), jnp.float32),
+    }
 
     def loss(p, x):
         x = (x[:, :, None] * p["a"]["w"][None]).sum(1)
@@ -277,7 +294,7 @@ def test_a_loss_is_a_scalar_or_a_pair(outcome, error, match):
 
 def test_arguments_of_another_kind_raise(untyped):
     params = arrays(w=(D, 3))
-    with pytest.raises(TypeError, match="declared must be what muon_jax.by_path returns"):
+    with pytest.raises(TypeError, match=r"declared must be what muon_jax\.by_path returns"):
         by_use(head, params, declared={"w": None})
     with pytest.raises(TypeError, match="takes the loss, a function, first"):
         by_use(params, head)
@@ -304,7 +321,10 @@ def test_roles_belong_to_the_tree_that_they_were_read_from():
 
 
 def test_the_report_says_the_use_and_where_names_differ():
-    params = {"first": {"kernel": S((D, D), jnp.float32)}, "second": {"kernel": S((D, 3), jnp.float32)}}
+    params = {
+        "first": {"kernel": S((D, D), jnp.float32)},
+        "second": {"kernel": S((D, 3), jnp.float32)},
+    }
 
     def loss(p, x):
         return mean_square(jnp.tanh(x @ p["first"]["kernel"]) @ p["second"]["kernel"])

@@ -164,8 +164,12 @@ def test_the_slices_of_a_stack_do_not_mix_where_the_reading_says_stack():
     x = jax.random.normal(next(keys), (4, D))
 
     def loss(p, x):
-        y = jnp.einsum("ne,ned->nd", x @ p["gate"], jnp.einsum(
-            "nef,efd->ned", jnp.einsum("nd,edf->nef", x, p["into"]) ** 2, p["back"]) ** 2)
+        y = jnp.einsum(
+            "ne,ned->nd",
+            x @ p["gate"],
+            jnp.einsum("nef,efd->ned", jnp.einsum("nd,edf->nef", x, p["into"]) ** 2, p["back"])
+            ** 2,
+        )
         return mean_square(y @ p["head"])  # fmt: skip
 
     abstract = {name: S(shape, jnp.float32) for name, shape in shapes.items()}

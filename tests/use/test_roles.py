@@ -84,7 +84,7 @@ def test_a_product_with_zeros_and_ones_of_a_comparison_is_a_doubt():
         bag = jnp.where(bag > 0, 1.0, 0.0)
         return mean_square(jnp.tanh(bag @ p["table"]) @ p["head"])
 
-    with pytest.raises(ValueError, match="table, shape .*zeros and ones from a comparison"):
+    with pytest.raises(ValueError, match=r"table, shape .*zeros and ones from a comparison"):
         by_use(loss, arrays(table=(9, 4), head=(4, 3)), ids(2, 5))
 
 
@@ -221,10 +221,12 @@ STACKS = {
     "fori_loop": looped,
     "while, carried": carried,
     "Python loop": unrolled,
-    "in pairs": lambda p, x: lax.scan(
-        lambda x, w: (jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]), None), x, p["w"].reshape(2, 2, 4, 4)
-    )[0]
-    + p["b"][0][None],
+    "in pairs": lambda p, x: (
+        lax.scan(
+            lambda x, w: (jnp.tanh(jnp.tanh(x @ w[0]) @ w[1]), None), x, p["w"].reshape(2, 2, 4, 4)
+        )[0]
+        + p["b"][0][None]
+    ),
 }
 
 
@@ -238,9 +240,7 @@ def test_what_a_loop_cuts_is_a_stack(name):
 
 def test_a_stack_may_lie_along_any_axis():
     params = arrays(w=(4, 3, 4), b=(4, 3), head=(4, 3))
-    found = read(
-        lambda p, x: mean_square(scanned(p, x, axis=1) @ p["head"]), params, data(5, 4)
-    )
+    found = read(lambda p, x: mean_square(scanned(p, x, axis=1) @ p["head"]), params, data(5, 4))
     assert found == {"w": ((0,), (2,)), "b": "elementwise", "head": "head"}
 
 

@@ -60,9 +60,7 @@ def entries(view, shape):
     fixed = [0] * rank
     for taken in view.taken:
         fixed[taken.axis] += taken.base
-    axes = [
-        places(axis, rank) if axis else [[0] * rank] for axis in view.axes
-    ]
+    axes = [places(axis, rank) if axis else [[0] * rank] for axis in view.axes]
     out = np.full(shape, -1)
     for index in itertools.product(*(range(size) for size in shape)):
         parts = [axes[i][n] for i, n in enumerate(index)]
@@ -144,7 +142,7 @@ def chains(draw):
                 factor = draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0]))
                 new.append(factor)
                 size //= factor
-            now = tuple([*new, size])
+            now = (*new, size)
             steps.append(lambda x, to=now: x.reshape(to))
         elif kind == "transpose":
             order = draw(st.permutations(range(len(now))))
