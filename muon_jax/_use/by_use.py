@@ -85,8 +85,8 @@ def by_use(
             readings.append(_declared(path, shape, words[path]))
             continue
         try:
-            role, reason, spec, hints, heads = judge.verdict(number)
-            readings.append(Reading(path, shape, role, reason, spec, hints, heads))  # type: ignore[arg-type]
+            verdict: Any = judge.verdict(number)
+            readings.append(Reading(path, shape, *verdict))
         except Doubt as doubt:
             doubts.append((path, shape, str(doubt)))
     if doubts:
@@ -94,8 +94,8 @@ def by_use(
     ravelled = [show(reading.path) for reading in readings if reading.reason == RAVELLED]
     if ravelled:
         warnings.warn(
-            f"by_use: {', '.join(ravelled)} holds matrices in a single axis, and goes to AdamW as a "
-            "whole; give the optimizer the matrices themselves.",
+            f"by_use: {', '.join(ravelled)} holds matrices in a single axis, and goes to AdamW as "
+            "a whole; give the optimizer the matrices themselves.",
             stacklevel=2,
         )
     return UseRoles(tuple(readings))

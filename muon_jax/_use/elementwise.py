@@ -10,83 +10,23 @@ from muon_jax._use.reader import Reader, ints, rule, shape_of
 from muon_jax._use.values import Kind, Value, View, gaps, labels_in, merge
 
 _ONE = [
-    "neg",
-    "sign",
-    "floor",
-    "ceil",
-    "round",
-    "is_finite",
-    "not",
-    "abs",
-    "sqrt",
-    "rsqrt",
-    "cbrt",
-    "sin",
-    "cos",
-    "tan",
-    "asin",
-    "acos",
-    "atan",
-    "sinh",
-    "cosh",
-    "tanh",
-    "asinh",
-    "acosh",
-    "atanh",
-    "erf",
-    "erfc",
-    "erf_inv",
-    "lgamma",
-    "digamma",
-    "log",
-    "log1p",
-    "logistic",
-    "square",
-    "integer_pow",
-    "real",
-    "imag",
-    "conj",
-    "copy",
-    "copy_p",
-    "reduce_precision",
-    "population_count",
-    "clz",
-    "name",
-    "sharding_constraint",
-    "reshard",
-    "mesh_cast",
-    "pvary",
-    "pcast",
-    "psum",
-    "psum2",
-    "psum_invariant",
-    "pmax",
-    "pmin",
-    "ppermute",
-    "cumsum",
-    "cumprod",
-    "cummax",
-    "cummin",
-    "cumlogsumexp",
-    "bessel_i0e",
-    "bessel_i1e",
-]
+    "neg", "sign", "floor", "ceil", "round", "is_finite", "not", "abs", "sqrt", "rsqrt", "cbrt",
+    "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh",
+    "atanh", "erf", "erfc", "erf_inv", "lgamma", "digamma", "log", "log1p", "logistic", "square",
+    "integer_pow", "real", "imag", "conj", "copy", "copy_p", "reduce_precision",
+    "population_count", "clz", "name", "sharding_constraint", "reshard", "mesh_cast", "pvary",
+    "pcast", "psum", "psum2", "psum_invariant", "pmax", "pmin", "ppermute", "cumsum", "cumprod",
+    "cummax", "cummin", "cumlogsumexp", "bessel_i0e", "bessel_i1e",
+]  # fmt: skip
 _EXPONENTIALS = ("exp", "exp2", "expm1")
 _PRODUCTS = ("mul", "div", "rem", "pow", "atan2", "max", "min", "nextafter", "clamp")
 _SUMS = ("add", "sub", "add_any", "complex", "select_n")
 _COMPARISONS = ("ne", "lt", "le", "gt", "ge", "lt_to", "le_to", "eq_to")
 _LOGIC = ("and", "or", "xor", "shift_left", "shift_right_logical", "shift_right_arithmetic")
 _REDUCTIONS = [
-    "reduce_sum",
-    "reduce_max",
-    "reduce_min",
-    "reduce_prod",
-    "reduce_and",
-    "reduce_or",
-    "reduce_xor",
-    "argmax",
-    "argmin",
-]
+    "reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or",
+    "reduce_xor", "argmax", "argmin",
+]  # fmt: skip
 
 
 @rule(*_ONE)
@@ -107,18 +47,9 @@ def one(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
 
 
 _TRUE_COPIES = {
-    *[
-        "copy",
-        "copy_p",
-        "name",
-        "sharding_constraint",
-        "reshard",
-        "mesh_cast",
-        "pvary",
-        "pcast",
-        "reduce_precision",
-    ]
-}
+    "copy", "copy_p", "name", "sharding_constraint", "reshard", "mesh_cast", "pvary", "pcast",
+    "reduce_precision",
+}  # fmt: skip
 
 
 @rule("optimization_barrier")

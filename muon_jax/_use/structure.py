@@ -227,7 +227,7 @@ def _anywhere(axis: Axis, size: int) -> Axis:
         if size % block:
             raise CannotFollow
         return (*_anywhere(axis[:1], size // block), *axis[1:])
-    atom: Atom = [*axis][0]
+    atom: Atom = next(iter(axis))
     if isinstance(atom, Part):
         raise CannotFollow
     if isinstance(atom, Digit):

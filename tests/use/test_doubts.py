@@ -63,6 +63,13 @@ def column_by_column(p, x):
     return head(p, jnp.stack([x @ p["w"][:, i] for i in range(D)], axis=1))
 
 
+def carried_around(p, x):
+    def step(w, x):
+        return jnp.concatenate([w[1:], w[:1]]), x @ w
+
+    return head(p, lax.scan(step, p["w"], x)[1])
+
+
 def symmetric(p, x):
     return head(p, x @ (p["w"] + p["w"].T))
 
@@ -111,6 +118,7 @@ TRAPS = {
     "in tiles": (in_tiles, "pieces of axis 0"),
     "scanned tiles": (scanned_tiles, "axis 0 is used in tiles"),
     "column by column": (column_by_column, "column by column"),
+    "carried around": (carried_around, "changes place|different ways|joined|pieces"),
     "symmetric": (symmetric, "different ways"),
     "decomposed": (decomposed, "householder_product|geqrf|qr"),
     "transformed": (transformed, "passes fft"),
