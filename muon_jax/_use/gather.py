@@ -59,7 +59,7 @@ def gather(reader: Reader, eqn: Any, values: list[Value]) -> Value:
         taken = set()
         for old in sorted(collapsed & started):
             for digit in view.digits(view.axes[old]):
-                if is_scalar:
+                if is_scalar and indices.kind is not Kind.DATA:
                     taken.add(Taken(digit.axis, "loop"))
                 elif indices.kind is Kind.CONSTANT and not batching:
                     # A fixed permutation or choice of entries: the axis is still there.

@@ -13,6 +13,7 @@ from muon_jax._use.atoms import (
     Gap,
     Part,
     groups,
+    leaves,
     regroup,
     same_axis,
     take,
@@ -20,7 +21,7 @@ from muon_jax._use.atoms import (
 from muon_jax._use.elementwise import join_activations
 from muon_jax._use.labels import Label
 from muon_jax._use.reader import Reader, ints, restructure, rule, shape_of
-from muon_jax._use.values import Kind, Value, View, derived, labels_in, merge
+from muon_jax._use.values import Kind, Taken, Value, View, derived, labels_in, merge
 
 
 @rule("reshape")
@@ -200,7 +201,25 @@ def rev(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 @rule("dynamic_slice")
 def dynamic_slice(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """A slice whose starts are computed."""
-    return window(reader, values[0], shape_of(eqn), values[1:])
+    value, shape, indices = values[0], shape_of(eqn), values[1:]
+    out = window(reader, value, shape, indices)
+    by_data = {
+        i
+        for i, index in enumerate(indices)
+        if index.kind is Kind.DATA and shape[i] == 1 < value.shape[i]
+    }
+    return dataclasses.replace(out, views=tuple(_chosen_at(view, by_data) for view in out.views))
+
+
+def _chosen_at(view: View, axes: set[int]) -> View:
+    """A view of which the batch chose a single place along some axes, as a token its expert.
+
+    A loop over heads or layers does not look so: there the program itself counts the places.
+    """
+    chosen = [x for i in axes for x in leaves(view.axes[i]) if isinstance(x, Digit)]
+    taken = {Taken(digit.axis, "rows") for digit in chosen if view.lengths[digit.axis] > 1}
+    kept = tuple(() if i in axes else axis for i, axis in enumerate(view.axes))
+    return dataclasses.replace(view, axes=kept, taken=view.taken | taken)
 
 
 def window(reader: Reader, value: Value, shape: Sequence[int], indices: Sequence[Value]) -> Value:
