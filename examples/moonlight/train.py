@@ -286,7 +286,9 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
             )
             if args.optimizer != "adamw":
                 with contextlib.redirect_stdout(io.StringIO()):
-                    report = sharding_report(params, mesh=mesh, param_specs=specs)
+                    report = sharding_report(
+                        params, mesh=mesh, param_specs=specs, muon_weight_dimension_numbers=roles
+                    )
                 write_atomically(folder / SHARDING, f"{report}\n".encode())
 
         # State
