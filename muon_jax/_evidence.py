@@ -187,7 +187,7 @@ def _heads(leaves: Leaves) -> tuple[dict[int, str], set[int]]:
         for rows, width in tables if not inner else ():
             if (shape[1] == rows and shape[0] < rows) or shape == (rows, width):
                 heads.setdefault(i, f"unembedding head, as wide as the embedding's {rows} rows")
-    if i := _last_of_convolutions(leaves):
+    if (i := _last_of_convolutions(leaves)) is not None:
         heads.setdefault(i, "unembedding head, the last layer behind convolutions")
     return heads, hidden - heads.keys()
 
@@ -222,8 +222,8 @@ def _last_layers(members: list[tuple[int, str, int, tuple[int, ...]]]) -> list[i
         # Layers behind one another, in either order of the axes; else heads side by side.
         if all(a[-1] == b[0] for a, b in pairs) or all(a[0] == b[-1] for a, b in pairs):
             return [members[-1][0]]
-    wide = [i for i, _, _, shape in members if len({*shape[-2:]}) > 1]
-    return wide or [i for i, *_ in members]
+    # A square layer is a hidden one: before the last, or before an embedding that is used again.
+    return [i for i, layer, _, shape in members if not layer or len({*shape[-2:]}) > 1]
 
 
 def _last_of_convolutions(leaves: Leaves) -> int | None:

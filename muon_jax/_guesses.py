@@ -46,8 +46,14 @@ def guess(
     if len(core) >= 3 and len(model) == 1 and any(_ATTENTION.fullmatch(name) for name in path):
         spec = _attention(names.names_of(path)[-1], core, model[0], stacks, per_head)
         return Question(question.why, "attention's heads", spec)
-    if len(core) == 3 and (names.is_latent(names.names_of(path)[-1])):
+    name = names.names_of(path)[-1]
+    if len(core) == 3 and (
+        names.is_latent(name) or (names.is_input(name) and core[0] >= max(core[1:]))
+    ):
         spec = MuonDimensionNumbers(-3, -1 if per_head else (-2, -1))
+        return Question(question.why, "attention's heads", spec)
+    if len(core) == 3 and names.is_output(name) and core[0] * core[1] == core[2]:
+        spec = MuonDimensionNumbers(-2 if per_head else (-3, -2), -1)
         return Question(question.why, "attention's heads", spec)
     return question
 

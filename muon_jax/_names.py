@@ -26,7 +26,7 @@ import re
 
 from muon_jax._paths import Path
 
-GENERIC = re.compile(r"kernel|weights?|w|matrix|table|param")
+GENERIC = re.compile(r"kernel|weights?|weight_[vg]|w|matrix|table|param")
 # Layers of a module whose own name says no more than that it is one of its matrices.
 _PLAIN = re.compile(
     r"(linear|dense|proj|fc|out_proj|output|out|decoder|logits?|final|projection)(_?\d+)?"
@@ -36,8 +36,8 @@ _WRAPPERS = {"params", "model", "module", "net", "network", "~"}
 
 _NO_HEAD = r"(?!(multi|attn|attention|self|cross|num|per|each|[qkvo]|query|key|value)_)"
 _HEAD = re.compile(
-    rf"{_NO_HEAD}(\w+_)?heads?(_?\d+)?|unemb\w*|classifier(_?\d+)?|embed_out|score|qa_outputs|"
-    r"seq_relationship|(?!(router|gate|gating|routing|expert|attn|attention)\w*_)\w*logits?\w*"
+    rf"{_NO_HEAD}(\w+_)?heads?(_?\d+)?|unemb\w*|(?!pre_)(\w+_)?(classifier|predictor)(_?\d+)?|embed_out|score|qa_outputs|lm_predictions|"
+    r"seq_relationship|(?!(pre|router|gate|gating|routing|expert|attn|attention)\w*_)\w*logits?\w*"
 )
 _TOP_HEAD = re.compile(r"fc|output")
 _TABLE_OF_WHAT = (
@@ -60,10 +60,10 @@ _NORM = re.compile(
 )
 _NO_NORM = re.compile(r"\w+_(mlp|ffn?|proj|dense|linear|fc)")
 # Of the leaf alone: a module may be called "scale" and hold a matrix.
-_BIAS = re.compile(r"\w*bias\w*|b[qkvo]|b\d+")
+_BIAS = re.compile(r"\w*bias\w*|b[qkvo]|b\d+|(query|key|value|gating|output)_b")
 _GAIN = re.compile(r"scale|gain|gamma|beta|g|offset|\w+_(scale|gain)|sinks?")
 _CONVOLUTION = re.compile(
-    r"(\w*_)?(dw)?conv(olution)?s?(\d?_?d)?(_?transpose|local)?(_?\d+)*(_[a-z]\w*)?"
+    r"(\w*_)?(dw)?conv(olution)?s?(_?\d?_?d)?(_?transpose|local)?(_?\d+)*(_[a-z]\w*)?"
 )
 # Flax's own attention is always [d, heads, head_dim]; the other names also serve plain matrices.
 _FLAX = re.compile(r"query|key|value|out")

@@ -177,7 +177,7 @@ def _convolution(
         return Role("depthwise convolution")
     if len(core) < 3 or (beside.bias is not None and _rank(beside.bias) > 1):
         return None
-    if leaf == "weight":
+    if leaf.startswith("weight"):
         return _out_in_window(core, stacks, named, beside)
     window = core[:-2]
     # Patches of 32 or 40 are known by name, and never long and narrow.

@@ -17,7 +17,7 @@ from muon_jax._names import looks_fused
 from muon_jax._paths import Path
 
 _LAYERS = re.compile(r"\w*(layers|blocks|stages|stack|stacked|repeats?)|h")
-_EXPERTS = re.compile(r"\w*experts|experts?_[a-z]\w*")
+_EXPERTS = re.compile(r"\w*experts?|experts?_[a-z]\w*")
 _MOE = re.compile(r"\w*moe\w*")
 
 Leaves = Sequence[tuple[Path, tuple[int, ...]]]
@@ -119,7 +119,9 @@ def shared_axes(leaves: Leaves, unknown: set[int], batches: dict[int, set[int]])
       The `Stacked` of those leaves, of two or more axes, that have one.
     """
     found: dict[int, Stacked] = {}
-    evidence = unknown | {i for i, axes in batches.items() if axes & {0, 1}}
+    # A leaf declared to be AdamW's has no other axes, and says nothing.
+    stacked = {i for i, axes in batches.items() if axes & {0, 1} and len(axes) < len(leaves[i][1])}
+    evidence = unknown | stacked
     for prefix, members in by_module(leaves).items() if evidence else ():
         if not evidence & {*members} or found.keys() & {*members}:
             continue
@@ -131,6 +133,9 @@ def shared_axes(leaves: Leaves, unknown: set[int], batches: dict[int, set[int]])
         beside = [i for i in beside if names.owner_of(leaves[i][0])[:-1] == module]
         sure = [i for i in beside if i in evidence]
         first = {leaves[i][1][0] for i in sure}
+        # There are fewer layers or experts than a width has entries: 512 of [8, 64] are heads.
+        if any(leaves[i][1][0] > max(leaves[i][1][1:]) for i in sure):
+            continue
         if len(first) > 1 or any(0 not in batches.get(i, {0}) for i in sure) or found.keys() & {*sure}:
             continue
         # Vectors of a stack lie beside it: [12, 2048] beside [12, 512, 2048].
