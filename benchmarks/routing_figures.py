@@ -21,8 +21,20 @@ from muon_jax._routing import route_leaves
 DOCS = Path(__file__).parents[1] / "docs"
 
 _INK = "#1b1b1b"
-_FILLS = {"in": "#cfe3f7", "out": "#fde0c2", "batch": "#e3e3e3", "asks": "#ffffff"}
-_WORDS = {"in": "reduced (fan-in)", "out": "output (fan-out)", "batch": "stack", "asks": "not known"}
+_FILLS = {
+    "in": "#cfe3f7",
+    "out": "#fde0c2",
+    "batch": "#dcdcdc",
+    "adam": "#f6f6f6",
+    "asks": "#ffffff",
+}
+_WORDS = {
+    "in": "reduced (fan-in)",
+    "out": "output (fan-out)",
+    "batch": "stack",
+    "adam": "no matrix",
+    "asks": "not known",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +89,10 @@ KINDS = (
     Scene(
         "a window, whatever its module is called",
         {"features/kernel": (3, 3, 128, 32), "patches/kernel": (16, 16, 3, 768)},
-        ("four axes in a kernel, the first two short", "and square: one matrix [window and in, out]"),
+        (
+            "four axes in a kernel, the first two short",
+            "and square: one matrix [window and in, out]",
+        ),
     ),
     Scene(
         "a stack that its name and its leaves agree on",
@@ -86,12 +101,20 @@ KINDS = (
             "layers/norm/scale": (12, 512),
             "layers/mlp/up/bias": (12, 2048),
         },
-        ("all below layers share axis 0, and one of them", "is then still a matrix: twelve of 512 x 2048"),
+        (
+            "all below layers share axis 0, and one of them",
+            "is then still a matrix: twelve of 512 x 2048",
+        ),
     ),
     Scene(
         "a head, by the embedding's rows",
         {"table/embedding": (32000, 512), "to_words/kernel": (512, 32000)},
         ("as wide as the embedding has rows:", "AdamW's, whatever its name"),
+    ),
+    Scene(
+        "a head, by its place in its module",
+        {"classifier/dense/kernel": (768, 768), "classifier/out_proj/kernel": (768, 2)},
+        ("out_proj is the last layer of the classifier,", "and dense a hidden one"),
     ),
 )
 
@@ -108,11 +131,18 @@ def draw(path: Path, scenes: tuple[Scene, ...], columns: int) -> None:
     for axis in axes.flat[len(scenes) :]:
         axis.axis("off")
     handles = [
-        plt.Rectangle((0, 0), 1, 1, facecolor=_FILLS[kind], edgecolor=_INK, label=_WORDS[kind],
-                      linestyle="--" if kind == "asks" else "-")
+        plt.Rectangle(
+            (0, 0),
+            1,
+            1,
+            facecolor=_FILLS[kind],
+            edgecolor=_INK,
+            label=_WORDS[kind],
+            linestyle="--" if kind == "asks" else "-",
+        )
         for kind in _FILLS
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -129,16 +159,30 @@ def _scene(axis: plt.Axes, scene: Scene, height: float) -> None:
         for index, (length, kind) in enumerate(zip(shape, kinds, strict=True)):
             axis.add_patch(
                 FancyBboxPatch(
-                    (4.6 + 1.45 * index, y - 0.36), 1.3, 0.72, boxstyle="round,pad=0.02",
-                    facecolor=_FILLS[kind], edgecolor=_INK, linewidth=1,
+                    (4.6 + 1.45 * index, y - 0.36),
+                    1.3,
+                    0.72,
+                    boxstyle="round,pad=0.02",
+                    facecolor=_FILLS[kind],
+                    edgecolor=_INK,
+                    linewidth=1,
                     linestyle="--" if kind == "asks" else "-",
                 )
             )
-            letter = {"in": "in ", "out": "out ", "batch": "", "asks": ""}[kind]
-            axis.text(5.25 + 1.45 * index, y, f"{letter}{length}", ha="center", va="center", fontsize=9)
+            letter = {"in": "in ", "out": "out "}.get(kind, "")
+            axis.text(
+                5.25 + 1.45 * index, y, f"{letter}{length}", ha="center", va="center", fontsize=9
+            )
         axis.text(10.6, y, group, va="center", fontsize=10)
     for row, note in enumerate(scene.notes):
-        axis.text(0.2, -len(scene.leaves) - 0.75 * row - 0.55, note, va="center", fontsize=10, color="#444444")
+        axis.text(
+            0.2,
+            -len(scene.leaves) - 0.75 * row - 0.55,
+            note,
+            va="center",
+            fontsize=10,
+            color="#444444",
+        )
 
 
 def parts_of(leaves: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -165,7 +209,7 @@ def parts_of(leaves: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[s
         elif asked and len(shape) > 2:
             parts[name] = ("asks", ("asks",) * len(shape))
         else:
-            parts[name] = ("AdamW", ("batch",) * len(shape))
+            parts[name] = ("AdamW", ("adam",) * len(shape))
     return parts
 
 
@@ -174,7 +218,11 @@ def draw_order(path: Path) -> None:
     steps = (
         ("your word", "MuonDimensionNumbers, FusedBlocks, by_path, None", "declared"),
         ("the program", "by_use: what a product contracts, what a scan cuts", "as it is used"),
-        ("name and shapes beside it", "attention that agrees, a window, a stack, a bias, a vocabulary", "as they say"),
+        (
+            "name and shapes beside it",
+            "attention that agrees, a window, a stack, a bias, a vocabulary",
+            "as they say",
+        ),
         ("rank", "one axis: a vector; two: a matrix, marked assumed", "vector, matrix"),
     )
     figure, axis = plt.subplots(figsize=(11, 5.2), layout="constrained")
@@ -188,14 +236,26 @@ def draw_order(path: Path) -> None:
         axis.text(8.25, y - 0.42, result, va="center", fontsize=11)
         axis.annotate("", (3.7, y - 1.12), (3.7, y - 0.86), arrowprops={"arrowstyle": "->"})
         axis.text(3.85, y - 1.0, "says nothing", fontsize=9, va="center")
-    _box(axis, 0.2, -4.48, 7.0, "#fdeeee", "ValueError", "every leaf that is not known, and the code that declares all of them")
+    _box(
+        axis,
+        0.2,
+        -4.48,
+        7.0,
+        "#fdeeee",
+        "ValueError",
+        "every leaf that is not known, and the code that declares all of them",
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _box(axis: plt.Axes, x: float, y: float, width: float, fill: str, title: str, what: str) -> None:
+def _box(
+    axis: plt.Axes, x: float, y: float, width: float, fill: str, title: str, what: str
+) -> None:
     axis.add_patch(
-        FancyBboxPatch((x, y - 0.82), width, 0.8, boxstyle="round,pad=0.02", facecolor=fill, edgecolor=_INK)
+        FancyBboxPatch(
+            (x, y - 0.82), width, 0.8, boxstyle="round,pad=0.02", facecolor=fill, edgecolor=_INK
+        )
     )
     axis.text(x + 0.2, y - 0.28, title, fontsize=11, fontweight="bold", va="center")
     axis.text(x + 0.2, y - 0.58, what, fontsize=10, va="center")

@@ -13,6 +13,7 @@ says as much: it has the axes of the output and no others.
 
 import collections
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -98,7 +99,7 @@ def _attention(leaves: Leaves, biases: Sequence[tuple[int, ...] | None]) -> list
             if len(shape) != 3:
                 continue
             if names.is_input(name):
-                others = [fits_input(name, shape, inputs, o) for o in outputs]
+                others = [_fits_input(name, shape, inputs, o) for o in outputs]
                 by_bias = biases[i] == shape[1:] and shape[0] != shape[1]
             elif names.is_output(name):
                 others = [_agree(q, shape, inputs) for n, q in inputs if _slot(n) == "q"]
@@ -118,7 +119,7 @@ def _slot(name: str) -> str:
     return "q" if slot == "g" else slot  # AlphaFold's gate has the queries' shape
 
 
-def fits_input(
+def _fits_input(
     name: str,
     shape: tuple[int, ...],
     inputs: Sequence[tuple[str, tuple[int, ...]]],
@@ -130,9 +131,9 @@ def fits_input(
         return _agree(shape, output, inputs)
     heads, head_dim = shape[1:]
     for other, query in inputs:
-        if _slot(other) == "q" and _agree(query, output, inputs) and query[1] % heads == 0:
-            if head_dim == (query[2] if slot == "k" else output[1]):
-                return True
+        agrees = _slot(other) == "q" and _agree(query, output, inputs) and query[1] % heads == 0
+        if agrees and head_dim == (query[2] if slot == "k" else output[1]):
+            return True
     return False
 
 
@@ -218,7 +219,7 @@ def _last_layers(members: list[tuple[int, str, int, tuple[int, ...]]]) -> list[i
         return named
     if all(index >= 0 for _, _, index, _ in members):
         members = sorted(members, key=lambda member: member[2])
-        pairs = [(a[3], b[3]) for a, b in zip(members, members[1:], strict=False)]
+        pairs = [(a[3], b[3]) for a, b in itertools.pairwise(members)]
         # Layers behind one another, in either order of the axes; else heads side by side.
         if all(a[-1] == b[0] for a, b in pairs) or all(a[0] == b[-1] for a, b in pairs):
             return [members[-1][0]]

@@ -38,10 +38,10 @@ def guess(
     if "window" in question.kind:
         return question
     core = shape[stacks:]
-    if sum(length != 1 for length in core) <= 2 and 1 in core[:-1] and core[0] != core[-1]:
+    linear = names.is_linear(names.names_of(path)[-1])
+    if sum(length != 1 for length in core) <= 2 and 1 in core[:-1] and not linear:
         # [1, 4, 384] and [10, 1, 1, 32]: learned tokens.
-        if not names.is_linear(names.names_of(path)[-1]):
-            return Question(question.why, "a table of rows", None)
+        return Question(question.why, "a table of rows", None)
     model = [axis for axis, length in enumerate(core) if length in widths]
     if len(core) >= 3 and len(model) == 1 and any(_ATTENTION.fullmatch(name) for name in path):
         spec = _attention(names.names_of(path)[-1], core, model[0], stacks, per_head)

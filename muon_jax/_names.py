@@ -3,21 +3,21 @@ r"""The table of names: what a leaf's path proposes about its role.
 A leaf is read by its own name, or, where that is generic (``kernel``, ``weight``, ``w``, ...), by
 the name of the module that owns it; indices are skipped and case does not matter.
 
-| role             | names                                                | matrices                |
-|------------------|------------------------------------------------------|-------------------------|
-| unembedding head | head, heads, \*_head, unemb\*, \*logit\*, classifier,  | none: AdamW             |
-|                  | embed_out, score; fc and output at the top           |                         |
-| embedding        | \*emb, \*embed, \*embedding, \*embedder, embed_tokens,  | none: AdamW             |
-|                  | wte, wpe, pos_enc\*, vocab\*, tok                      |                         |
-| table of rows    | \*_tokens, \*prompt, rel_pos\*, codebook, latents,     | none: AdamW             |
-|                  | queries, A_log, RWKV's time_decay, time_faaaa, ...   |                         |
-| norm             | \*norm, \*norms, \*norm_0, rms, ln*, bn*             | none: AdamW             |
-| bias             | \*bias\*, b1, bq, bk, bv, bo                           | none: AdamW             |
-| gain             | scale, gain, gamma, beta, g, offset, \*_scale,        | none: AdamW             |
-|                  | \*_gain, layer_scale, sinks                          |                         |
-| convolution      | conv, conv1, conv2d, Conv_0, \*_conv, conv_in, ...    | [window and in] x [out] |
-| attention input  | query, key, value, q, q_proj, wq, to_q, query_w, ... | [d] x [heads, head_dim] |
-| attention output | out, o, o_proj, out_proj, wo, to_out, output_w       | [heads, head_dim] x [d] |
+| role             | names                                             | matrices                |
+|------------------|---------------------------------------------------|-------------------------|
+| unembedding head | head, \*_head, unemb\*, \*logit\*, \*classifier,  | none: AdamW             |
+|                  | embed_out, score; fc and output at the top        |                         |
+| embedding        | \*emb, \*embed, \*embedding, embed_tokens, wte,   | none: AdamW             |
+|                  | wpe, pos_enc\*, vocab\*, tok                      |                         |
+| table of rows    | \*_tokens, \*prompt, rel_pos\*, codebook, latents,| none: AdamW             |
+|                  | queries, A_log, RWKV's time_decay, time_faaaa     |                         |
+| norm             | \*norm, \*norms, \*norm_0, rms, ln\*, bn\*        | none: AdamW             |
+| bias             | \*bias\*, b1, bq, bk, bv, bo                      | none: AdamW             |
+| gain             | scale, gain, gamma, beta, g, offset, \*_scale,    | none: AdamW             |
+|                  | \*_gain, layer_scale, sinks                       |                         |
+| convolution      | conv, conv1, conv2d, Conv_0, \*_conv, conv_in     | [window and in] x [out] |
+| attention input  | query, key, value, q, q_proj, wq, to_q, query_w   | [d] x [heads, head_dim] |
+| attention output | out, o, o_proj, out_proj, wo, to_out, output_w    | [heads, head_dim] x [d] |
 
 Names propose and shapes decide (`_evidence`, `_stacks`): no name alone folds axes into a matrix.
 """
@@ -29,9 +29,10 @@ from muon_jax._paths import Path
 GENERIC = re.compile(r"kernel|weights?|weight_[vg]|w|matrix|table|param")
 # Layers of a module whose own name says no more than that it is one of its matrices.
 _PLAIN = re.compile(
-    r"(linear|dense|proj|fc|out_proj|output|out|decoder|logits?|final|projection)(_?\d+)?"
+    r"(linear|dense|proj|fc|proj_in|proj_out|out_proj|output|out|decoder|logits?|final|projection)"
+    r"(_?\d+)?"
 )
-_LAST = re.compile(r"out_proj|output|out|decoder|logits?|final\w*|projection")
+_LAST = re.compile(r"out_proj|proj_out|output|out|decoder|logits?|final\w*|projection")
 _WRAPPERS = {"params", "model", "module", "net", "network", "~"}
 
 _NO_HEAD = r"(?!(multi|attn|attention|self|cross|num|per|each|[qkvo]|query|key|value)_)"

@@ -35,20 +35,21 @@ def read_leaves(
         role_of(path, shape, stack, per_head, other)
         for (path, shape), stack, other in zip(leaves, stacks, beside, strict=True)
     ]
-    unknown = {i for i, role in enumerate(read) if isinstance(role, Question)} - batches.keys()
-    unknown |= {
-        i for i in _unnamed_stacks(leaves, stacks, read) if i not in batches and not stacks[i]
-    }
+    doubted = _unnamed_stacks(leaves, stacks, read)
+    asked = {i for i, role in enumerate(read) if isinstance(role, Question)}
+    # Windows and einsum layouts have axes of their own that leaves may share.
+    own = {i for i in asked if _has_a_layout(read[i], leaves[i][0])}
+    unknown = (asked | doubted) - batches.keys()
     shared = {
         i: stacked
-        for i, stacked in shared_axes(leaves, unknown, batches).items()
-        if stacked.axis >= len(stacks[i]) and i not in batches
+        for i, stacked in shared_axes(leaves, unknown - own, batches).items()
+        if stacked.axis >= len(stacks[i]) and i not in batches and i not in own
     }
     cores = [
         (path, _without(shape, shared[i].axis) if i in shared else shape)
         for i, (path, shape) in enumerate(leaves)
     ]
-    beside = look_beside(cores, stacks)
+    beside = look_beside(cores, stacks) if shared else beside
     widths = [
         min(shape)
         for path, shape in leaves
@@ -89,6 +90,12 @@ def _unnamed_stacks(
     return found
 
 
+def _has_a_layout(role: Role | Question, path: Path) -> bool:
+    if isinstance(role, Question) and "window" in role.kind:
+        return True
+    return "einsum" in names.names_of(path)[-1]
+
+
 def _is_vector(
     role: Role | Question, path: Path, shape: tuple[int, ...], stacks: tuple[str, ...]
 ) -> bool:
@@ -125,5 +132,3 @@ def _shift(axes: int | Sequence[int], rank: int, axis: int) -> int | tuple[int, 
         (a % rank) - rank if axis == 0 else (a % rank) + (a % rank >= axis) for a in several
     )
     return moved if isinstance(axes, Sequence) else moved[0]
-
-

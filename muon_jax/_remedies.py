@@ -89,7 +89,7 @@ def pattern_for(paths: Sequence[str], outside: Sequence[str]) -> str:
         if not counts:  # a path that differs from one outside in its numbers only
             ends += [f"^{re.escape(path)}$" for path in waiting]
             break
-        best = max(counts, key=lambda end: (counts[end], -len(end), end))
+        best = max(counts, key=lambda end: (counts[end], -_parts(end), -len(end), end))
         ends.append(best)
         waiting = [path for path in waiting if not re.search(best, path)]
     if len(ends) == 1:
@@ -105,6 +105,10 @@ def _ends(path: str) -> list[str]:
         text = "".join(re.sub(r"\d+", r"\\d+", re.escape(part)) for part in parts[start:])
         ends.append(f"{'^' if start == 0 else '(^|[/.])'}{text}$")
     return ends
+
+
+def _parts(end: str) -> int:
+    return len(re.findall(r"(?<!\[)/|\\\.", end))
 
 
 def _from_the_end(spec: Any, rank: int) -> Any:

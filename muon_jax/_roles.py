@@ -2,8 +2,8 @@
 
 The first that fits decides:
 
-1. an unembedding head: by its name, as the last layer of a module so named, or because it is as wide
-   as the embedding's rows;
+1. an unembedding head: by its name, as the last layer of a module so named, or because it is as
+   wide as the embedding's rows;
 2. a convolution: four or five axes in a ``kernel``, of which the first are a small window, whatever
    its module is called; three axes by name, or with a bias that has the last axis only;
 3. embeddings, tables of rows, norms, biases and gains, by name (`_names`);
@@ -29,6 +29,8 @@ from muon_jax._paths import Path
 
 _LONGEST_WINDOW = 16
 _TABLE_RATIO = 30
+_IN_OUT = MuonDimensionNumbers(-2, -1)
+_NOTHING = Beside()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Question:
 
     why: str
     kind: str = "a stack of [in, out] matrices"
-    spec: MuonDimensionNumbers | None = MuonDimensionNumbers(-2, -1)
+    spec: MuonDimensionNumbers | None = _IN_OUT
 
 
 def role_of(
@@ -66,7 +68,7 @@ def role_of(
     shape: tuple[int, ...],
     stacks: tuple[str, ...],
     per_head: bool,
-    beside: Beside = Beside(),
+    beside: Beside = _NOTHING,
 ) -> Role | Question:
     """The role of a leaf by its names, its shape and what lies beside it.
 
@@ -175,19 +177,17 @@ def _convolution(
     named = names.is_convolution(name)
     if len(core) == 2 and named and min(core) <= _LONGEST_WINDOW:
         return Role("depthwise convolution")
-    if len(core) < 3 or (beside.bias is not None and _rank(beside.bias) > 1):
+    if len(core) < 3 or _rank(core) < 2 or (beside.bias is not None and _rank(beside.bias) > 1):
         return None
     if leaf.startswith("weight"):
         return _out_in_window(core, stacks, named, beside)
     window = core[:-2]
     # Patches of 32 or 40 are known by name, and never long and narrow.
     longest = 64 if names.is_patches(name) else _LONGEST_WINDOW
-    by_rank = (
-        len(core) in (4, 5) and _is_window(window, longest) and not names.is_linear(name)
-    )
+    by_rank = len(core) in (4, 5) and _is_window(window, longest) and not names.is_linear(name)
     if leaf not in ("kernel", "w") and not leaf.endswith("_kernel"):
         kind = "a convolution's window [*window, in, out]"
-        return _ask_window(core, stacks, kind, (0, -1)) if named or by_rank else None
+        return _ask_window(core, stacks, kind, (0, -1)) if named and _rank(core) > 2 else None
     if leaf == "w" and not named and _is_window(core[2:]) and len(core) > 3:
         return _ask_window(core, stacks, "a convolution's window [out, in, *window]", (1, 0))
     if named or by_rank:
@@ -215,9 +215,7 @@ def _out_in_window(
     return _ask_window(core, stacks, "a convolution's window [*window, in, out]", (0, -1))
 
 
-def _ask_window(
-    core: tuple[int, ...], stacks: int, kind: str, ends: tuple[int, int]
-) -> Question:
+def _ask_window(core: tuple[int, ...], stacks: int, kind: str, ends: tuple[int, int]) -> Question:
     first, output = ends
     last = len(core) - (1 if output == -1 else 0)
     reduction = tuple(range(stacks + first, stacks + last))

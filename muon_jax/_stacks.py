@@ -104,7 +104,9 @@ def by_module(leaves: Leaves) -> dict[Path, list[int]]:
     return dict(sorted(modules.items(), key=lambda module: len(module[0])))
 
 
-def shared_axes(leaves: Leaves, unknown: set[int], batches: dict[int, set[int]]) -> dict[int, Stacked]:
+def shared_axes(
+    leaves: Leaves, unknown: set[int], batches: dict[int, set[int]]
+) -> dict[int, Stacked]:
     """The axes along which leaves seem to be stacked, by their shapes alone.
 
     Evidence is a module all of whose leaves have one axis, 0 or 1, of the same length, vectors
@@ -136,7 +138,11 @@ def shared_axes(leaves: Leaves, unknown: set[int], batches: dict[int, set[int]])
         # There are fewer layers or experts than a width has entries: 512 of [8, 64] are heads.
         if any(leaves[i][1][0] > max(leaves[i][1][1:]) for i in sure):
             continue
-        if len(first) > 1 or any(0 not in batches.get(i, {0}) for i in sure) or found.keys() & {*sure}:
+        if (
+            len(first) > 1
+            or any(0 not in batches.get(i, {0}) for i in sure)
+            or found.keys() & {*sure}
+        ):
             continue
         # Vectors of a stack lie beside it: [12, 2048] beside [12, 512, 2048].
         vectors = [i for i in beside if len(leaves[i][1]) == 2 and leaves[i][1][0] in first]
@@ -149,6 +155,9 @@ def shared_axes(leaves: Leaves, unknown: set[int], batches: dict[int, set[int]])
 def _common(leaves: Leaves, members: list[int], batches: dict[int, set[int]]) -> int | None:
     shapes = [leaves[i][1] for i in members]
     if len(members) < 2 or min(map(len, shapes)) < 2:
+        return None
+    # Two leaves may share a width: a third axis in one of them alone is no layers'.
+    if sum(len(shape) > 2 for shape in shapes) < 2 and not is_stack_of_vectors(leaves, members):
         return None
     axes = [
         axis

@@ -15,7 +15,8 @@ def test_the_scenes_show_what_their_titles_say():
     assert groups(layers) == {"wq": "asks", "wk": "asks", "wo": "asks", "b1": "AdamW"}
     assert groups(axis_one) == {"query": "asks", "out": "asks", "scale": "AdamW"}
     assert set(groups(experts).values()) == {"asks"}
-    window, stack, head = KINDS
+    window, stack, head, hidden = KINDS
     assert parts_of(window.leaves)["patches/kernel"] == ("Muon", ("in", "in", "in", "out"))
     assert parts_of(stack.leaves)["layers/mlp/up/kernel"] == ("Muon", ("batch", "in", "out"))
     assert set(groups(head).values()) == {"AdamW"}
+    assert list(groups(hidden).values()) == ["Muon", "AdamW"]

@@ -6,7 +6,10 @@ Each case is the lines of a zoo entry and, for its first leaf, a verdict that mu
 CASES = [
     # Layers and experts folded into one matrix, for their names were attention's.
     ("ffn/wo 8x2048x512 asks muon 1>2\nffn/wi_0 8x512x2048 asks muon 1>2", "muon 0,1>2"),
-    ("mlp/wo/kernel 2048x12x512 asks muon 0>2\nmlp/wi/kernel 512x12x2048 asks muon 0>2", "muon 0,1>2"),
+    (
+        "mlp/wo/kernel 2048x12x512 asks muon 0>2\nmlp/wi/kernel 512x12x2048 asks muon 0>2",
+        "muon 0,1>2",
+    ),
     ("wq 12x512x512 asks muon 1>2\nw1 12x512x2048 asks muon 1>2", "muon 0>1,2"),
     ("wo 12x512x512 asks muon 1>2\nw1 12x512x2048 asks muon 1>2", "muon 0,1>2"),
     ("b1 12x2048 adam\nw1 12x512x2048 asks muon 1>2", "muon 0>1"),
@@ -37,7 +40,10 @@ CASES = [
     ("logitdense/kernel 512x32000 adam", "muon 0>1"),
     ("fc/kernel 2048x1000 adam\nlayer1/kernel 512x512 muon 0>1", "muon 0>1"),
     ("output/kernel 512x32000 adam\nlayer1/kernel 512x512 muon 0>1", "muon 0>1"),
-    ("classifier/layers/2/kernel 512x10 adam\nclassifier/layers/0/kernel 512x512 muon 0>1", "muon 0>1"),
+    (
+        "classifier/layers/2/kernel 512x10 adam\nclassifier/layers/0/kernel 512x512 muon 0>1",
+        "muon 0>1",
+    ),
     ("classifier/layers/0/kernel 512x512 muon 0>1\nclassifier/layers/2/kernel 512x10 adam", "adam"),
     ("lm_head/layers/0/kernel 512x32000 adam", "muon 0>1"),
     ("heads/0/weight 512x100 adam\nheads/1/weight 512x100 adam", "muon 0>1"),
@@ -48,7 +54,10 @@ CASES = [
     ("attn_head/kernel 512x512 muon 0>1", "adam"),
     ("to_words/kernel 512x32000 adam\nembed/embedding 32000x512 adam", "muon 0>1"),
     ("back/weight 32000x512 adam\nembed/embedding 32000x512 adam", "muon 0>1"),
-    ("Dense_1/kernel 256x10 adam\nConv_0/kernel 3x3x1x32 adam\nDense_0/kernel 3136x256 muon 0>1", "muon 0>1"),
+    (
+        "Dense_1/kernel 256x10 adam\nConv_0/kernel 3x3x1x32 adam\nDense_0/kernel 3136x256 muon 0>1",
+        "muon 0>1",
+    ),
     # Tables of rows.
     ("mixer/A_log 5120x16 adam", "muon 0>1"),
     ("attention/time_decay 32x64 adam", "muon 0>1"),

@@ -15,10 +15,10 @@ Names, shapes and the right verdict of every leaf of {models} published models l
 verdict against them, leaf by leaf. This page is what `python -m tests.zoo.table` makes of them.
 
 - **right**: the group is right, and for Muon the reduced and the output axes.
-- **exchanged**: the matrices are right, and fan-in is taken for fan-out: `[out, in]` weights of PyTorch
-  and Equinox. The default scale, of `max(fan_in, fan_out)`, is the same for both.
-- **asks**: names and shapes leave it open, so the library raises; what it says to write, pasted, gives
-  the right verdict. Patterns are the rules that it says to write for all of these leaves.
+- **exchanged**: the matrices are right, and fan-in is taken for fan-out: `[out, in]` weights of
+  PyTorch and Equinox. The default scale, of `max(fan_in, fan_out)`, is the same for both.
+- **asks**: names and shapes leave it open, so the library raises; what it says to write, pasted,
+  gives the right verdict. Patterns are the rules that it says to write for all of these leaves.
 - **wrong**: none, or the test fails.
 
 | model | kind | library | leaves | right | exchanged | asks | patterns | wrong |
@@ -26,7 +26,9 @@ verdict against them, leaf by leaf. This page is what `python -m tests.zoo.table
 """
 
 
-def page(all_families: list[Family], results: dict[str, dict[str, int]], rules: dict[str, int]) -> str:
+def page(
+    all_families: list[Family], results: dict[str, dict[str, int]], rules: dict[str, int]
+) -> str:
     """The page, of each family's counts of outcomes and number of rules."""
     columns = ("right", "exchanged", "asks")
     order = sorted(all_families, key=lambda family: (family.kind, family.library, family.title))
@@ -44,8 +46,11 @@ def page(all_families: list[Family], results: dict[str, dict[str, int]], rules: 
     rows.append(f"| **{len(order)} models** | | | {' | '.join(map(str, total))} |")
     sources = [f"- {family.title} ({family.library}): {family.source}" for family in order]
     return (
-        _TOP.format(models=len(order)) + "\n".join(rows) + "\n\n## Sources\n\n"
-        + "\n".join(sources) + "\n"
+        _TOP.format(models=len(order))
+        + "\n".join(rows)
+        + "\n\n## Sources\n\n"
+        + "\n".join(sources)
+        + "\n"
     )
 
 
