@@ -13,7 +13,8 @@ import matplotlib
 matplotlib.use("Agg")  # No display is needed, and none is looked for.
 
 import matplotlib.pyplot as plt
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from muon_jax._paths import show
 from muon_jax._routing import route_leaves
@@ -131,7 +132,7 @@ def draw(path: Path, scenes: tuple[Scene, ...], columns: int) -> None:
     for axis in axes.flat[len(scenes) :]:
         axis.axis("off")
     handles = [
-        plt.Rectangle(
+        Rectangle(
             (0, 0),
             1,
             1,
@@ -147,7 +148,7 @@ def draw(path: Path, scenes: tuple[Scene, ...], columns: int) -> None:
     plt.close(figure)
 
 
-def _scene(axis: plt.Axes, scene: Scene, height: float) -> None:
+def _scene(axis: Axes, scene: Scene, height: float) -> None:
     axis.set(xlim=(0, 12.4), ylim=(-height, 0))
     axis.axis("off")
     axis.set_title(scene.title, loc="left", fontsize=12, fontweight="bold")
@@ -249,9 +250,7 @@ def draw_order(path: Path) -> None:
     plt.close(figure)
 
 
-def _box(
-    axis: plt.Axes, x: float, y: float, width: float, fill: str, title: str, what: str
-) -> None:
+def _box(axis: Axes, x: float, y: float, width: float, fill: str, title: str, what: str) -> None:
     axis.add_patch(
         FancyBboxPatch(
             (x, y - 0.82), width, 0.8, boxstyle="round,pad=0.02", facecolor=fill, edgecolor=_INK

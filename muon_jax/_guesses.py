@@ -68,7 +68,7 @@ def _attention(
     if per_head:
         heads = heads[-1:]
     axes = tuple(axis + stacks for axis in heads)
-    several = axes if len(axes) > 1 else axes[0]
+    several = axes if len(axes) > 1 else sum(axes)
     if _TO_MODEL.fullmatch(name):
         return MuonDimensionNumbers(several, model + stacks)
     return MuonDimensionNumbers(model + stacks, several)
