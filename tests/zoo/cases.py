@@ -46,6 +46,7 @@ CASES = [
     ),
     ("classifier/layers/0/kernel 512x512 muon 0>1\nclassifier/layers/2/kernel 512x10 adam", "adam"),
     ("lm_head/layers/0/kernel 512x32000 adam", "muon 0>1"),
+    ("classifier/0/kernel 512x512 muon 0>1\nclassifier/2/kernel 512x10 adam", "adam"),
     ("heads/0/weight 512x100 adam\nheads/1/weight 512x100 adam", "muon 0>1"),
     ("router_logits/kernel 512x8 muon 0>1", "adam"),
     ("gate_logits/kernel 512x8 muon 0>1", "adam"),
