@@ -19,7 +19,7 @@ from muon_jax._gradients import gradient_leaves
 from muon_jax._injectable import Held, injectable, unheld
 from muon_jax._orthogonalize import Preconditioning
 from muon_jax._prefix import resolve_mask
-from muon_jax._routing import DimensionNumbers, Heads, Route, route_leaves
+from muon_jax._routing import DimensionNumbers, Heads, Route, route_leaves, warn_of_tables
 from muon_jax._scale_by_adam import scale_by_adam
 from muon_jax._scale_by_muon import scale_by_muon
 from muon_jax._scaling import DEFAULT_RMS, DefaultRMS, ShapeFunction, UpdateScale
@@ -197,7 +197,9 @@ def muon(
         )
 
     def init_fn(params: PyTree) -> optax.OptState:
-        state = for_params(params, *route(params)).init(params)
+        routes, structure = route(params)
+        warn_of_tables(routes)
+        state = for_params(params, routes, structure).init(params)
         if zero1 is None:
             return state
         # Counts of schedules, which would otherwise move onto the mesh with the first update.

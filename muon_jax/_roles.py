@@ -1,25 +1,17 @@
-r"""The table of names: what a leaf's path says about its role.
+"""The role of one leaf: what its names propose, decided by its shape and by what lies beside it.
 
-A leaf is read by its own name, or, where that is generic (``kernel``, ``weight``, ``w``, ...), by
-the name of the module that owns it; indices are skipped and case does not matter. The first row
-that fits decides. Leading axes that are stacks (`_stacks`) do not count.
+The first that fits decides:
 
-| role             | names                                              | matrices                |
-|------------------|----------------------------------------------------|-------------------------|
-| unembedding head | head, heads, \*_head, unemb\*, \*logits\*,          | none: AdamW             |
-|                  | classifier                                         |                         |
-| embedding        | \*emb, \*embs, \*embed\*, wte, wpe, pos\*enc\*      | none: AdamW             |
-| norm             | \*norm, \*norms, \*norm_0, rms, ln*, bn*           | none: AdamW             |
-| bias             | \*bias\*, bq, bk, bv, bo                           | none: AdamW             |
-| gain             | scale, gain, gamma, beta, g, offset, \*_scale,      | none: AdamW             |
-|                  | \*_gain, layer_scale, sinks                       |                         |
-| convolution      | conv, conv1, conv2d, Conv_0, \*_conv, ConvTranspose | [window and in] x [out] |
-| attention input  | query, key, value, q, q_proj, wq, to_q, ...        | [d] x [heads, head_dim] |
-| attention output | out, o, o_proj, out_proj, wo, to_out               | [heads, head_dim] x [d] |
+1. an unembedding head: by its name, as the last layer of a module so named, or because it is as
+   wide as the embedding's rows;
+2. a convolution: four or five axes in a ``kernel``, of which the first are a small window, whatever
+   its module is called; three axes by name, or with a bias that has the last axis only;
+3. embeddings, tables of rows, norms, biases and gains, by name (`_names`);
+4. vectors, and stacks of them;
+5. two axes: a matrix, "assumed matrix" in the report unless a ``kernel`` or in a stack;
+6. three axes: attention's, where the other projections or a bias agree (`_evidence`).
 
-A head is also recognized one module further up (``lm_head/linear/kernel``). Outside the table a
-leaf of one axis longer than 1 at most is a vector and goes to AdamW, as do stacked vectors; two
-axes are a matrix, "assumed matrix" in the report unless a `kernel`; more raise.
+All else is a `Question`, and raises.
 
 What shapes cannot tell, and you declare: a grouped convolution reads as one matrix of all its
 groups; a transposed one with ``transpose_kernel=True`` with input and output exchanged; one of a
@@ -28,115 +20,222 @@ exchanged, which matters to scales by `fan_out / fan_in` only.
 """
 
 import dataclasses
-import re
 
 from optax.contrib import MuonDimensionNumbers
 
+from muon_jax import _names as names
+from muon_jax._evidence import Beside
 from muon_jax._paths import Path
-from muon_jax._stacks import looks_fused
 
-_GENERIC = re.compile(r"kernel|weights?|w|matrix|table|param")
-_GENERIC_OWNER = re.compile(r"(linear|dense|proj|fc)(_?\d+)?")
-
-_HEAD = r"(\w+_)?heads?(_?\d+)?|unemb\w*|\w*logits\w*|classifier(_?\d+)?"
-_ADAMW = (
-    ("unembedding head", _HEAD),
-    ("embedding", r"\w*emb(s|ed\w*)?|wte|wpe|\w*pos\w*enc\w*"),
-    ("norm", r"\w*norms?(_?\d+|_[a-z]{1,3})?|rms(_?\d+)?|(ln|bn)(_\w+|\d+)?"),
-)
-# Of the leaf alone: a module may be called "scale" and hold a matrix.
-_ADAMW_LEAF = (
-    ("bias", r"\w*bias\w*|b[qkvo]"),
-    ("gain", r"scale|gain|gamma|beta|g|offset|\w+_(scale|gain)|sinks?"),
-)
-_CONVOLUTION = r"(\w*_)?(dw)?conv(\d?d)?(transpose|local)?(_?\d+|_(in|out|stem|proj))?"
 _LONGEST_WINDOW = 16
-# Flax's own attention is always [d, heads, head_dim]; the other names also serve plain matrices.
-_FLAX_INPUT = r"query|key|value"
-_INPUT = rf"{_FLAX_INPUT}|[qkv]|[qkv]_proj|w[qkv]|(query|key|value)_proj|to_[qkv]"
-_FLAX_OUTPUT = r"out"
-_OUTPUT = rf"{_FLAX_OUTPUT}|o|o_proj|out_proj|wo|to_out"
+_TABLE_RATIO = 30
+_IN_OUT = MuonDimensionNumbers(-2, -1)
+_NOTHING = Beside()
 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """What the table says of a leaf.
+    """What is read of a leaf.
 
     Attributes:
       reason: the role's name, as the report prints it.
       spec: the axes of its matrices; None sends it to AdamW.
+      assumed: whether nothing but its two axes says that it is a matrix.
     """
 
     reason: str
     spec: MuonDimensionNumbers | None = None
+    assumed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A leaf whose matrices cannot be known.
+
+    Attributes:
+      why: the sentence that says so.
+      kind: what it looks like, for the remedy.
+      spec: the axes that it then has; None sends it to AdamW.
+    """
+
+    why: str
+    kind: str = "a stack of [in, out] matrices"
+    spec: MuonDimensionNumbers | None = _IN_OUT
 
 
 def role_of(
-    path: Path, shape: tuple[int, ...], stacks: tuple[str, ...], per_head: bool
-) -> Role | str:
-    """The role of a leaf by its names and rank.
+    path: Path,
+    shape: tuple[int, ...],
+    stacks: tuple[str, ...],
+    per_head: bool,
+    beside: Beside = _NOTHING,
+) -> Role | Question:
+    """The role of a leaf by its names, its shape and what lies beside it.
 
     Args:
       path: the lower-case names on the leaf's path, indices included.
       shape: the shape of the leaf.
       stacks: the names of its leading stack axes.
       per_head: whether each attention head is a matrix of its own.
+      beside: what the other leaves say.
 
     Returns:
-      Its role, or, where names and rank do not tell, the sentence that says why.
+      Its role, or the question.
     """
-    names = [name for name in path if not name.isdigit()] or [""]
-    leaf = names[-1]
-    names = names[:-1] if _GENERIC.fullmatch(leaf) and len(names) > 1 else names
-    name = names[-1]
+    parts = names.names_of(path)
+    leaf, name = path[-1] if path else "", parts[-1]
+    core = shape[len(stacks) :]
 
-    for reason, pattern in _ADAMW:
-        if re.fullmatch(pattern, name):
-            return Role(reason)
-    for reason, pattern in _ADAMW_LEAF:
-        if re.fullmatch(pattern, leaf):
-            return Role(reason)
-    if _GENERIC_OWNER.fullmatch(name) and len(names) > 1 and re.fullmatch(_HEAD, names[-2]):
-        return Role("unembedding head")
+    if names.is_bias(leaf):
+        return Role("bias")
+    if beside.head is not None or (names.is_head(name) and not beside.hidden):
+        return Role(beside.head or "unembedding head")
+    if role := _convolution(leaf, name, shape, len(stacks), beside):
+        return role
+    if role := _by_name(leaf, name, core):
+        return role
     if not shape:
         return Role("scalar")
     if sum(length != 1 for length in shape) <= 1:
         return Role("vector")
-
-    rank = len(shape) - len(stacks)
-    if rank < 2:
+    if len(core) < 2:
         return Role("stacked vector")
-    if re.fullmatch(_CONVOLUTION, name):
-        if rank == 2 and min(shape[-2:]) <= _LONGEST_WINDOW:
-            return Role("depthwise convolution")
-        if rank > 2:
-            return _convolution(leaf, shape, len(stacks))
-    under = f", stack under {'/'.join(stacks)}" if stacks else ""
-    if rank == 2:
-        if stacks and len(shape) == 3 and re.fullmatch(f"{_FLAX_INPUT}|{_FLAX_OUTPUT}", name):
-            return (
-                "it may be one Flax attention kernel of three axes, or a stack of plain matrices "
-                f"under {stacks[0]!r}"
-            )
-        known = "linear kernel" if leaf == "kernel" else "matrix" if stacks else None
-        kind = known or "assumed matrix"
-        fused = ", maybe fused blocks" if looks_fused(name) else ""
-        return Role(kind + fused + under, MuonDimensionNumbers(-2, -1))
-    for pattern, layout, joint, separate in (
-        (_INPUT, "[d, heads, head_dim]", (-3, (-2, -1)), (-3, -1)),
-        (_OUTPUT, "[heads, head_dim, d]", ((-3, -2), -1), (-2, -1)),
-    ):
-        if rank == 3 and re.fullmatch(pattern, name):
-            heads = "per head" if per_head else "heads joint"
-            spec = MuonDimensionNumbers(*(separate if per_head else joint))
-            return Role(f"attention {layout}, {heads}{under}", spec)
-    return "its names are not in the table of roles, or the axis of a stack is not plain"
+    if len(core) == 2:
+        return _matrix(leaf, name, shape, stacks, beside)
+    return _of_heads(leaf, name, shape, stacks, per_head, beside)
 
 
-def _convolution(leaf: str, shape: tuple[int, ...], stacks: int) -> Role | str:
-    if leaf != "kernel":
-        return "only Flax's convolution layout is known, [*window, in, out] in a leaf named kernel"
-    if shape[-2] == 1:
+def looks_like_a_table(shape: tuple[int, ...]) -> bool:
+    """Whether a matrix has the sides of a vocabulary, or of coefficients of each channel."""
+    return max(shape) > _TABLE_RATIO * max(1, min(shape))
+
+
+def _by_name(leaf: str, name: str, core: tuple[int, ...]) -> Role | None:
+    kernel = leaf == "kernel"
+    if names.is_embedding(name) and not (kernel and len(core) > 2):
+        return Role("embedding")
+    if names.is_rows(name) and not kernel:
+        return Role("table of rows")
+    if names.is_norm(name) and not kernel:
+        return Role("norm")
+    if names.is_gain(leaf):
+        return Role("gain")
+    return None
+
+
+def _matrix(
+    leaf: str, name: str, shape: tuple[int, ...], stacks: tuple[str, ...], beside: Beside
+) -> Role | Question:
+    if stacks and len(shape) == 3 and names.is_flax_attention(name) and not beside.plain:
+        return Question(
+            "it may be one Flax attention kernel of three axes, or a stack of plain matrices "
+            f"under {stacks[0]!r}"
+        )
+    assumed = leaf != "kernel" and not stacks
+    kind = "assumed matrix" if assumed else "linear kernel" if leaf == "kernel" else "matrix"
+    fused = ", maybe fused blocks" if names.looks_fused(name) else ""
+    table = ", maybe a table" if assumed and looks_like_a_table(shape) else ""
+    return Role(kind + fused + table + _under(stacks), MuonDimensionNumbers(-2, -1), assumed)
+
+
+def _of_heads(
+    leaf: str,
+    name: str,
+    shape: tuple[int, ...],
+    stacks: tuple[str, ...],
+    per_head: bool,
+    beside: Beside,
+) -> Role | Question:
+    rank = len(shape) - len(stacks)
+    heads = "per head" if per_head else "heads joint"
+    if rank == 3 and beside.attention:
+        fused = ", maybe fused blocks" if names.looks_fused(name) else ""
+        if names.is_output(name):
+            spec = MuonDimensionNumbers(-2, -1) if per_head else MuonDimensionNumbers((-3, -2), -1)
+            return Role(f"attention [heads, head_dim, d], {heads}{_under(stacks)}", spec)
+        spec = MuonDimensionNumbers(-3, -1) if per_head else MuonDimensionNumbers(-3, (-2, -1))
+        return Role(f"attention [d, heads, head_dim], {heads}{fused}{_under(stacks)}", spec)
+    if names.is_input(name) or names.is_output(name) or names.is_latent(name):
+        return Question(
+            "it has a name of attention's, and no input and output beside it, nor a bias, whose "
+            "axes are those of its heads"
+        )
+    if leaf in ("kernel", "w") and beside.bias == shape[-1:]:
+        # A bias of the last axis alone: all other axes are summed over.
+        reduction = tuple(range(len(stacks), len(shape) - 1))
+        return Role(
+            "linear kernel of several input axes" + _under(stacks),
+            MuonDimensionNumbers(reduction, -1),
+        )
+    return Question("its names are not in the table of roles, or the axis of a stack is not plain")
+
+
+def _convolution(
+    leaf: str, name: str, shape: tuple[int, ...], stacks: int, beside: Beside
+) -> Role | Question | None:
+    core = shape[stacks:]
+    named = names.is_convolution(name)
+    if len(core) == 2 and named and min(core) <= _LONGEST_WINDOW:
+        return Role("depthwise convolution")
+    if len(core) < 3 or _rank(core) < 2 or (beside.bias is not None and _rank(beside.bias) > 1):
+        return None
+    if leaf.startswith("weight"):
+        return _out_in_window(core, stacks, named, beside)
+    window = core[:-2]
+    # Patches of 32 or 40 are known by name, and never long and narrow.
+    longest = 64 if names.is_patches(name) else _LONGEST_WINDOW
+    by_rank = len(core) in (4, 5) and _is_window(window, longest) and not names.is_linear(name)
+    if leaf not in ("kernel", "w") and not leaf.endswith("_kernel"):
+        kind = "a convolution's window [*window, in, out]"
+        return _ask_window(core, stacks, kind, (0, -1)) if named and _rank(core) > 2 else None
+    if leaf == "w" and not named and _is_window(core[2:]) and len(core) > 3:
+        return _ask_window(core, stacks, "a convolution's window [out, in, *window]", (1, 0))
+    if named or by_rank:
+        if core[-2] == 1:
+            return Role("depthwise convolution, or of one input channel")
+        reduction = tuple(range(stacks, len(shape) - 1))
+        return Role("convolution [*window, in, out]", MuonDimensionNumbers(reduction, -1))
+    return None
+
+
+def _out_in_window(
+    core: tuple[int, ...], stacks: int, named: bool, beside: Beside
+) -> Role | Question | None:
+    """The layout of Equinox and PyTorch, which Equinox's bias [out, 1, 1] gives away."""
+    if not named and not (len(core) in (4, 5) and _is_window(core[2:])):
+        return None
+    by_bias = beside.bias is not None and len(beside.bias) == len(core) - 1
+    if core[1] == 1 and max(core[2:]) <= _LONGEST_WINDOW:
         return Role("depthwise convolution, or of one input channel")
-    reduction = tuple(range(stacks, len(shape) - 1))
-    return Role("convolution [*window, in, out]", MuonDimensionNumbers(reduction, -1))
+    if by_bias and beside.bias == (core[0], *[1] * (len(core) - 2)):
+        reduction = tuple(range(stacks + 1, stacks + len(core)))
+        return Role("convolution [out, in, *window]", MuonDimensionNumbers(reduction, stacks))
+    if min(core[0], core[1]) > _LONGEST_WINDOW or _is_window(core[2:]):
+        return _ask_window(core, stacks, "a convolution's window [out, in, *window]", (1, 0))
+    return _ask_window(core, stacks, "a convolution's window [*window, in, out]", (0, -1))
+
+
+def _ask_window(core: tuple[int, ...], stacks: int, kind: str, ends: tuple[int, int]) -> Question:
+    first, output = ends
+    last = len(core) - (1 if output == -1 else 0)
+    reduction = tuple(range(stacks + first, stacks + last))
+    return Question(
+        "only Flax's convolution layout is known, [*window, in, out] in a leaf named kernel",
+        kind,
+        MuonDimensionNumbers(reduction, -1 if output == -1 else stacks + output),
+    )
+
+
+def _is_window(window: tuple[int, ...], longest: int = _LONGEST_WINDOW) -> bool:
+    """Whether axes are a window's: short, and square, of one row, or square behind the first."""
+    if not window or max(window) > longest:
+        return False
+    return len({*window}) == 1 or 1 in window or (len(window) == 3 and window[1] == window[2])
+
+
+def _rank(shape: tuple[int, ...]) -> int:
+    return sum(length != 1 for length in shape)
+
+
+def _under(stacks: tuple[str, ...]) -> str:
+    return f", stack under {'/'.join(stacks)}" if stacks else ""

@@ -1,12 +1,13 @@
 """Decide, leaf by leaf, what is a matrix for Muon and what goes to AdamW.
 
-Precedence: the user's dimension numbers; the table of names (`_roles`); rank. What cannot be known
-raises, with the leaf's path and the line to write: a wrong guess would train a wrong model
-without a word.
+Precedence: the user's dimension numbers; names with evidence from the shapes beside them
+(`_readings`); rank. What cannot be known raises, with the leaf's path and the line to write: a
+wrong guess would train a wrong model without a word.
 """
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -17,8 +18,9 @@ from muon_jax._matrices import LeafViews, MatrixSpec, is_matrix_spec, leaf_views
 from muon_jax._parameters import check_tree, parameter_shape
 from muon_jax._paths import Path, flatten_with_names, is_absent, show
 from muon_jax._prefix import match_prefix
-from muon_jax._roles import Role, role_of
-from muon_jax._stacks import find_stacks
+from muon_jax._readings import read_leaves
+from muon_jax._remedies import how_to_declare, pattern_for
+from muon_jax._roles import Question, Role, looks_like_a_table
 from muon_jax._use.readings import Reading, UseRoles
 
 Heads = Literal["joint", "per_head"]
@@ -77,6 +79,7 @@ class Route:
       reason: why it goes there.
       spec: which axes form its matrices; None sends it to AdamW.
       views: its matrices; None where `spec` is.
+      assumed: whether nothing but its two axes says that it is a matrix.
     """
 
     path: Path
@@ -84,6 +87,7 @@ class Route:
     reason: str
     spec: MatrixSpec | None = None
     views: LeafViews | None = None
+    assumed: bool = False
 
     @property
     def group(self) -> Literal["muon", "adam"]:
@@ -124,18 +128,26 @@ def route_leaves(
         (tuple(part.lower() for name in path for part in re.split(r"[/.]", name)), shape)
         for path, shape in shapes
     ]
-    routes, unknown = [], []
-    for (path, shape), (names, _), stacks in zip(shapes, named, find_stacks(named), strict=True):
-        if path in declared:
-            routes.append(_route_declared(path, shape, declared[path]))
-            continue
-        role = role_of(names, shape, stacks, per_head=heads == "per_head")
-        if isinstance(role, str):
-            unknown.append((path, shape, role))
+    declared_routes = {
+        i: _route_declared(path, shape, declared[path])
+        for i, (path, shape) in enumerate(shapes)
+        if path in declared
+    }
+    read = read_leaves(
+        named, heads == "per_head", {i: _batch_axes(r) for i, r in declared_routes.items()}
+    )
+    routes, asked, by_name = [], [], []
+    for i, ((path, shape), role) in enumerate(zip(shapes, read, strict=True)):
+        if i in declared_routes:
+            routes.append(declared_routes[i])
+        elif isinstance(role, Question):
+            asked.append((path, shape, role))
         else:
             routes.append(_route_by_role(path, shape, role))
-    if unknown:
-        raise ValueError(_how_to_declare(unknown))
+            if len(shape) >= 3 and routes[-1].spec is not None:
+                by_name.append((path, shape, role.reason))
+    if asked:
+        raise ValueError(how_to_declare(asked, [route.path for route in routes], by_name))
     return routes, structure
 
 
@@ -145,23 +157,32 @@ def check_heads(heads: str) -> None:
         raise ValueError(f'heads must be "joint" or "per_head"; got {heads!r}.')
 
 
-def _how_to_declare(unknown: list[tuple[Path, tuple[int, ...], str]]) -> str:
-    listed = [f"  {show(path)}, shape {shape}: {why}." for path, shape, why in unknown[:10]]
-    if len(unknown) > 10:
-        listed.append("  ...")
-    path = unknown[0][0]
-    spec = "optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)"
-    rules = f'muon_jax.by_path({{r"^{re.escape("/".join(path))}$": {spec}}})' if path else spec
-    return "\n".join(
-        [
-            f"The matrices in {len(unknown)} parameter(s) of three or more axes cannot be known:",
-            *listed,
-            "Say which axes are reduced (fan-in) and which are outputs (fan-out); all others are "
-            "a batch. For a stack of [in, out] matrices:",
-            f"  muon(..., muon_weight_dimension_numbers={rules})",
-            "or declare None for AdamW.",
-        ]
+def warn_of_tables(routes: list[Route]) -> None:
+    """Warn, once for all of them, of assumed matrices whose sides are those of a table."""
+    tables = [route for route in routes if route.assumed and looks_like_a_table(route.shape)]
+    if not tables:
+        return
+    listed = ", ".join(f"{show(route.path)} {route.shape}" for route in tables[:10])
+    patterns = pattern_for(
+        ["/".join(route.path) for route in tables],
+        ["/".join(route.path) for route in routes if route not in tables],
     )
+    warnings.warn(
+        f"{len(tables)} parameter(s) of two axes are taken for matrices though nothing but their "
+        f"rank says so, and they look like tables (a vocabulary, coefficients of each channel): "
+        f"{listed}{', ...' if len(tables) > 10 else ''}. Tables belong to AdamW: declare "
+        f'muon_weight_dimension_numbers=muon_jax.by_path({{r"{patterns}": None}}), or, where they '
+        "are matrices, MuonDimensionNumbers(-2, -1) in place of None.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def _batch_axes(route: Route) -> set[int]:
+    """The axes of a declared leaf that its matrices are stacked along; all, for AdamW's."""
+    if route.views is None:
+        return {*range(len(route.shape))}
+    return {*route.views.views[0].batch_axes}
 
 
 def _route_by_role(path: Path, shape: tuple[int, ...], role: Role) -> Route:
@@ -171,7 +192,7 @@ def _route_by_role(path: Path, shape: tuple[int, ...], role: Role) -> Route:
     _, fan_in, fan_out = views.views[0].matrices
     if min(fan_in, fan_out) <= 1:
         return Route(path, shape, f"{role.reason}, of one row or column")
-    return Route(path, shape, role.reason, role.spec, views)
+    return Route(path, shape, role.reason, role.spec, views, role.assumed)
 
 
 def _route_by_use(reading: Reading, heads: Heads) -> Route:

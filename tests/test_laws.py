@@ -46,7 +46,9 @@ def matrices(dtype=jnp.float32):
 def everything(dtype=jnp.float32):
     """The same with all that goes to AdamW, and an attention kernel."""
     return matrices(dtype) | {
-        "attention": {"query": {"kernel": array((4, 2, 3), 3, dtype)}},
+        "attention": {
+            "query": {"kernel": array((4, 2, 3), 3, dtype), "bias": array((2, 3), 9, dtype)}
+        },
         "embed": {"embedding": array((6, 4), 4, dtype)},
         "norm": {"scale": array((4,), 5, dtype)},
         "row": {"kernel": array((1, 5), 6, dtype)},

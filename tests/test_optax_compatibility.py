@@ -259,10 +259,10 @@ def test_difference_4_adam_follows_the_weight_decay():
 
 
 def test_difference_5_leaves_are_routed_by_role():
-    """Optax orthogonalizes embeddings and leaves attention kernels to Adam, by ``ndim == 2``."""
+    """Optax orthogonalizes embeddings and biases of heads, not attention, by ``ndim == 2``."""
     params = {
         "embed": {"embedding": jnp.asarray(gaussian((12, 8)))},
-        "query": {"kernel": jnp.asarray(gaussian((8, 2, 4)))},
+        "query": {"kernel": jnp.asarray(gaussian((8, 2, 4))), "bias": jnp.zeros((2, 4))},
     }
 
     def muon_leaves(tx):
@@ -270,7 +270,7 @@ def test_difference_5_leaves_are_routed_by_role():
         return [jax.tree_util.keystr(k) for k, _ in jax.tree_util.tree_leaves_with_path(state.mu)]
 
     assert muon_leaves(muon(LR)) == ["['query']['kernel']"]
-    assert muon_leaves(optax.contrib.muon(LR)) == ["['embed']['embedding']"]
+    assert muon_leaves(optax.contrib.muon(LR)) == ["['embed']['embedding']", "['query']['bias']"]
 
 
 # --- What Optax cannot do, and we say we can -----------------------------------------------------

@@ -28,9 +28,12 @@ def nest(path, leaf):
     return leaf
 
 
-def matrices(path, shape, **options):
-    """The matrices of one leaf; empty for AdamW."""
-    ((route,), _) = route_leaves(nest(path, struct(*shape)), **options)
+def matrices(path, shape, beside=(), **options):
+    """The matrices of one leaf; empty for AdamW. `beside` are paths and shapes of others."""
+    params = {path: struct(*shape)} | {other: struct(*axes) for other, axes in beside}
+    params = params if beside else nest(path, struct(*shape))
+    routes, _ = route_leaves(params, **options)
+    (route,) = (route for route in routes if show(route.path) == path)
     return [view.matrices for view in route.views.views] if route.views else []
 
 
@@ -89,17 +92,11 @@ def test_goes_to_adamw(path, shape):
         ("router/kernel", (8, 4), (1, 8, 4)),
         ("b/kernel", (8, 4), (1, 8, 4)),
         ("scale/w", (8, 4), (1, 8, 4)),
-        ("attn/query/kernel", (8, 4, 6), (1, 8, 24)),
-        ("attn/out/kernel", (4, 6, 8), (1, 24, 8)),
-        ("layers/attn/query/kernel", (3, 8, 4, 6), (3, 8, 24)),
-        ("layers/attn/out/kernel", (3, 4, 6, 8), (3, 24, 8)),
-        ("layers/0/attn/wq", (8, 4, 6), (1, 8, 24)),
         ("layers/attn/q_proj/kernel", (3, 8, 24), (3, 8, 24)),
         ("Conv_0/kernel", (3, 3, 4, 8), (1, 36, 8)),
         ("convert/kernel", (64, 64), (1, 64, 64)),
         ("conv_proj/kernel", (64, 64), (1, 64, 64)),
         ("layers/conv/kernel", (2, 3, 4, 8), (2, 12, 8)),
-        ("moe_block/attn/wq", (8, 4, 6), (1, 8, 24)),
         ("lora/b", (8, 64), (1, 8, 64)),
         ("stem/conv_in/kernel", (5, 4, 8), (1, 20, 8)),
         ("experts/gate_proj", (6, 8, 32), (6, 8, 32)),
@@ -114,17 +111,31 @@ def test_is_a_matrix_along_the_right_axes(path, shape, expected):
     assert matrices(path, shape) == [expected]
 
 
-@pytest.mark.parametrize(
-    ("path", "shape", "expected"),
-    [
-        ("attn/key/kernel", (8, 4, 6), (4, 8, 6)),
-        ("attn/out/kernel", (4, 6, 8), (4, 6, 8)),
-        ("layers/attn/value/kernel", (3, 8, 4, 6), (12, 8, 6)),
-        ("mlp/up/kernel", (8, 32), (1, 8, 32)),
-    ],
-)
-def test_heads_can_be_matrices_of_their_own(path, shape, expected):
-    assert matrices(path, shape, heads="per_head") == [expected]
+ATTENTION = {
+    "query/kernel": (8, 4, 6),
+    "key/kernel": (8, 2, 6),
+    "value/kernel": (8, 2, 6),
+    "out/kernel": (4, 6, 8),
+}
+JOINT = {"query": (1, 8, 24), "key": (1, 8, 12), "value": (1, 8, 12), "out": (1, 24, 8)}
+EACH = {"query": (4, 8, 6), "key": (2, 8, 6), "value": (2, 8, 6), "out": (4, 6, 8)}
+
+
+@pytest.mark.parametrize("module", ["attn", "moe_block/attn", "layers/0/attn", "layers/attn"])
+@pytest.mark.parametrize(("heads", "expected"), [("joint", JOINT), ("per_head", EACH)])
+def test_attention_is_read_where_its_projections_agree(module, heads, expected):
+    layers = (3,) if module == "layers/attn" else ()
+    params = {f"{module}/{name}": struct(*layers, *shape) for name, shape in ATTENTION.items()}
+    params[f"{module}/query/bias"] = struct(*layers, 4, 6)
+    routes, _ = route_leaves(params, heads=heads)
+    assert {show(r.path).split("/")[-2]: r.views.views[0].matrices for r in routes if r.views} == {
+        name: (batch * (3 if layers else 1), fan_in, fan_out)
+        for name, (batch, fan_in, fan_out) in expected.items()
+    }
+
+
+def test_a_dense_kernel_needs_no_evidence_in_any_heads():
+    assert matrices("mlp/up/kernel", (8, 32), heads="per_head") == [(1, 8, 32)]
 
 
 def test_flat_trees_hold_whole_paths_in_one_key():
@@ -133,12 +144,14 @@ def test_flat_trees_hold_whole_paths_in_one_key():
         "model.layers.0.mlp.up_proj.weight": struct(8, 32),
         "layers/0/experts/up_proj": struct(4, 8, 32),
         "stack/attn/query/kernel": struct(3, 8, 2, 4),
+        "stack/attn/out/kernel": struct(3, 2, 4, 8),
     }
     assert groups(flat) == {
         "model.embed_tokens.weight": "adam",
         "model.layers.0.mlp.up_proj.weight": "muon",
         "layers/0/experts/up_proj": "muon",
         "stack/attn/query/kernel": "muon",
+        "stack/attn/out/kernel": "muon",
     }
 
 

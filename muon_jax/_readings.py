@@ -1,0 +1,134 @@
+"""Read all leaves of a tree together: stacks, what lies beside each, roles, and what is asked."""
+
+from collections.abc import Mapping, Sequence
+
+from optax.contrib import MuonDimensionNumbers
+
+from muon_jax import _names as names
+from muon_jax._evidence import look_beside
+from muon_jax._guesses import guess
+from muon_jax._paths import Path
+from muon_jax._roles import Question, Role, role_of
+from muon_jax._stacks import Stacked, by_module, find_stacks, is_stack_of_vectors, shared_axes
+
+Leaves = Sequence[tuple[Path, tuple[int, ...]]]
+
+
+def read_leaves(
+    leaves: Leaves, per_head: bool, batches: Mapping[int, set[int]] | None = None
+) -> list[Role | Question]:
+    """The role of every leaf, or the question that it raises.
+
+    Args:
+      leaves: lower-case names on the path, indices included, and the shape, of every leaf.
+      per_head: whether each attention head is a matrix of its own.
+      batches: for the leaves that the user declared, the batch axes of each: a matrix declared to
+        be one of a stack is evidence for its neighbours.
+
+    Returns:
+      One `Role` or `Question` for each leaf; of declared ones it says nothing.
+    """
+    batches = dict(batches or {})
+    stacks = find_stacks(leaves)
+    beside = look_beside(leaves, stacks)
+    read = [
+        role_of(path, shape, stack, per_head, other)
+        for (path, shape), stack, other in zip(leaves, stacks, beside, strict=True)
+    ]
+    doubted = _unnamed_stacks(leaves, stacks, read)
+    asked = {i for i, role in enumerate(read) if isinstance(role, Question)}
+    # Windows and einsum layouts have axes of their own that leaves may share.
+    own = {i for i in asked if _has_a_layout(read[i], leaves[i][0])}
+    unknown = (asked | doubted) - batches.keys()
+    shared = {
+        i: stacked
+        for i, stacked in shared_axes(leaves, unknown - own, batches).items()
+        if stacked.axis >= len(stacks[i]) and i not in batches and i not in own
+    }
+    cores = [
+        (path, _without(shape, shared[i].axis) if i in shared else shape)
+        for i, (path, shape) in enumerate(leaves)
+    ]
+    beside = look_beside(cores, stacks) if shared else beside
+    widths = [
+        min(shape)
+        for path, shape in leaves
+        if len(shape) == 2 and names.is_token_embedding(names.names_of(path)[-1])
+    ]
+    for i in range(len(leaves)):
+        role, stacked, path = read[i], shared.get(i), leaves[i][0]
+        if stacked and _is_vector(role, path, leaves[i][1], stacks[i]):
+            read[i] = Role("stacked vector")
+        elif i in unknown:
+            core = role_of(*cores[i], stacks[i], per_head, beside[i])
+            if isinstance(core, Question):
+                core = guess(*cores[i], core, len(stacks[i]), widths, per_head)
+            read[i] = _question(role, core, stacked, len(cores[i][1]))
+    return read
+
+
+def _unnamed_stacks(
+    leaves: Leaves, stacks: Sequence[tuple[str, ...]], read: Sequence[Role | Question]
+) -> set[int]:
+    """Leaves read as one matrix of three or more axes, in a module where even vectors have two.
+
+    A window of [3, 3] and three layers of a window of 3 look alike; gains of [3, 512] beside them
+    do not.
+    """
+    found = set()
+    for members in by_module(leaves).values():
+        shapes = [leaves[i][1] for i in members]
+        if len(members) < 2 or min(map(len, shapes)) < 2 or any(stacks[i] for i in members):
+            continue
+        common = [n for n in (0, 1) if len({shape[n] for shape in shapes}) == 1]
+        if any(shapes[0][n] > 1 for n in common) and is_stack_of_vectors(leaves, members):
+            found |= {
+                i
+                for i in members
+                if len(leaves[i][1]) >= 3 and isinstance(read[i], Role) and read[i].spec is not None
+            }
+    return found
+
+
+def _has_a_layout(role: Role | Question, path: Path) -> bool:
+    if isinstance(role, Question) and "window" in role.kind:
+        return True
+    return "einsum" in names.names_of(path)[-1]
+
+
+def _is_vector(
+    role: Role | Question, path: Path, shape: tuple[int, ...], stacks: tuple[str, ...]
+) -> bool:
+    if len(shape) - len(stacks) != 2 or names.is_router(names.names_of(path)[-1]):
+        return False
+    return isinstance(role, Role) and role.assumed
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return shape[:axis] + shape[axis + 1 :]
+
+
+def _question(
+    read: Role | Question, core: Role | Question, stacked: Stacked | None, rank: int
+) -> Question:
+    """The question on a leaf, with what it most likely is."""
+    why = read.why if isinstance(read, Question) else f"its name says {read.reason}"
+    spec = core.spec
+    if stacked is None:
+        kind = core.kind if isinstance(core, Question) else core.reason
+        return Question(why, kind, spec)
+    why += f"; axis {stacked.axis} is shared by {stacked.where}, as a stack's is"
+    if spec is None:
+        return Question(why, "a table of rows", None)
+    back = lambda axes: _shift(axes, rank, stacked.axis)  # noqa: E731
+    spec = MuonDimensionNumbers(back(spec.reduction_axis), back(spec.output_axis))
+    return Question(why, f"a stack along axis {stacked.axis}", spec)
+
+
+def _shift(axes: int | Sequence[int], rank: int, axis: int) -> int | tuple[int, ...]:
+    several = axes if isinstance(axes, Sequence) else (axes,)
+    # From the end where the stack's axis is first: the same numbers then serve every rank.
+    moved = tuple(
+        (a % rank) - rank if axis == 0 else (a % rank) + (a % rank >= axis) for a in several
+    )
+    return moved if isinstance(axes, Sequence) else moved[0]

@@ -1,0 +1,137 @@
+"""The error for leaves whose matrices cannot be known, with the code that declares them."""
+
+import collections
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from optax.contrib import MuonDimensionNumbers
+
+from muon_jax._paths import Path, show
+from muon_jax._roles import Question
+
+Asked = Sequence[tuple[Path, tuple[int, ...], Question]]
+_SHOWN = 3
+
+
+def how_to_declare(
+    asked: Asked, others: Sequence[Path], by_name: Sequence[tuple[Path, tuple[int, ...], str]]
+) -> str:
+    """The message of the error.
+
+    Args:
+      asked: the path, the shape and the question of every leaf whose matrices cannot be known.
+      others: the paths of all other leaves, which no pattern may find.
+      by_name: path, shape and reading of the leaves of three or more axes that were read.
+
+    Returns:
+      What is not known, the code that declares it, and what rests on names beside it.
+    """
+    lines = [f"The matrices in {len(asked)} parameter(s) of three or more axes cannot be known:"]
+    lines += _listed([(path, (shape, q.why)) for path, shape, q in asked], "{0[0]}: {0[1]}.")
+    lines += [
+        "Say which axes are reduced (fan-in) and which are outputs (fan-out); all others are a "
+        "batch, and None means AdamW. By their names and shapes they look like this, which only "
+        "you can know:",
+        f"  muon(..., muon_weight_dimension_numbers={_remedy(asked, others)})",
+        "If you give rules already, add these to them.",
+    ]
+    if by_name:
+        lines.append("Read by name and shape, and to be looked at while those above are not known:")
+        lines += _listed([(path, (shape, why)) for path, shape, why in by_name], "{0[0]}: {0[1]}")
+    return "\n".join(lines)
+
+
+def _listed(leaves: Iterable[tuple[Path, Any]], form: str) -> list[str]:
+    """One line for all leaves whose paths differ in numbers only."""
+    alike = collections.defaultdict(list)
+    for path, what in leaves:
+        alike[re.sub(r"\d+", "0", show(path)), what].append(show(path))
+    return [
+        f"  {', '.join(paths[:_SHOWN])}"
+        + (f", ... ({len(paths)} of them)" if len(paths) > _SHOWN else "")
+        + f", shape {form.format(what)}"
+        for (_, what), paths in alike.items()
+    ]
+
+
+def _remedy(asked: Asked, others: Sequence[Path]) -> str:
+    if asked[0][0] == ():
+        return _code(asked[0][2].spec)
+    groups = collections.defaultdict(list)
+    kinds = {}
+    for path, shape, question in asked:
+        spec = _from_the_end(question.spec, len(shape))
+        groups[spec].append("/".join(path))
+        kinds.setdefault(spec, question.kind)
+    rules = []
+    for spec, paths in groups.items():
+        outside = ["/".join(path) for path in others]
+        outside += [path for other, more in groups.items() if other != spec for path in more]
+        rules.append((pattern_for(paths, outside), spec, f"{kinds[spec]}: {len(paths)}"))
+    if len(rules) == 1:
+        ((pattern, spec, _),) = rules
+        return f"muon_jax.by_path({{{_raw(pattern)}: {_code(spec)}}})"
+    lines = [f"    {_raw(pattern)}: {_code(spec)},  # {note}" for pattern, spec, note in rules]
+    return "\n".join(["muon_jax.by_path({", *lines, "  })"])
+
+
+def pattern_for(paths: Sequence[str], outside: Sequence[str]) -> str:
+    """A regular expression that finds all of `paths` and none of `outside`, as short as may be."""
+    waiting, ends = list(paths), []
+    while waiting:
+        options = {end for path in waiting for end in _ends(path)}
+        counts = {
+            end: sum(bool(re.search(end, path)) for path in waiting)
+            for end in options
+            if not any(re.search(end, path) for path in outside)
+        }
+        if not counts:  # a path that differs from one outside in its numbers only
+            ends += [f"^{re.escape(path)}$" for path in waiting]
+            break
+        best = max(counts, key=lambda end: (counts[end], -_parts(end), -len(end), end))
+        ends.append(best)
+        waiting = [path for path in waiting if not re.search(best, path)]
+    if len(ends) == 1:
+        return ends[0]
+    return "|".join(ends)
+
+
+def _ends(path: str) -> list[str]:
+    """Patterns for the last parts of a path, from one part to all, with any number for a number."""
+    parts = re.findall(r"[^/.]+|[/.]", path)
+    ends = []
+    for start in range(0, len(parts), 2):
+        text = "".join(re.sub(r"\d+", r"\\d+", re.escape(part)) for part in parts[start:])
+        ends.append(f"{'^' if start == 0 else '(^|[/.])'}{text}$")
+    return ends
+
+
+def _parts(end: str) -> int:
+    return len(re.findall(r"(?<!\[)/|\\\.", end))
+
+
+def _from_the_end(spec: Any, rank: int) -> Any:
+    """The same axes of leaves of this rank, written so that equal ones are alike."""
+    if spec is None:
+        return None
+
+    def written(axes: Any) -> Any:
+        if isinstance(axes, Sequence):
+            return tuple(a % rank for a in axes)
+        return axes % rank
+
+    reduction, output = written(spec.reduction_axis), written(spec.output_axis)
+    if (reduction, output) == (rank - 2, rank - 1):
+        return MuonDimensionNumbers(-2, -1)
+    return MuonDimensionNumbers(reduction, output)
+
+
+def _code(spec: MuonDimensionNumbers | None) -> str:
+    if spec is None:
+        return "None"
+    return f"muon_jax.MuonDimensionNumbers({spec.reduction_axis}, {spec.output_axis})"
+
+
+def _raw(pattern: str) -> str:
+    return f'r"{pattern}"' if '"' not in pattern else repr(pattern)
