@@ -137,6 +137,7 @@ def _entry(reader: Reader, value: Value, place: tuple) -> Value:
         views=tuple(views),
         onehot=frozenset(x - 1 for x in value.onehot if x),
         counts=frozenset(x - 1 for x in value.counts if x),
+        codes=frozenset(x - 1 for x in value.codes if x),
     ).tidy(True)
 
 
@@ -155,6 +156,7 @@ def _stacked(value: Value, length: int, time: Axis | None, place: tuple) -> Valu
         axes=(axis, *value.axes),
         views=tuple(views),
         onehot=frozenset(x + 1 for x in value.onehot),
+        codes=frozenset(x + 1 for x in value.codes),
         counts=frozenset(),
     )
 
@@ -242,6 +244,7 @@ def resized(reader: Reader, value: Value, shape: Sequence[int]) -> Value:
         views=tuple(views),
         onehot=value.onehot & same,
         counts=value.counts & same,
+        codes=value.codes & same,
     )
 
 

@@ -12,6 +12,7 @@ several axes could be one matrix or a stack, only with evidence from the activat
   layers do, or stay apart from attention, as experts do. Heads in a loop would look the same.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -94,6 +95,12 @@ class Judge:
         if "elementwise" in notes:
             raise Doubt("a product, and also added or multiplied entry by entry")
         if not followed:
+            closed = functools.reduce(int.__or__, self.reader.closed.values(), 0)
+            if any(closed >> use.product & 1 for use in uses):
+                raise Doubt(
+                    "no trained matrix after it, but its outcome is summed against something else: "
+                    "the head, or hidden before a frozen one?"
+                )
             return "head", "no matrix after it", None, (), ()
         hints = []
         if any(self.loss.pending >> use.product & 1 for use in uses):
@@ -199,6 +206,8 @@ class Judge:
         # Experts are added up in the end; heads of a block-diagonal product stay.
         stack = [axis for axis in stack if _is_added_up(labels[axis])]
         rest = [axis for axis in outs if axis not in stack]
+        if any(("outer",) in labels[axis].events for axis in stack):
+            return None
         if not stack or len(rest) != 1 or any(summed[a] & summed[rest[0]] for a in stack):
             return None
         return stack
@@ -372,7 +381,7 @@ def _roles(label: Label, place: Any, side: int | None = None) -> set[str]:
 
 def _is_added_up(label: Label) -> bool:
     return any(
-        event[0] == "reduced" or (event[0] == "meeting" and event[3] == "contracted")
+        event[0] == "added" or (event[0] == "meeting" and event[3] == "contracted")
         for event in label.root.events
     )
 

@@ -122,10 +122,11 @@ class Reader:
 
     Attributes:
       shapes: the shape of each parameter.
-      paths: how each parameter is called, for what is written down.
       uses: the products of activations and parameters, by place.
       notes: what else was seen, by place.
       meetings: the products of activations with activations, by place.
+      closed: the products, as bits, whose outcome is summed against something that no parameter's
+        product made, as by a frozen head; by place.
       cut: the parameters one axis of which is both fan-in and fan-out.
       shards: the axes of values, and of their pieces on devices.
       followers: for each product with a parameter, the products that its outcome enters, as bits.
@@ -136,6 +137,7 @@ class Reader:
         self.uses: dict[Place, list[Use]] = {}
         self.notes: dict[Place, list[Note]] = {}
         self.meetings: dict[Place, Meeting] = {}
+        self.closed: dict[Place, int] = {}
         self.followers: list[int] = []
         self.cut: set[int] = set()
         self.shards: list[tuple[Axis, Axis]] = []
@@ -185,7 +187,7 @@ class Reader:
         self._keep_alive.append(eqn)
         outer, self._place = self._place, (*self._place, id(eqn))
         try:
-            for written in (self.uses, self.notes, self.meetings):
+            for written in (self.uses, self.notes, self.meetings, self.closed):
                 written.pop(self._place, None)
             function = RULES.get(eqn.primitive.name, unknown)
             try:
@@ -215,6 +217,10 @@ class Reader:
         if len(view.live) > 1:
             self.note(view.leaf, "doubt", text)
 
+    def close(self, pending: int) -> None:
+        """Write down that what these products made is summed against what none made."""
+        self.closed[self._place] = self.closed.get(self._place, 0) | pending
+
     def product(self, pending: int) -> int:
         """The number of the product at hand, which the products in `pending` enter."""
         number = self._numbers.setdefault(self._place, len(self.followers))
@@ -235,6 +241,13 @@ def unknown(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
         shape = ints(getattr(var.aval, "shape", ()))
         out.append(merge(shape, values, fresh_axes(shape)))
     pending = functools.reduce(int.__or__, (value.pending for value in values), 0)
+    others = [
+        value
+        for value, var in zip(values, eqn.invars, strict=True)
+        if value.kind is not Kind.CONSTANT and not value.pending and is_inexact(var)
+    ]
+    if pending and others:
+        reader.close(pending)
     if pending:
         # Activations may meet in there, as in a kernel for attention.
         reader.meetings[reader.place] = Meeting((), ((), ()), pending)
@@ -335,4 +348,5 @@ def restructure(
         views=tuple(views),
         onehot=frozenset(moved[x] for x in value.onehot if x in moved),
         counts=frozenset(moved[x] for x in value.counts if x in moved),
+        codes=frozenset(moved[x] for x in value.codes if x in moved),
     )

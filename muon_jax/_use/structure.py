@@ -266,7 +266,7 @@ def chosen(reader: Reader, value: Value, indices: Sequence[Value]) -> Value:
         return value
     for view in value.views:
         reader.note(view.leaf, "rows", "rows by index")
-    return dataclasses.replace(value, kind=Kind.DATA, views=(), parameters=frozenset())
+    return dataclasses.replace(value, kind=Kind.DATA, views=(), parameters=frozenset(), rows=True)
 
 
 @rule("dynamic_update_slice")
