@@ -311,7 +311,26 @@ def combine(
         return dataclasses.replace(out, parameters=frozenset())
     if not is_sum:
         _doubt_products(reader, values)
+        out = dataclasses.replace(out, by_rows=_spread_rows(values))
+    else:
+        for leaf in {leaf for value in values for leaf in value.by_rows}:
+            text = "activations spread its rows one by one, which are added up: maybe a product"
+            reader.note(leaf, "doubt", text)
     return join_activations(reader, out, values)
+
+
+def _spread_rows(values: Sequence[Value]) -> frozenset[int]:
+    """The parameters of which a row is multiplied by activations that do not vary along it."""
+    out = set()
+    for value in values:
+        others = [x for x in values if x.kind is Kind.DATA and x is not value]
+        for view in value.views if value.kind is Kind.PARAMETER and others else ():
+            along = [i for i, axis in enumerate(view.axes) if view.digits(axis)]
+            if any(taken.how != "rows" for taken in view.taken) and all(
+                is_flat(other.axes[i]) for i in along for other in others
+            ):
+                out.add(view.leaf)
+    return frozenset(out)
 
 
 def spread(value: Value, shape: tuple[int, ...]) -> Value:

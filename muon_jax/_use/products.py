@@ -45,6 +45,7 @@ def _dot(reader: Reader, eqn: Any, lhs: Value, rhs: Value, contract: Pairs, batc
     axes = _axes(lhs, rhs, contract, batch)
     out = merge(shape, (lhs, rhs), axes)
     kinds = {lhs.kind, rhs.kind}
+    reader.first.setdefault(reader.place, out.behind)
     _close(reader, lhs, rhs, contract, batch)
     if kinds == {Kind.DATA, Kind.PARAMETER}:
         sides = 1 if rhs.kind is Kind.PARAMETER else 0
@@ -249,9 +250,13 @@ def used(
       depthwise: see `Use`.
     """
     number = reader.product(out.pending)
+    first = reader.first.setdefault(reader.place, out.behind)
     summed, along = {j: i for i, j in contract}, {j: i for i, j in batch}
     uses = []
     for view in weight.views:
+        twins = [x for x in weight.views if x.leaf == view.leaf]
+        if len(twins) > 1 and any(x.taken != view.taken or _has_part(x) for x in twins):
+            reader.note(view.leaf, "doubt", "several pieces of it are joined for one product")
         if act.indicator and kind == "product":
             reader.doubt(view, "product with zeros and ones from a comparison: maybe rows by index")
         elif kind == "product" and any(i in act.onehot | act.codes for i, _ in contract):
@@ -271,6 +276,8 @@ def used(
                 axis for axis in view.live if not is_whole(view, axis) and not _is_taken(view, axis)
             ),
             out.behind,
+            first,
+            tuple(tuple(labels_in(axis)) for axis in act.axes),
             act.fresh,
             groups,
             depthwise,
@@ -313,6 +320,10 @@ def used(
         fresh=frozenset(),
         rows=False,
     )
+
+
+def _has_part(view: View) -> bool:
+    return any(isinstance(atom, Part) for axis in view.axes for atom in axis)
 
 
 def _is_taken(view: View, axis: int) -> bool:

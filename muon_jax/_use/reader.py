@@ -53,6 +53,8 @@ class Use:
       taken: the axes that were cut or indexed before.
       partly: the axes of which a piece takes part.
       behind: the products that the activations come from, as bits.
+      first: the same in the first round of all loops around it.
+      acts: the labels of the activations' axes, each axis's own.
       fresh: the products of activations that they come from without a parameter between.
       groups: the feature groups of a convolution.
       depthwise: whether each group has a single input channel.
@@ -67,6 +69,8 @@ class Use:
     taken: frozenset[Taken]
     partly: frozenset[int]
     behind: int = 0
+    first: int = 0
+    acts: tuple[tuple[Label, ...], ...] = ()
     fresh: frozenset[Place] = frozenset()
     groups: int = 1
     depthwise: bool = False
@@ -127,6 +131,7 @@ class Reader:
       meetings: the products of activations with activations, by place.
       closed: the products, as bits, whose outcome is summed against something that no parameter's
         product made, as by a frozen head; by place.
+      first: the products behind each product in the first round of the loops around it, as bits.
       cut: the parameters one axis of which is both fan-in and fan-out.
       shards: the axes of values, and of their pieces on devices.
       followers: for each product with a parameter, the products that its outcome enters, as bits.
@@ -139,6 +144,7 @@ class Reader:
         self.meetings: dict[Place, Meeting] = {}
         self.closed: dict[Place, int] = {}
         self.followers: list[int] = []
+        self.first: dict[Place, int] = {}
         self.cut: set[int] = set()
         self.shards: list[tuple[Axis, Axis]] = []
         self._numbers: dict[Place, int] = {}
@@ -220,6 +226,21 @@ class Reader:
     def close(self, pending: int) -> None:
         """Write down that what these products made is summed against what none made."""
         self.closed[self._place] = self.closed.get(self._place, 0) | pending
+
+    def loop(self) -> int:
+        """The bit of the loop at hand, behind all that a round of it leaves to the next."""
+        return 1 << self.product(0)
+
+    def loop_bit(self, place: Place) -> int:
+        """The bit of the loop at a place; 0 where there is none."""
+        return 1 << self._numbers[place] if place in self._numbers else 0
+
+    def innermost(self, place: Place) -> int:
+        """The bit of the innermost loop around an equation; 0 where there is none."""
+        for end in reversed(range(1, len(place))):
+            if place[:end] in self._numbers:
+                return self.loop_bit(place[:end])
+        return 0
 
     def product(self, pending: int) -> int:
         """The number of the product at hand, which the products in `pending` enter."""

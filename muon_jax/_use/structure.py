@@ -278,7 +278,9 @@ def dynamic_update_slice(reader: Reader, eqn: Any, values: list[Value]) -> Value
         operand.axes, update.axes, operand.shape, update.shape, strict=True
     ):
         whole = size == written
-        axes.append(same_axis(old, new) if whole else (Label(size, labels_in(old, new)),))
+        # A cache that comes with the batch does not make its axes ones of the batch.
+        both = same_axis(old, new) if whole and operand.behind else new
+        axes.append(both if whole else (Label(size, labels_in(old, new)),))
     return written_into(reader, eqn, values, tuple(axes))
 
 

@@ -102,6 +102,7 @@ class Value:
       indicator: whether it is 0 or 1 everywhere, from a comparison.
       codes: the axes along which it was made of one-hot codes, by sums, masks or scales.
       rows: whether rows of a parameter are in it that no product has used yet.
+      by_rows: the parameters a row of which activations spread here, as in a product row by row.
       exponential: whether it is an exponential, entry by entry.
     """
 
@@ -119,6 +120,7 @@ class Value:
     codes: frozenset[int] = frozenset()
     rows: bool = False
     exponential: bool = False
+    by_rows: frozenset[int] = frozenset()
 
     def touches(self) -> frozenset[int]:
         """The parameters whose entries are in it, in whatever form."""
