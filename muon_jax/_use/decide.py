@@ -9,7 +9,11 @@ several axes could be one matrix or a stack, only with evidence from the activat
 - Several axes that a product sums over are one input if they come from such attention, or from the
   batch itself.
 - An axis that is indexed place by place, or scanned, is a stack if the places follow each other, as
-  layers do, or stay apart from attention, as experts do. Heads in a loop would look the same.
+  layers do, or stay apart from attention, as experts do. Heads in a loop would look the same, and
+  where a layer repeats all places follow each other: only the first round counts, and in a loop
+  what its own rounds leave to the next.
+- A matrix without another behind it is the head, unless its outcome is summed against something
+  that no parameter's product made: a frozen head, a vector, rows of a table.
 """
 
 import functools
@@ -89,7 +93,7 @@ class Judge:
             raise Doubt("; ".join(notes["doubt"]))
         uses = self.uses.get(leaf, [])
         if not uses:
-            return self._without_product(notes)
+            return self._without_product(leaf, notes)
         followed = [use for use in uses if self._is_followed(use)]
         if "rows" in notes:
             if followed:
@@ -135,14 +139,35 @@ class Judge:
     def _is_followed(self, use: Use) -> bool:
         return bool(self.reader.followers[use.product] & self.live)
 
-    def _without_product(self, notes: dict[str, list[str]]) -> Verdict:
+    def _without_product(self, leaf: int, notes: dict[str, list[str]]) -> Verdict:
         if "vector" in notes:
             raise Doubt("product with a vector of parameters only")
         if "rows" in notes:
             return "embedding", "rows by index", None, (), ()
         if "elementwise" in notes:
             return "elementwise", "elementwise only", None, (), ()
+        if leaf in self.reader.entered:
+            raise Doubt("used, but in no product, and in no other way that by_use knows")
         raise Doubt("this loss does not use it")
+
+    def proposal(self, leaf: int, doubt: Doubt) -> MatrixSpec | None:
+        """What to declare of a parameter in doubt, were it just what was seen of it.
+
+        None where it may be a table or the head; of several uses the first speaks.
+        """
+        uses = self.uses.get(leaf, [])
+        if "rows" in str(doubt) or (uses and not any(map(self._is_followed, uses))):
+            return None
+        for use in uses[:1]:
+            shape = self.reader.shapes[leaf]
+            apart = {*use.batch} | {taken.axis for taken in use.taken}
+            ins, outs = (
+                tuple(axis for axis, size in enumerate(shape) if size > 1 and axis in axes - apart)
+                for axes in ({*use.contracted}, use.free)
+            )
+            if ins and outs and not {*ins} & {*outs}:
+                return MuonDimensionNumbers(ins, outs)
+        return MuonDimensionNumbers(-2, -1)
 
     # --- Axes ------------------------------------------------------------------------------------
 
@@ -381,7 +406,7 @@ class Judge:
                         raise Doubt(f"axis {axis} {text}")
 
     def _rounds(self, uses: list[Use]) -> Iterator[tuple[int, list[list[Use]]]]:
-        """For each axis taken at static places the uses that differ in its place alone, by place."""
+        """For each axis taken at static places the uses that differ in it alone, by place."""
         for axis in sorted({t.axis for use in uses for t in use.taken if t.how == "index"}):
             rounds: dict[Any, dict[Any, list[Use]]] = {}
             for use in uses:

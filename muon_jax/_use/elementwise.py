@@ -314,7 +314,7 @@ def combine(
         out = dataclasses.replace(out, by_rows=_spread_rows(values))
     else:
         for leaf in {leaf for value in values for leaf in value.by_rows}:
-            text = "activations spread its rows one by one, which are added up: maybe a product"
+            text = "activations multiply it row by row, which adds up: maybe a product"
             reader.note(leaf, "doubt", text)
     return join_activations(reader, out, values)
 

@@ -255,7 +255,7 @@ def used(
     uses = []
     for view in weight.views:
         twins = [x for x in weight.views if x.leaf == view.leaf]
-        if len(twins) > 1 and any(x.taken != view.taken or _has_part(x) for x in twins):
+        if any(x.taken != view.taken for x in twins):
             reader.note(view.leaf, "doubt", "several pieces of it are joined for one product")
         if act.indicator and kind == "product":
             reader.doubt(view, "product with zeros and ones from a comparison: maybe rows by index")
@@ -320,10 +320,6 @@ def used(
         fresh=frozenset(),
         rows=False,
     )
-
-
-def _has_part(view: View) -> bool:
-    return any(isinstance(atom, Part) for axis in view.axes for atom in axis)
 
 
 def _is_taken(view: View, axis: int) -> bool:

@@ -132,6 +132,7 @@ class Reader:
       closed: the products, as bits, whose outcome is summed against something that no parameter's
         product made, as by a frozen head; by place.
       first: the products behind each product in the first round of the loops around it, as bits.
+      entered: the parameters that any equation takes in, in whatever form.
       cut: the parameters one axis of which is both fan-in and fan-out.
       shards: the axes of values, and of their pieces on devices.
       followers: for each product with a parameter, the products that its outcome enters, as bits.
@@ -145,6 +146,7 @@ class Reader:
         self.closed: dict[Place, int] = {}
         self.followers: list[int] = []
         self.first: dict[Place, int] = {}
+        self.entered: set[int] = set()
         self.cut: set[int] = set()
         self.shards: list[tuple[Axis, Axis]] = []
         self._numbers: dict[Place, int] = {}
@@ -191,6 +193,7 @@ class Reader:
 
     def _equation(self, eqn: Any, values: list[Value]) -> list[Value]:
         self._keep_alive.append(eqn)
+        self.entered.update(leaf for value in values for leaf in value.touches())
         outer, self._place = self._place, (*self._place, id(eqn))
         try:
             for written in (self.uses, self.notes, self.meetings, self.closed):

@@ -208,7 +208,7 @@ def test_a_product_row_by_row_is_not_elementwise(how):
             ]
         return finish(p, jnp.tanh(y) @ p["o"])
 
-    with pytest.raises(ValueError, match=r"  w, .*its rows one by one"):
+    with pytest.raises(ValueError, match=r"  w, .*row by row, which adds up"):
         by_use(loss, arrays(w=(3, F), o=(F, D), head=(D, 5)), data(B, 3))
 
 
