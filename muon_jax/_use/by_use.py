@@ -206,8 +206,8 @@ def _message(doubts: list[tuple[Path, tuple[int, ...], str, MatrixSpec | None]])
         [
             *lines,
             "Say of each which axes are reduced (fan-in) and which are outputs (fan-out), all "
-            "others being a stack, or None for AdamW. Written as seen, or else as if it were a stack "
-            "of [in, out] matrices:",
+            "others being a stack, or None for AdamW. Written as seen, or else as if a "
+            "stack of [in, out] matrices:",
             f"  muon_jax.by_use(..., declared=muon_jax.by_path({{{rules}}}))",
         ]
     )
