@@ -35,7 +35,9 @@ def by_use(
     along, or a loop cuts, is a stack. A convolution's window and input are fan-in. Rows taken by
     index are an embedding, what only adds or multiplies entry by entry is a gain or a bias, and a
     matrix behind which no other comes before the loss is the head: these go to AdamW. Names play no
-    part. What the program does not decide raises, all of it at once, and is yours to declare.
+    part. What the program does not decide raises, all of it at once, and is yours to declare: a
+    matrix before a frozen or opaque head, heads in a loop or members of an ensemble, what one-hot
+    codes were made into, one matrix stored in pieces.
 
     Trace the loss itself, on inputs like those of training: of features, the last matrix would be
     taken for the head. What only differs by convention is read as the program has it: the two
@@ -58,7 +60,8 @@ def by_use(
         not use, listing each, with what was seen and the line to write; for a loss that is no
         scalar; and as `by_path` does.
       TypeError: for a loss that returns something else than an array or a pair, for `declared` of
-        another type, and for leaves that are no floating-point arrays.
+        another type, for parameters that are no floating-point arrays, and for a batch that holds
+        what is no array, or by whose values the loss decides in Python.
 
     Example: Flax NNX, Linen, Equinox, and any tree of arrays:
       >>> roles = by_use(lambda model, x, y: loss(model(x), y), model, x, y)  # nnx
@@ -73,6 +76,7 @@ def by_use(
         )
     if not callable(loss):
         raise TypeError(f"by_use takes the loss, a function, first; got {loss!r}.")
+    _check_batch(batch)
     loss, params, batch = _of_module(loss, params, batch)
     leaves, _ = flatten_with_names(params)
     check_tree(params, [path for path, _ in leaves])
@@ -88,7 +92,7 @@ def by_use(
             verdict: Any = judge.verdict(number)
             readings.append(Reading(path, shape, *verdict))
         except Doubt as doubt:
-            doubts.append((path, shape, str(doubt)))
+            doubts.append((path, shape, str(doubt), judge.proposal(number, doubt)))
     if doubts:
         raise ValueError(_message(doubts))
     ravelled = [show(reading.path) for reading in readings if reading.reason == RAVELLED]
@@ -99,6 +103,16 @@ def by_use(
             stacklevel=2,
         )
     return UseRoles(tuple(readings))
+
+
+def _check_batch(batch: tuple[Any, ...]) -> None:
+    for path, leaf in flatten_with_names(batch)[0]:
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, bool | int | float | complex):
+            raise TypeError(
+                f"by_use: the batch holds {leaf!r} at {show(path)}, of type {type(leaf).__name__}, "
+                "where an array or a jax.ShapeDtypeStruct was expected. Close over what is no "
+                "array: by_use(lambda params, x: loss(params, x, mode), params, x)."
+            )
 
 
 def _of_module(
@@ -123,7 +137,17 @@ def _judge(
     def scalar(params: Any, *batch: Any) -> Any:
         return _scalar(loss(params, *batch))
 
-    program = jax.make_jaxpr(scalar)(params, *batch)
+    try:
+        program = jax.make_jaxpr(scalar)(params, *batch)
+    except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError) as error:
+        flags = [x for x in jax.tree.leaves(batch) if isinstance(x, bool | int | float)]
+        if not flags:
+            raise
+        raise TypeError(
+            f"by_use: the loss decides by a value of the batch, which holds {flags[:3]} as Python "
+            "values; all of the batch is traced. Close over what is no array: "
+            "by_use(lambda params, x: loss(params, x, train=True), params, x)."
+        ) from error
     reader = Reader(shapes)
     labels = [tuple(Label(size) for size in shape) for shape in shapes]
     values = [
@@ -165,24 +189,37 @@ def _declared(path: Path, shape: tuple[int, ...], spec: MatrixSpec | None) -> Re
     return Reading(path, shape, "declared", "declared", spec)
 
 
-def _message(doubts: list[tuple[Path, tuple[int, ...], str]]) -> str:
+def _message(doubts: list[tuple[Path, tuple[int, ...], str, MatrixSpec | None]]) -> str:
     lines = [
         f"by_use: the program does not decide the role of {len(doubts)} parameter(s). What was "
         "seen of each:"
     ]
-    lines += [f"  {show(path)}, shape {shape}: {text}." for path, shape, text in doubts]
-    rules = ", ".join(f'r"^{re.escape("/".join(path))}$": {_proposal(s)}' for path, s, _ in doubts)
+    lines += [f"  {show(path)}, shape {shape}: {text}." for path, shape, text, _ in doubts]
+    remedies: dict[str, list[str]] = {}
+    for path, _, _, spec in doubts:
+        remedies.setdefault(_written(spec), []).append(re.escape("/".join(path)))
+    rules = ", ".join(
+        'r"^' + (names[0] if len(names) == 1 else f"({'|'.join(names)})") + f'$": {remedy}'
+        for remedy, names in remedies.items()
+    )
     return "\n".join(
         [
             *lines,
             "Say of each which axes are reduced (fan-in) and which are outputs (fan-out), all "
-            "others being a stack, or None for AdamW. Written as if all were stacks of [in, out] "
-            "matrices:",
+            "others being a stack, or None for AdamW. Written as seen, or else as if a "
+            "stack of [in, out] matrices:",
             f"  muon_jax.by_use(..., declared=muon_jax.by_path({{{rules}}}))",
         ]
     )
 
 
-def _proposal(shape: tuple[int, ...]) -> str:
-    del shape
-    return "MuonDimensionNumbers(-2, -1)"
+def _written(spec: MatrixSpec | None) -> str:
+    """Dimension numbers as one writes them; other specs do not occur."""
+    if spec is None:
+        return "None"
+    numbers: Any = spec
+    ins, outs = (
+        axes[0] if isinstance(axes, tuple) and len(axes) == 1 else axes
+        for axes in (numbers.reduction_axis, numbers.output_axis)
+    )
+    return f"MuonDimensionNumbers({ins}, {outs})"

@@ -55,6 +55,7 @@ def _by_data(reader: Reader, value: Value) -> Value:
 def while_(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
     """A loop whose values go round until a condition ends it."""
     of_cond, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    values = _apart(reader, values)
     constants, start = values[of_cond : of_cond + of_body], values[of_cond + of_body :]
     body = eqn.params["body_jaxpr"]
     return _rounds(reader, lambda carry: reader.run(body, [*constants, *carry]), start)[0]
@@ -73,6 +74,8 @@ def scan(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
     carried = sum(rank(a) == rank(b) for a, b in zip(eqn.outvars, inner.outvars, strict=True))
     scanned = sum(rank(a) != rank(b) for a, b in zip(eqn.invars, inner.invars, strict=True))
     first = len(values) - scanned
+    if length > 1:
+        values = _apart(reader, values)
     constants, start, xs = (
         values[: first - carried],
         values[first - carried : first],
@@ -91,12 +94,25 @@ def scan(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
     return [*carry, *(_stacked(y, length, time, place) for y in ys)]
 
 
+def _apart(reader: Reader, values: Sequence[Value]) -> list[Value]:
+    """What enters a loop, without what an earlier run of the same loop left."""
+    bit = reader.loop()
+    return [dataclasses.replace(value, behind=value.behind & ~bit) for value in values]
+
+
+def _left(reader: Reader, before: Value, after: Value) -> Value:
+    """What a round leaves to the next, marked as such if a product is behind it."""
+    if after is before or not after.behind:
+        return after
+    return dataclasses.replace(after, behind=after.behind | reader.loop())
+
+
 def _rounds(reader: Reader, body: Any, start: Sequence[Value]) -> tuple[list[Value], list[Value]]:
     """The values that a loop carries at its end, and what it leaves in each round."""
     carry = list(start)
     for _ in range(_MOST_ROUNDS):
         outcome = body(carry)
-        after = outcome[: len(carry)]
+        after = [_left(reader, a, b) for a, b in zip(carry, outcome, strict=False)]
         _note_starts(reader, carry, after)
         joined = [join(a, b) for a, b in zip(carry, after, strict=True)]
         if all(is_as(a, b) for a, b in zip(joined, carry, strict=True)):
@@ -137,6 +153,7 @@ def _entry(reader: Reader, value: Value, place: tuple) -> Value:
         views=tuple(views),
         onehot=frozenset(x - 1 for x in value.onehot if x),
         counts=frozenset(x - 1 for x in value.counts if x),
+        codes=frozenset(x - 1 for x in value.codes if x),
     ).tidy(True)
 
 
@@ -155,6 +172,7 @@ def _stacked(value: Value, length: int, time: Axis | None, place: tuple) -> Valu
         axes=(axis, *value.axes),
         views=tuple(views),
         onehot=frozenset(x + 1 for x in value.onehot),
+        codes=frozenset(x + 1 for x in value.codes),
         counts=frozenset(),
     )
 
@@ -242,6 +260,7 @@ def resized(reader: Reader, value: Value, shape: Sequence[int]) -> Value:
         views=tuple(views),
         onehot=value.onehot & same,
         counts=value.counts & same,
+        codes=value.codes & same,
     )
 
 

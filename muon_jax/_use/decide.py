@@ -9,18 +9,24 @@ several axes could be one matrix or a stack, only with evidence from the activat
 - Several axes that a product sums over are one input if they come from such attention, or from the
   batch itself.
 - An axis that is indexed place by place, or scanned, is a stack if the places follow each other, as
-  layers do, or stay apart from attention, as experts do. Heads in a loop would look the same.
+  layers do, or stay apart from attention, as experts do. Heads in a loop would look the same, and
+  where a layer repeats all places follow each other: only the first round counts, and in a loop
+  what its own rounds leave to the next.
+- A matrix without another behind it is the head, unless its outcome is summed against something
+  that no parameter's product made: a frozen head, a vector, rows of a table.
 """
 
+import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
 from muon_jax._matrices import FusedBlocks, MatrixSpec
 from muon_jax._use.labels import Label
-from muon_jax._use.reader import Meeting, Reader, Use
+from muon_jax._use.reader import Meeting, Reader, Use, bits
 from muon_jax._use.values import Value
 
 Verdict = tuple[str, str, MatrixSpec | None, tuple[str, ...], tuple[int, ...]]
@@ -49,6 +55,8 @@ class Judge:
             for use in uses:
                 if self.live >> use.product & 1:
                     self.uses.setdefault(use.leaf, []).append(use)
+        self.places = {use.product: at for at, uses in reader.uses.items() for use in uses}
+        self.by_product = {uses[0].product: uses for uses in reader.uses.values() if uses}
         self.notes: dict[int, dict[str, list[str]]] = {}
         for notes in reader.notes.values():
             for note in notes:
@@ -85,7 +93,7 @@ class Judge:
             raise Doubt("; ".join(notes["doubt"]))
         uses = self.uses.get(leaf, [])
         if not uses:
-            return self._without_product(notes)
+            return self._without_product(leaf, notes)
         followed = [use for use in uses if self._is_followed(use)]
         if "rows" in notes:
             if followed:
@@ -94,6 +102,12 @@ class Judge:
         if "elementwise" in notes:
             raise Doubt("a product, and also added or multiplied entry by entry")
         if not followed:
+            closed = functools.reduce(int.__or__, self.reader.closed.values(), 0)
+            if any(closed >> use.product & 1 for use in uses):
+                raise Doubt(
+                    "no trained matrix after it, but its outcome is summed against something else: "
+                    "the head, or hidden before a frozen one?"
+                )
             return "head", "no matrix after it", None, (), ()
         hints = []
         if any(self.loss.pending >> use.product & 1 for use in uses):
@@ -125,14 +139,35 @@ class Judge:
     def _is_followed(self, use: Use) -> bool:
         return bool(self.reader.followers[use.product] & self.live)
 
-    def _without_product(self, notes: dict[str, list[str]]) -> Verdict:
+    def _without_product(self, leaf: int, notes: dict[str, list[str]]) -> Verdict:
         if "vector" in notes:
             raise Doubt("product with a vector of parameters only")
         if "rows" in notes:
             return "embedding", "rows by index", None, (), ()
         if "elementwise" in notes:
             return "elementwise", "elementwise only", None, (), ()
+        if leaf in self.reader.entered:
+            raise Doubt("used, but in no product, and in no other way that by_use knows")
         raise Doubt("this loss does not use it")
+
+    def proposal(self, leaf: int, doubt: Doubt) -> MatrixSpec | None:
+        """What to declare of a parameter in doubt, were it just what was seen of it.
+
+        None where it may be a table or the head; of several uses the first speaks.
+        """
+        uses = self.uses.get(leaf, [])
+        if "rows" in str(doubt) or (uses and not any(map(self._is_followed, uses))):
+            return None
+        for use in uses[:1]:
+            shape = self.reader.shapes[leaf]
+            apart = {*use.batch} | {taken.axis for taken in use.taken}
+            ins, outs = (
+                tuple(axis for axis, size in enumerate(shape) if size > 1 and axis in axes - apart)
+                for axes in ({*use.contracted}, use.free)
+            )
+            if ins and outs and not {*ins} & {*outs}:
+                return MuonDimensionNumbers(ins, outs)
+        return MuonDimensionNumbers(-2, -1)
 
     # --- Axes ------------------------------------------------------------------------------------
 
@@ -178,7 +213,34 @@ class Judge:
                 stack, outs = sorted([*stack, *experts]), [x for x in outs if x not in experts]
             else:
                 heads = joint or ()
+                self._check_heads(use.leaf, outs, heads)
+        self._check_gates(use, ins)
         return (*ins,), (*outs,), (*stack,), heads
+
+    def _check_heads(self, leaf: int, outs: list[int], heads: Axes) -> None:
+        """Doubt heads that may be members of an ensemble, or relations that the batch brings."""
+        for axis in heads:
+            label = self.labels[leaf][axis].root
+            if label.of_data:
+                raise Doubt(f"axis {axis} runs along an axis of the batch: a stack, or heads?")
+            if _places(label, "weight", "batch"):
+                raise Doubt(
+                    f"another parameter's product runs along axis {axis}: a stack, or heads?"
+                )
+        if len(heads) > 1 and outs[-1] - outs[0] >= len(outs):
+            raise Doubt(f"attention runs along its axes {[*heads]}: heads, or a stack of them?")
+
+    def _check_gates(self, use: Use, ins: list[int]) -> None:
+        """Doubt a sum over what other parameters run along, or a softmax weighs: rows?"""
+        for axis in ins if len(ins) == 1 and use.kind == "product" else []:
+            labels = use.contracted[axis] or []
+            for label in labels if len(labels) == 1 else ():
+                gates = ("softmax",) in label.root.events and _is_made(label)
+                if gates or (_is_made(label) and _places(label, "weight", "batch")):
+                    raise Doubt(
+                        f"its axis {axis} is summed over with weights, along which other products "
+                        "run or a softmax was taken: rows of a table, or one for each expert?"
+                    )
 
     def _check_batch(self, use: Use) -> None:
         for axis, labels in use.batch.items():
@@ -199,6 +261,8 @@ class Judge:
         # Experts are added up in the end; heads of a block-diagonal product stay.
         stack = [axis for axis in stack if _is_added_up(labels[axis])]
         rest = [axis for axis in outs if axis not in stack]
+        if any(("outer",) in labels[axis].events for axis in stack):
+            return None
         if not stack or len(rest) != 1 or any(summed[a] & summed[rest[0]] for a in stack):
             return None
         return stack
@@ -288,40 +352,92 @@ class Judge:
         """
         if not any(taken.how in ("index", "scan", "loop") for use in uses for taken in use.taken):
             return
-        near = [
-            use
-            for use in uses
-            if use.fresh
-            or any(meeting.pending >> use.product & 1 for meeting in self.reader.meetings.values())
-        ]
-        if near:
+        met = functools.reduce(
+            int.__or__, (meeting.pending for meeting in self.reader.meetings.values()), 0
+        )
+        if any(use.fresh or self._reach(use) & met for use in uses):
             self._check_chain(
                 leaf, uses, "taken place by place, and the places meet in attention: heads?"
             )
+        self._check_tiles(leaf, uses)
+
+    def _reach(self, use: Use) -> int:
+        """A product and those after it that belong to the same place, as bits.
+
+        A short convolution or a norm's matrix of the same head stands between it and attention.
+        """
+        mine = {(t.base, t.scan, self.reader.shapes[use.leaf][t.axis]) for t in use.taken}
+        reach, todo = 0, [use.product]
+        while todo:
+            number = todo.pop()
+            if reach >> number & 1:
+                continue
+            reach |= 1 << number
+            for other in bits(self.reader.followers[number]):
+                for after in self.by_product.get(other, []):
+                    shape = self.reader.shapes[after.leaf]
+                    places = {(t.base, t.scan, shape[t.axis]) for t in after.taken}
+                    if after.depthwise or places & mine:
+                        todo.append(other)
+        return reach
+
+    def _check_tiles(self, leaf: int, uses: list[Use]) -> None:
+        """Doubt places whose activations are pieces of one and the same axis."""
+        shape = self.reader.shapes[leaf]
+        text = "is taken place by place, and the activations too, in pieces of an axis: one matrix?"
+        for use in uses:
+            summed = {id(x.root) for labels in use.contracted.values() for x in labels or []}
+            for taken in use.taken:
+                for labels in use.contracted.values():
+                    for label in labels or []:
+                        for parent in label.parents:
+                            for factors in parent.factors:
+                                others = [x for x in factors if id(x.root) not in summed]
+                                size = math.prod(x.size for x in others)
+                                if label in factors and size == shape[taken.axis] > 1:
+                                    raise Doubt(f"axis {taken.axis} {text}")
+        for axis, groups in self._rounds(uses):
+            for one, other in itertools.combinations([group[0] for group in groups], 2):
+                for a, b in zip(one.acts, other.acts, strict=False):
+                    # A sum unites the pieces: what they were called before tells them apart.
+                    apart = len(a) == len(b) == 1 and a[0] is not b[0]
+                    chained = other.first >> one.product & 1
+                    if apart and not chained and {*a[0].parents} & {*b[0].parents}:
+                        raise Doubt(f"axis {axis} {text}")
+
+    def _rounds(self, uses: list[Use]) -> Iterator[tuple[int, list[list[Use]]]]:
+        """For each axis taken at static places the uses that differ in it alone, by place."""
+        for axis in sorted({t.axis for use in uses for t in use.taken if t.how == "index"}):
+            rounds: dict[Any, dict[Any, list[Use]]] = {}
+            for use in uses:
+                mine = tuple(sorted(str(t.base) for t in use.taken if t.axis == axis))
+                rest = frozenset(t for t in use.taken if t.axis != axis)
+                rounds.setdefault(rest, {}).setdefault(mine, []).append(use)
+            for places in rounds.values():
+                groups = [sorted(group, key=lambda use: use.product) for group in places.values()]
+                yield axis, sorted(groups, key=lambda group: group[0].product)
 
     def _check_chain(self, leaf: int, uses: list[Use], text: str) -> None:
-        """Doubt unless what is taken at one place comes before what is taken at the next."""
-        axes = {taken.axis for use in uses for taken in use.taken}
-        for axis in sorted(axes):
-            places: dict[Any, list[Use]] = {}
-            loops = False
-            for use in uses:
-                mine = [taken for taken in use.taken if taken.axis == axis]
-                loops |= any(taken.how != "index" for taken in mine)
-                key = tuple(sorted(str(taken.base) for taken in mine))
-                places.setdefault(key, []).append(use)
-            groups = sorted(places.values(), key=lambda group: group[0].product)
-            if loops:
-                chained = all(
-                    any(use.behind >> other.product & 1 for other in uses) for use in uses
+        """Doubt unless what is taken at one place comes before what is taken at the next.
+
+        Where a layer repeats, all comes before all: only the first round counts, and in a loop only
+        what one round of that very loop leaves to the next.
+        """
+        for axis, groups in self._rounds(uses):
+            for before, after in itertools.pairwise(groups):
+                if not after[0].first >> before[0].product & 1:
+                    raise Doubt(f"axis {axis} is {text}")
+        for use in uses:
+            for taken in use.taken:
+                if taken.how not in ("scan", "loop"):
+                    continue
+                bit = (
+                    self.reader.loop_bit(taken.scan)
+                    if taken.scan is not None
+                    else self.reader.innermost(self.places[use.product])
                 )
-            else:
-                chained = all(
-                    any(b.behind >> a.product & 1 for a in before for b in after)
-                    for before, after in itertools.pairwise(groups)
-                )
-            if not chained:
-                raise Doubt(f"axis {axis} is {text}")
+                if not use.behind & bit:
+                    raise Doubt(f"axis {taken.axis} is {text}")
 
     # --- Hints -----------------------------------------------------------------------------------
 
@@ -372,7 +488,7 @@ def _roles(label: Label, place: Any, side: int | None = None) -> set[str]:
 
 def _is_added_up(label: Label) -> bool:
     return any(
-        event[0] == "reduced" or (event[0] == "meeting" and event[3] == "contracted")
+        event[0] == "added" or (event[0] == "meeting" and event[3] == "contracted")
         for event in label.root.events
     )
 

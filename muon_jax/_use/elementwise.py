@@ -6,7 +6,7 @@ from typing import Any
 
 from muon_jax._use.atoms import Axis, Gap, leaves, same_axis
 from muon_jax._use.labels import Label
-from muon_jax._use.reader import Reader, ints, rule, shape_of
+from muon_jax._use.reader import Meeting, Reader, ints, rule, shape_of
 from muon_jax._use.values import Kind, Value, View, gaps, labels_in, merge
 
 _ONE = [
@@ -41,6 +41,8 @@ def one(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
             onehot=frozenset(),
             counts=frozenset(),
             indicator=name == "not" and value.indicator,
+            codes=value.onehot | value.codes,
+            exponential=False,
         )
         for value in values
     ]
@@ -89,7 +91,12 @@ def exponential(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     (value,) = values
     views = tuple(view for view in value.views if not view.mixed)
     return dataclasses.replace(
-        value, views=views, onehot=frozenset(), counts=frozenset(), indicator=False
+        value,
+        views=views,
+        onehot=frozenset(),
+        counts=frozenset(),
+        indicator=False,
+        exponential=True,
     )
 
 
@@ -97,6 +104,9 @@ def exponential(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 def product(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """Entry by entry, not linear in all operands at once."""
     out = combine(reader, values, shape_of(eqn), is_sum=False)
+    if eqn.primitive.name == "mul":
+        scaled(reader, out, values)
+        out = met_by_hand(reader, out, values)
     indicators = eqn.primitive.name in ("mul", "and", "or", "xor", "max", "min")
     if indicators and all(value.indicator for value in values):
         out = dataclasses.replace(out, indicator=True)
@@ -160,14 +170,23 @@ def iota(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 @rule(*_REDUCTIONS)
 def reduce(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
     """Sums, or the like, over some axes."""
-    return [reduced(reader, value, {*ints(eqn.params["axes"])}) for value in values]
+    gone, is_sum = {*ints(eqn.params["axes"])}, eqn.primitive.name == "reduce_sum"
+    return [reduced(reader, value, gone, is_sum) for value in values]
 
 
-def reduced(reader: Reader, value: Value, gone: set[int]) -> Value:
+def reduced(reader: Reader, value: Value, gone: set[int], is_sum: bool) -> Value:
     """A value without the axes that a reduction took."""
     kept = [i for i in range(len(value.shape)) if i not in gone]
+    # Norms and penalties sum over all that a parameter made, experts leave their outputs.
+    stays = any(label.is_made for label in labels_in(*(value.axes[i] for i in kept)))
     for label in labels_in(*(value.axes[i] for i in gone)):
-        label.add(("reduced",))
+        if is_sum and stays:
+            label.add(("added",))
+        if value.exponential:
+            label.add(("softmax",))
+        for event in [*label.root.events]:
+            if is_sum and event[0] == "scaled" and event[1] & value.pending:
+                reader.close(event[1] & value.pending)
     views = []
     for view in value.views:
         summed = {digit.axis for i in gone for digit in view.digits(view.axes[i])}
@@ -182,6 +201,8 @@ def reduced(reader: Reader, value: Value, gone: set[int]) -> Value:
         onehot=frozenset(),
         counts=frozenset(),
         indicator=False,
+        codes=frozenset(kept.index(i) for i in value.onehot | value.codes if i in kept),
+        exponential=False,
     )
 
 
@@ -195,6 +216,60 @@ def check_by_hand(reader: Reader, view: View) -> None:
             f"multiplied or added by hand, then summed over its axis {summed[0]} while axis "
             f"{free[0]} stays: maybe a product",
         )
+
+
+def scaled(reader: Reader, out: Value, values: Sequence[Value]) -> None:
+    """Note axes along which a matrix's outcome is multiplied by what is neither mask nor label.
+
+    Summed over, such an axis is the input of a product by hand, as of a head that is a vector.
+    """
+    values = [x if x.shape == out.shape else spread(x, out.shape) for x in values]
+    for value, other in (values, values[::-1]):
+        if not value.pending or other.pending:
+            continue
+        flat = [is_flat(axis) for axis in value.axes], [is_flat(axis) for axis in other.axes]
+        alike = flat[0] == flat[1]
+        if alike and other.kind is not Kind.PARAMETER and not other.rows:
+            continue
+        for i, axis in enumerate(value.axes):
+            if not flat[1][i] and out.shape[i] > 1:
+                for label in labels_in(axis):
+                    if label.is_made:
+                        label.add(("scaled", value.pending))
+
+
+def met_by_hand(reader: Reader, out: Value, values: Sequence[Value]) -> Value:
+    """`out` as a product of activations, if each operand is spread along an axis of the other.
+
+    Attention without a product primitive looks so, and what meets its outcome is part of it.
+    """
+    values = [x if x.shape == out.shape else spread(x, out.shape) for x in values]
+    if len(values) != 2 or not all(x.kind is Kind.DATA and x.pending for x in values):
+        return out
+    flat = [[is_flat(axis) for axis in value.axes] for value in values]
+    outer = [
+        {i for i, size in enumerate(out.shape) if size > 1 and a[i] and not b[i]}
+        for a, b in (flat, flat[::-1])
+    ]
+    if not all(outer) and not out.fresh:
+        return out
+    reader.meetings[reader.place] = Meeting((), ((), ()), out.pending)
+    if all(outer):
+        for i, axis in enumerate(out.axes):
+            for label in labels_in(axis):
+                if not flat[0][i] and not flat[1][i]:
+                    label.add(("outer",))
+    return dataclasses.replace(out, fresh=out.fresh | {reader.place})
+
+
+def _codes(values: Sequence[Value], rank: int) -> frozenset[int]:
+    """The axes along which only what was made of one-hot codes varies."""
+    return frozenset(
+        i
+        for i in range(rank)
+        if any(i in x.onehot | x.codes for x in values)
+        and all(i in x.onehot | x.codes or is_flat(x.axes[i]) for x in values)
+    )
 
 
 # --- Several operands -----------------------------------------------------------------------------
@@ -231,11 +306,31 @@ def combine(
                 for a, b in zip(axes, value.axes, strict=True)
             )
     out = merge(shape, values, axes)
+    out = dataclasses.replace(out, codes=_codes(values, len(shape)))
     if quietly:
         return dataclasses.replace(out, parameters=frozenset())
     if not is_sum:
         _doubt_products(reader, values)
+        out = dataclasses.replace(out, by_rows=_spread_rows(values))
+    else:
+        for leaf in {leaf for value in values for leaf in value.by_rows}:
+            text = "activations multiply it row by row, which adds up: maybe a product"
+            reader.note(leaf, "doubt", text)
     return join_activations(reader, out, values)
+
+
+def _spread_rows(values: Sequence[Value]) -> frozenset[int]:
+    """The parameters of which a row is multiplied by activations that do not vary along it."""
+    out = set()
+    for value in values:
+        others = [x for x in values if x.kind is Kind.DATA and x is not value]
+        for view in value.views if value.kind is Kind.PARAMETER and others else ():
+            along = [i for i, axis in enumerate(view.axes) if view.digits(axis)]
+            if any(taken.how != "rows" for taken in view.taken) and all(
+                is_flat(other.axes[i]) for i in along for other in others
+            ):
+                out.add(view.leaf)
+    return frozenset(out)
 
 
 def spread(value: Value, shape: tuple[int, ...]) -> Value:
@@ -257,6 +352,7 @@ def spread(value: Value, shape: tuple[int, ...]) -> Value:
         views=tuple(view.replace_axes(widened(view.axes)) for view in value.views),
         onehot=value.onehot & kept,
         counts=value.counts & kept,
+        codes=value.codes & kept,
     )
 
 

@@ -91,7 +91,7 @@ def _scrambled(axis: Axis, digit: Digit) -> Axis:
     return (digit,) if all(isinstance(atom, Gap) for atom in axis) else (*axis[:-1], digit)
 
 
-@rule("scatter", "scatter-add", "scatter_add", "scatter_mul", "scatter_min", "scatter_max")
+@rule("scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max")
 def scatter(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """Entries written or added by an array of indices."""
     operand, _, updates = values

@@ -119,6 +119,19 @@ class Label:
             todo.extend(label._sources)
         return False
 
+    @property
+    def is_made(self) -> bool:
+        """Whether a parameter made it, or the axis that it is a piece of."""
+        seen, todo = set(), [self.root]
+        while todo:
+            label = todo.pop().root
+            if ("free",) in label.events:
+                return True
+            if id(label) not in seen:
+                seen.add(id(label))
+                todo.extend(label._sources)
+        return False
+
     def unite(self, other: "Label") -> None:
         """Make two labels one, with their pieces."""
         todo = [(self, other)]

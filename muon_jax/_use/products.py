@@ -45,6 +45,8 @@ def _dot(reader: Reader, eqn: Any, lhs: Value, rhs: Value, contract: Pairs, batc
     axes = _axes(lhs, rhs, contract, batch)
     out = merge(shape, (lhs, rhs), axes)
     kinds = {lhs.kind, rhs.kind}
+    reader.first.setdefault(reader.place, out.behind)
+    _close(reader, lhs, rhs, contract, batch)
     if kinds == {Kind.DATA, Kind.PARAMETER}:
         sides = 1 if rhs.kind is Kind.PARAMETER else 0
         act, weight = (lhs, rhs) if sides else (rhs, lhs)
@@ -60,6 +62,20 @@ def _dot(reader: Reader, eqn: Any, lhs: Value, rhs: Value, contract: Pairs, batc
     if Kind.DATA in kinds:
         return dataclasses.replace(out, views=tuple(_moved(reader, lhs, rhs, contract, batch)))
     return out
+
+
+def _close(reader: Reader, lhs: Value, rhs: Value, contract: Pairs, batch: Pairs) -> None:
+    """Write down a matrix's outcome that is summed against what may be a frozen matrix."""
+    for value, other, side in ((lhs, rhs, 0), (rhs, lhs, 1)):
+        if not value.pending or other.pending or other.kind is Kind.PARAMETER:
+            continue
+        free = [
+            any(x.shape[i] > 1 for i in _free(x, s, contract, batch))
+            for x, s in ((value, side), (other, 1 - side))
+        ]
+        labels = labels_in(*(value.axes[i] for i in contract[side]))
+        if (any(free) or other.rows) and any(label.is_made for label in labels):
+            reader.close(value.pending)
 
 
 def _axes(lhs: Value, rhs: Value, contract: Pairs, batch: Pairs) -> tuple[Axis, ...]:
@@ -234,11 +250,17 @@ def used(
       depthwise: see `Use`.
     """
     number = reader.product(out.pending)
+    first = reader.first.setdefault(reader.place, out.behind)
     summed, along = {j: i for i, j in contract}, {j: i for i, j in batch}
     uses = []
     for view in weight.views:
+        twins = [x for x in weight.views if x.leaf == view.leaf]
+        if any(x.taken != view.taken for x in twins):
+            reader.note(view.leaf, "doubt", "several pieces of it are joined for one product")
         if act.indicator and kind == "product":
             reader.doubt(view, "product with zeros and ones from a comparison: maybe rows by index")
+        elif kind == "product" and any(i in act.onehot | act.codes for i, _ in contract):
+            reader.doubt(view, "product with what was made of one-hot codes: maybe rows by index")
         if view.contracted:
             reader.note(view.leaf, "doubt", "is summed over before it is used")
             continue
@@ -254,6 +276,8 @@ def used(
                 axis for axis in view.live if not is_whole(view, axis) and not _is_taken(view, axis)
             ),
             out.behind,
+            first,
+            tuple(tuple(labels_in(axis)) for axis in act.axes),
             act.fresh,
             groups,
             depthwise,
@@ -289,7 +313,12 @@ def used(
         for label in labels_in(*(act.axes[i] for i in axes)):
             label.add(("weight", reader.place, role))
     return dataclasses.replace(
-        out, views=(), pending=1 << number, behind=out.behind | 1 << number, fresh=frozenset()
+        out,
+        views=(),
+        pending=1 << number,
+        behind=out.behind | 1 << number,
+        fresh=frozenset(),
+        rows=False,
     )
 
 

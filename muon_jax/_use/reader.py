@@ -53,6 +53,8 @@ class Use:
       taken: the axes that were cut or indexed before.
       partly: the axes of which a piece takes part.
       behind: the products that the activations come from, as bits.
+      first: the same in the first round of all loops around it.
+      acts: the labels of the activations' axes, each axis's own.
       fresh: the products of activations that they come from without a parameter between.
       groups: the feature groups of a convolution.
       depthwise: whether each group has a single input channel.
@@ -67,6 +69,8 @@ class Use:
     taken: frozenset[Taken]
     partly: frozenset[int]
     behind: int = 0
+    first: int = 0
+    acts: tuple[tuple[Label, ...], ...] = ()
     fresh: frozenset[Place] = frozenset()
     groups: int = 1
     depthwise: bool = False
@@ -122,10 +126,13 @@ class Reader:
 
     Attributes:
       shapes: the shape of each parameter.
-      paths: how each parameter is called, for what is written down.
       uses: the products of activations and parameters, by place.
       notes: what else was seen, by place.
       meetings: the products of activations with activations, by place.
+      closed: the products, as bits, whose outcome is summed against something that no parameter's
+        product made, as by a frozen head; by place.
+      first: the products behind each product in the first round of the loops around it, as bits.
+      entered: the parameters that any equation takes in, in whatever form.
       cut: the parameters one axis of which is both fan-in and fan-out.
       shards: the axes of values, and of their pieces on devices.
       followers: for each product with a parameter, the products that its outcome enters, as bits.
@@ -136,7 +143,10 @@ class Reader:
         self.uses: dict[Place, list[Use]] = {}
         self.notes: dict[Place, list[Note]] = {}
         self.meetings: dict[Place, Meeting] = {}
+        self.closed: dict[Place, int] = {}
         self.followers: list[int] = []
+        self.first: dict[Place, int] = {}
+        self.entered: set[int] = set()
         self.cut: set[int] = set()
         self.shards: list[tuple[Axis, Axis]] = []
         self._numbers: dict[Place, int] = {}
@@ -183,9 +193,10 @@ class Reader:
 
     def _equation(self, eqn: Any, values: list[Value]) -> list[Value]:
         self._keep_alive.append(eqn)
+        self.entered.update(leaf for value in values for leaf in value.touches())
         outer, self._place = self._place, (*self._place, id(eqn))
         try:
-            for written in (self.uses, self.notes, self.meetings):
+            for written in (self.uses, self.notes, self.meetings, self.closed):
                 written.pop(self._place, None)
             function = RULES.get(eqn.primitive.name, unknown)
             try:
@@ -215,6 +226,25 @@ class Reader:
         if len(view.live) > 1:
             self.note(view.leaf, "doubt", text)
 
+    def close(self, pending: int) -> None:
+        """Write down that what these products made is summed against what none made."""
+        self.closed[self._place] = self.closed.get(self._place, 0) | pending
+
+    def loop(self) -> int:
+        """The bit of the loop at hand, behind all that a round of it leaves to the next."""
+        return 1 << self.product(0)
+
+    def loop_bit(self, place: Place) -> int:
+        """The bit of the loop at a place; 0 where there is none."""
+        return 1 << self._numbers[place] if place in self._numbers else 0
+
+    def innermost(self, place: Place) -> int:
+        """The bit of the innermost loop around an equation; 0 where there is none."""
+        for end in reversed(range(1, len(place))):
+            if place[:end] in self._numbers:
+                return self.loop_bit(place[:end])
+        return 0
+
     def product(self, pending: int) -> int:
         """The number of the product at hand, which the products in `pending` enter."""
         number = self._numbers.setdefault(self._place, len(self.followers))
@@ -235,6 +265,13 @@ def unknown(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
         shape = ints(getattr(var.aval, "shape", ()))
         out.append(merge(shape, values, fresh_axes(shape)))
     pending = functools.reduce(int.__or__, (value.pending for value in values), 0)
+    others = [
+        value
+        for value, var in zip(values, eqn.invars, strict=True)
+        if value.kind is not Kind.CONSTANT and not value.pending and is_inexact(var)
+    ]
+    if pending and others:
+        reader.close(pending)
     if pending:
         # Activations may meet in there, as in a kernel for attention.
         reader.meetings[reader.place] = Meeting((), ((), ()), pending)
@@ -335,4 +372,5 @@ def restructure(
         views=tuple(views),
         onehot=frozenset(moved[x] for x in value.onehot if x in moved),
         counts=frozenset(moved[x] for x in value.counts if x in moved),
+        codes=frozenset(moved[x] for x in value.codes if x in moved),
     )

@@ -1,6 +1,7 @@
 """What `by_use` saw of each parameter, as values."""
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 from optax.contrib import MuonDimensionNumbers
@@ -9,7 +10,7 @@ from muon_jax._matrices import MatrixSpec
 from muon_jax._paths import Path, show
 from muon_jax._tables import table
 
-Role = Literal["matrix", "head", "embedding", "elementwise", "vector", "declared", "unknown"]
+Role = Literal["matrix", "head", "embedding", "elementwise", "vector", "declared"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Reading:
     Attributes:
       path: its path.
       shape: its shape.
-      role: what it is; ``"unknown"`` raises unless the user declared the parameter.
+      role: what it is.
       reason: what was seen, such as ``"contracted over axis 1, stack 0 (scan)"``.
       spec: which axes form its matrices; None sends it to AdamW.
       hints: evidence that decides nothing, such as the number of heads.
@@ -94,6 +95,6 @@ class UseRoles:
             )
         return found
 
-    @property
+    @functools.cached_property
     def _by_path(self) -> dict[Path, Reading]:
         return {reading.path: reading for reading in self.readings}

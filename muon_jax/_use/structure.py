@@ -266,7 +266,7 @@ def chosen(reader: Reader, value: Value, indices: Sequence[Value]) -> Value:
         return value
     for view in value.views:
         reader.note(view.leaf, "rows", "rows by index")
-    return dataclasses.replace(value, kind=Kind.DATA, views=(), parameters=frozenset())
+    return dataclasses.replace(value, kind=Kind.DATA, views=(), parameters=frozenset(), rows=True)
 
 
 @rule("dynamic_update_slice")
@@ -278,7 +278,9 @@ def dynamic_update_slice(reader: Reader, eqn: Any, values: list[Value]) -> Value
         operand.axes, update.axes, operand.shape, update.shape, strict=True
     ):
         whole = size == written
-        axes.append(same_axis(old, new) if whole else (Label(size, labels_in(old, new)),))
+        # A cache that comes with the batch does not make its axes ones of the batch.
+        both = same_axis(old, new) if whole and operand.behind else new
+        axes.append(both if whole else (Label(size, labels_in(old, new)),))
     return written_into(reader, eqn, values, tuple(axes))
 
 

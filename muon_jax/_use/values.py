@@ -100,6 +100,10 @@ class Value:
       onehot: the axes along which one entry is 1 and the others 0.
       counts: the axes along which a constant counts 0, 1, 2, ...
       indicator: whether it is 0 or 1 everywhere, from a comparison.
+      codes: the axes along which it was made of one-hot codes, by sums, masks or scales.
+      rows: whether rows of a parameter are in it that no product has used yet.
+      by_rows: the parameters a row of which activations spread here, as in a product row by row.
+      exponential: whether it is an exponential, entry by entry.
     """
 
     shape: tuple[int, ...]
@@ -113,6 +117,10 @@ class Value:
     onehot: frozenset[int] = frozenset()
     counts: frozenset[int] = frozenset()
     indicator: bool = False
+    codes: frozenset[int] = frozenset()
+    rows: bool = False
+    exponential: bool = False
+    by_rows: frozenset[int] = frozenset()
 
     def touches(self) -> frozenset[int]:
         """The parameters whose entries are in it, in whatever form."""
@@ -174,9 +182,10 @@ def merge(shape: Sequence[int], values: Sequence[Value], axes: tuple[Axis, ...])
         behind |= value.behind
         fresh |= value.fresh
         parameters |= value.parameters
+    rows = any(value.rows for value in values)
     if kind is Kind.DATA:
         parameters = frozenset()
-    return Value(tuple(shape), kind, axes, (), parameters, pending, behind, fresh)
+    return Value(tuple(shape), kind, axes, (), parameters, pending, behind, fresh, rows=rows)
 
 
 def join(a: Value, b: Value) -> Value:
@@ -193,6 +202,7 @@ def join(a: Value, b: Value) -> Value:
         onehot=a.onehot & b.onehot,
         counts=a.counts & b.counts if a.kind is b.kind else frozenset(),
         indicator=a.indicator and b.indicator,
+        codes=a.codes | b.codes,
     )
 
 

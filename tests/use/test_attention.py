@@ -251,7 +251,7 @@ def test_heads_that_a_map_runs_along_and_that_are_added_up_are_a_doubt():
         return finish(p, x + jax.vmap(one, in_axes=(1, 1, 1, 0))(*each).sum(0))
 
     params = arrays(q=(D, H, W), k=(D, H, W), v=(D, H, W), o=(H, W, D), head=(D, 5))
-    with pytest.raises(ValueError, match=r"2 parameter(?s:.*) o, .*attention's heads"):
+    with pytest.raises(ValueError, match=r"4 parameter(?s:.*) o, .*attention's heads"):
         by_use(loss, params, data(2, 7, D))
 
 

@@ -94,6 +94,10 @@ def summed(p, x):
     return head(p, x + p["w"].sum(0)[None])
 
 
+def diagonal(p, x):
+    return head(p, jnp.einsum("bi,ii->bi", x, p["w"]))
+
+
 def experts_side_by_side(p, x):
     h = jnp.tanh(jnp.einsum("nd,def->nef", x, p["w"].reshape(D, 2, 2)))
     y = jnp.einsum("ned,ne->nd", jnp.einsum("nef,efd->ned", h, p["e"]), x[:, :2])
@@ -124,7 +128,8 @@ TRAPS = {
     "transformed": (transformed, "passes fft"),
     "sorted": (sorted_, "is sorted"),
     "scattered": (scattered, "written into another array by scatter"),
-    "summed": (summed, "does not use it"),
+    "summed": (summed, "used, but in no product"),
+    "diagonal": (diagonal, "used, but in no product|by hand|maybe a product"),
     "experts side by side": (experts_side_by_side, "stored side by side"),
     "both ways": (both_ways, "different ways"),
     "on a vector": (on_a_vector_of_parameters, "vector of parameters only"),
@@ -138,6 +143,15 @@ def test_each_trap_raises_and_names_the_leaf(name):
     params = arrays(w=(D, D), head=(D, 3), maker=(D, D * D), v=(D,), e=(2, 2, D))
     with pytest.raises(ValueError, match=rf"w, shape \(4, 4\): .*({seen})"):
         by_use(loss, params, data(6, D), declared=by_path({"^(maker|e)$": None}))
+
+
+@pytest.mark.parametrize("how", ["set", "add", "multiply", "min", "max"])
+def test_a_parameter_that_is_written_into_raises(how):
+    def loss(p, x):
+        return head(p, x @ getattr(p["w"].at[jnp.array([0, 2])], how)(2.0))
+
+    with pytest.raises(ValueError, match=r"w, shape .*is written into another array by scatter"):
+        by_use(loss, arrays(w=(D, D), head=(D, 3)), data(6, D))
 
 
 def test_products_of_parameters_raise_for_both_and_low_rank_terms_on_activations_do_not():
@@ -272,6 +286,39 @@ def test_all_doubts_come_at_once_with_the_line_that_settles_them():
         "b/w": (-2, -1),
         "head": "head",
     }
+
+
+def test_the_line_to_write_says_what_was_seen():
+    def loss(p, x, i):
+        y = jax.lax.conv_general_dilated(
+            x + p["e"][i] @ p["e"], p["c"] * p["d"], (1,), "SAME",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        )  # fmt: skip
+        y = jax.nn.one_hot(i, 9).sum(1, keepdims=True) @ p["t"] + y
+        y = jnp.einsum("btd,dhw->bthw", y, p["q"]).reshape(2, 5, -1)
+        return mean_square((jnp.tanh(y) * p["v"][None, None]).sum(-1)) + 0 * p["idle"].sum()
+
+    params = arrays(
+        e=(D, D), c=(3, D, D), d=(3, D, D), t=(9, D), q=(D, 2, 3), v=(6,), idle=(D, D)
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="does not decide") as error:
+        by_use(loss, params, data(2, 5, D), S((2, 5), jnp.int32))
+    line = str(error.value).splitlines()[-1]
+    assert 'r"^(c|d)$": MuonDimensionNumbers((0, 1), 2)' in line
+    assert 'r"^(e|q|t)$": None' in line
+    assert 'r"^idle$": MuonDimensionNumbers(-2, -1)' in line
+
+
+def test_what_is_no_array_in_the_batch_is_told_to_be_closed_over():
+    params = arrays(w=(D, 3))
+    with pytest.raises(TypeError, match=r"holds 'train' at 1, of type str.*Close over"):
+        by_use(lambda p, x, mode: mean_square(x @ p["w"]), params, data(6, D), "train")
+    with pytest.raises(TypeError, match=r"decides by a value of the batch.*\[True\].*Close over"):
+        by_use(lambda p, x, on: mean_square(x @ p["w"] if on else x), params, data(6, D), True)
+    with pytest.raises(TypeError, match=r"decides by a value of the batch.*\[2\]"):
+        by_use(lambda p, x, n: mean_square(x @ p["w"]) * len(range(n)), params, data(6, D), 2)
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        by_use(lambda p, x: mean_square(x @ p["w"] if x.sum() > 0 else x), params, data(6, D))
 
 
 def test_the_users_word_comes_first():
