@@ -29,39 +29,53 @@ from muon_jax._paths import Path
 GENERIC = re.compile(r"kernel|weights?|weight_[vg]|w|matrix|table|param")
 # Layers of a module whose own name says no more than that it is one of its matrices.
 _PLAIN = re.compile(
-    r"(linear|dense|proj|fc|proj_in|proj_out|out_proj|output|out|decoder|logits?|final|projection)"
-    r"(_?\d+)?"
+    r"(linear|dense|proj|fc|proj_in|proj_out|out_proj|output|out|decoder|logits?|final|projection|"
+    r"layers?|last(_layer)?|fc_cls|fc_reg|cls_score|bbox_pred)(_?\d+)?"
 )
-_LAST = re.compile(r"out_proj|proj_out|output|out|decoder|logits?|final\w*|projection")
+_LAST = re.compile(
+    r"out_proj|proj_out|output|out|decoder|logits?|final\w*|projection|last(_layer)?|"
+    r"fc_cls|fc_reg|cls_score|bbox_pred"
+)
+LONGEST_WINDOW = 16  # rows of a convolution's window
 _WRAPPERS = {"params", "model", "module", "net", "network", "~"}
 
-_NO_HEAD = r"(?!(multi|attn|attention|self|cross|num|per|each|[qkvo]|query|key|value)_)"
-_HEAD = re.compile(
-    rf"{_NO_HEAD}(\w+_)?heads?(_?\d+)?|unemb\w*|(?!pre_)(\w+_)?(classifier|predictor)(_?\d+)?|embed_out|score|qa_outputs|lm_predictions|"
-    r"seq_relationship|(?!(pre|router|gate|gating|routing|expert|attn|attention)\w*_)\w*logits?\w*"
+_NO_HEAD = (
+    r"(?!(multi|attn|attention|self|cross|num|per|each|talking|[kvo]|query|key|value)_|q_heads)"
 )
-_TOP_HEAD = re.compile(r"fc|output")
+_HEAD = re.compile(
+    rf"{_NO_HEAD}(\w+_)?heads?(_?\d+)?|unemb\w*|(?!pre_)(\w+_)?(classifier|predictor)(_?\d+)?|"
+    r"embed_out|score|qa_outputs|(\w+_)?predictions?|seq_relationship|"
+    r"(?!(pre|post|router|gate|gating|routing|expert|attn|attention)\w*_|(obs|img|prior|post)_?logit)"
+    r"\w*logits?(?!_?mlp)\w*"
+)
+# Inside these modules a head is one of attention's, and logits are weights of a mixture.
+_NO_HEADS_WITHIN = re.compile(
+    r"(\w*_)?\w*?(attn|attention)(_?\d+)?|(\w*_)?(router|gate|gating)(_?\d+)?"
+)
+_TOP_HEAD = re.compile(r"fc|output|output_projection")
 _TABLE_OF_WHAT = (
     r"tokens?|words?|tables?|weights?|matrix|lookup|in|vocab|pos(itions?|itional)?|types?|"
     r"positions?_\d|params?|codes?"
 )
 _EMBEDDING = re.compile(
     rf"(\w*_)?\w*?emb(s|eds?|edd?ings?|edders?)?(_({_TABLE_OF_WHAT}))?(_?\d+)?|wte|wpe|"
-    r"(\w*_)?pos(ition(al)?)?_?enc(od(ing|er))?s?(_?\d+)?|pos|pe|positions?|"
+    r"(\w*_)?pos(ition(al)?)?_?enc(od(ing|er))?s?(_?\d+)?|pos|pe|positions?|w_pos|"
     r"vocab(ulary)?(_\w+)?|tok(ens?|_?emb\w*)?(_tables?)?"
 )
 # Rows that are looked up, learned inputs, and coefficients of one channel each: no linear maps.
 _ROWS = re.compile(
-    r"(?!to_)(\w+_)?tokens?(_?\d+)?|(\w+_)?prompts?(_(pool|keys?|tokens?))?|(\w+_)?rel(ative)?_pos\w*|"
+    r"(?!(to|w|q|k|v|kv)_)((\w+_)?tokens?(_?\d+)?|(\w+_)?prompts?(_(pool|keys?|tokens?))?|(\w+_)?rel(ative)?_pos\w*|"
     r"codebooks?|(\w+_)?latents?|(\w+_)?queries|(\w+_)?a_log|(\w+_)?probes?|"
-    r"time_(mix|decay|first|faaaa|maa)(?!\w*_w\d)\w*|r_k"
+    r"time_(mix|decay|first|faaaa|maa)(?!\w*_w\d)\w*|r_k|prototypes?|(\w+_)?slots|null_(kv?|v))"
 )
 _NORM = re.compile(
     r"\w*norms?(_?\d+|_[a-z]{1,3})?|rms(_?\d+)?|(ln|bn)(_\w+|\d+)?|(layer|batch|group)norm\w*"
 )
 _NO_NORM = re.compile(r"\w+_(mlp|ffn?|proj|dense|linear|fc)")
 # Of the leaf alone: a module may be called "scale" and hold a matrix.
-_BIAS = re.compile(r"\w*bias\w*|b[qkvo]|b\d+|(query|key|value|gating|output)_b")
+_BIAS = re.compile(
+    r"\w*bias\w*|b_?[qkvo]|b\d+|b_(in|out|up|down|gate)|(query|key|value|gating|output)_b"
+)
 _GAIN = re.compile(r"scale|gain|gamma|beta|g|offset|\w+_(scale|gain)|sinks?")
 _CONVOLUTION = re.compile(
     r"(\w*_)?(dw)?conv(olution)?s?(_?\d?_?d)?(_?transpose|local)?(_?\d+)*(_[a-z]\w*)?"
@@ -73,12 +87,13 @@ _INPUT = re.compile(
     r"(query|key|value|gating)_w"
 )
 _OUTPUT = re.compile(r"out|o|o_proj|out_proj|wo|to_out|output_w")
-_LATENT = re.compile(r"w?(q|kv)_?b(_proj)?|w(uq|ukv|uk|uv)")
+_LATENT = re.compile(r"w?(q|kv|k|v)_?b(_proj)?|w(uq|ukv|uk|uv)")
 _ROUTER = re.compile(r"\w*(router|gate|gating)\w*")
 # Layers that are linear wherever they stand, and so no convolutions, whatever their rank.
 _LINEAR = re.compile(
-    r"wi(_?\d)?|wo|w[1-3]|(up|down|gate|in|out)(_proj)?|fc(_?\d+)?|dense(_?\d+)?|linear(_?\d+)?|"
-    r"\w*experts?\w*|\w*einsum\w*|mlp\w*|gate_up\w*"
+    r"wi(_?\d)?|wo|w[1-3]|w_(in|out|up|down|gate)|(up|down|gate|in|out)(_proj)?|fc(_?\d+)?|dense(_?\d+)?|linear(_?\d+)?|"
+    r"\w*experts?\w*|\w*einsum\w*|mlp\w*|"
+    r"gate_up\w*|(\w+_)?(qkv|kv)(_proj)?|c_(fc|proj|attn)|expand|contract"
 )
 _FUSED = re.compile(
     r"\w*qkv\w*|\w*gate_up\w*|c_attn|to_kv|w?kv_(proj|b|b_proj)|in_proj\w*|fused\w*|"
@@ -102,6 +117,16 @@ def is_head(name: str) -> bool:
     return bool(_HEAD.fullmatch(name))
 
 
+def has_heads(path: Path) -> bool:
+    """Whether none of a leaf's modules says that what is called a head within it is another."""
+    return not any(_NO_HEADS_WITHIN.fullmatch(name) for name in owner_of(path)[:-1])
+
+
+def is_head_module(name: str) -> bool:
+    """Whether a module of this name holds a head as its last layer."""
+    return is_head(name) and name not in ("prediction", "predictions")
+
+
 def is_plain(name: str) -> bool:
     """Whether a layer's name says only that it is one of its module's layers."""
     return bool(_PLAIN.fullmatch(name))
@@ -115,6 +140,11 @@ def is_last(name: str) -> bool:
 def is_at_the_top(path: Path) -> bool:
     """Whether the module that owns a leaf is one of the model's own."""
     return sum(name not in _WRAPPERS for name in owner_of(path)) == 1
+
+
+def is_top(path: Path) -> bool:
+    """Whether a leaf belongs to the model's own ``fc``, ``out`` or ``output``."""
+    return is_top_head(path) or (is_at_the_top(path) and owner_of(path)[-1] == "out")
 
 
 def is_top_head(path: Path) -> bool:
@@ -155,6 +185,23 @@ def is_gain(leaf: str) -> bool:
 def is_convolution(name: str) -> bool:
     """Whether a name is that of a convolution."""
     return bool(_CONVOLUTION.fullmatch(name))
+
+
+def is_depthwise(name: str) -> bool:
+    """Whether a convolution's two axes are a window and channels, and not a linear map."""
+    return is_convolution(name) and bool(
+        re.fullmatch(r"(?!.*(point|1x1)).*?conv[a-z]*[_\d]*d?(_?\d+)*(_(kernel|weight|w))?", name)
+    )
+
+
+def is_bare_convolution(name: str) -> bool:
+    """Whether a convolution's name says no more, as ``conv_proj`` does of a layer around it."""
+    return bool(re.fullmatch(r"(\w*_)?(dw)?conv[a-z]*[_\d]*d?[_\d]*(_(in|out|kernel))?", name))
+
+
+def is_local(name: str) -> bool:
+    """Whether a name is that of a convolution with weights of its own at each place."""
+    return bool(re.fullmatch(r"\w*conv_?local(_?\d+)?|\w*local_?conv\w*", name))
 
 
 def is_patches(name: str) -> bool:

@@ -29,13 +29,16 @@ def read_leaves(
       One `Role` or `Question` for each leaf; of declared ones it says nothing.
     """
     batches = dict(batches or {})
+    leaves = _with_biases(leaves)
     stacks = find_stacks(leaves)
     beside = look_beside(leaves, stacks)
     read = [
         role_of(path, shape, stack, per_head, other)
         for (path, shape), stack, other in zip(leaves, stacks, beside, strict=True)
     ]
-    doubted = _unnamed_stacks(leaves, stacks, read)
+    doubted = _unnamed_stacks(leaves, stacks, read) - {
+        i for i, other in enumerate(beside) if other.attention
+    }
     asked = {i for i, role in enumerate(read) if isinstance(role, Question)}
     # Windows and einsum layouts have axes of their own that leaves may share.
     own = {i for i in asked if _has_a_layout(read[i], leaves[i][0])}
@@ -43,7 +46,10 @@ def read_leaves(
     shared = {
         i: stacked
         for i, stacked in shared_axes(leaves, unknown - own, batches).items()
-        if stacked.axis >= len(stacks[i]) and i not in batches and i not in own
+        if stacked.axis >= len(stacks[i])
+        and i not in batches
+        and i not in own
+        and not (stacked.axis == 1 and _looks_like_heads(*leaves[i]))
     }
     cores = [
         (path, _without(shape, shared[i].axis) if i in shared else shape)
@@ -67,6 +73,24 @@ def read_leaves(
     return read
 
 
+def _with_biases(leaves: Leaves) -> Leaves:
+    """The leaves, where a ``b`` beside its ``w`` or ``kernel`` is called a bias, as in Haiku.
+
+    A ``b`` beside an ``a`` is the second matrix of an adapter, and one alone may be anything.
+    """
+    ranks = {path: len(shape) for path, shape in leaves}
+
+    def is_bias(path: Path, rank: int) -> bool:
+        owner = path[:-1]
+        beside = [ranks[(*owner, name)] for name in ("w", "kernel") if (*owner, name) in ranks]
+        return path[-1:] == ("b",) and (*owner, "a") not in ranks and max(beside, default=0) > rank
+
+    return [
+        ((*path[:-1], "bias") if is_bias(path, len(shape)) else path, shape)
+        for path, shape in leaves
+    ]
+
+
 def _unnamed_stacks(
     leaves: Leaves, stacks: Sequence[tuple[str, ...]], read: Sequence[Role | Question]
 ) -> set[int]:
@@ -88,6 +112,12 @@ def _unnamed_stacks(
                 if len(leaves[i][1]) >= 3 and isinstance(read[i], Role) and read[i].spec is not None
             }
     return found
+
+
+def _looks_like_heads(path: Path, shape: tuple[int, ...]) -> bool:
+    """Whether a leaf named as attention's input has [d, heads, head_dim] with d in all heads."""
+    name = names.names_of(path)[-1]
+    return len(shape) == 3 and names.is_input(name) and shape[0] == shape[1] * shape[2]
 
 
 def _has_a_layout(role: Role | Question, path: Path) -> bool:
