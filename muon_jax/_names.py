@@ -95,6 +95,9 @@ _LINEAR = re.compile(
     r"\w*experts?\w*|\w*einsum\w*|mlp\w*|"
     r"gate_up\w*|(\w+_)?(qkv|kv)(_proj)?|c_(fc|proj|attn)|expand|contract"
 )
+_MAP = re.compile(
+    r"\w*lora\w*|\w*proj(ection)?(_?\w+)?|\w+_w\d|[qk]_(pe|rope)|w?[qk]v?_a|w?kv_a\w*"
+)
 _FUSED = re.compile(
     r"\w*qkv\w*|\w*gate_up\w*|c_attn|to_kv|w?kv_(proj|b|b_proj)|in_proj\w*|fused\w*|"
     r"query_key_value|(weight_)?[ih]h(_l\d+)?|weight_[ih]h\w*|ada_?ln\w*|dense_[ih]|wi_fused|w1[23]"
@@ -237,6 +240,11 @@ def is_flax_attention(name: str) -> bool:
 def is_router(name: str) -> bool:
     """Whether a name is that of a router or a gate."""
     return bool(_ROUTER.fullmatch(name))
+
+
+def is_map(name: str) -> bool:
+    """Whether a name is that of a linear map, however narrow, such as an adapter's."""
+    return is_linear(name) or is_router(name) or bool(_MAP.fullmatch(name))
 
 
 def looks_fused(name: str) -> bool:

@@ -1,5 +1,6 @@
 """Read all leaves of a tree together: stacks, what lies beside each, roles, and what is asked."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from optax.contrib import MuonDimensionNumbers
@@ -7,6 +8,7 @@ from optax.contrib import MuonDimensionNumbers
 from muon_jax import _names as names
 from muon_jax._evidence import look_beside
 from muon_jax._guesses import guess
+from muon_jax._maybe_tables import maybe_tables
 from muon_jax._paths import Path
 from muon_jax._roles import Question, Role, role_of
 from muon_jax._stacks import Stacked, by_module, find_stacks, is_stack_of_vectors, shared_axes
@@ -70,6 +72,10 @@ def read_leaves(
             if isinstance(core, Question):
                 core = guess(*cores[i], core, len(stacks[i]), widths, per_head)
             read[i] = _question(role, core, stacked, len(cores[i][1]))
+    for i in maybe_tables(leaves, read):
+        role = read[i]
+        reason = f"{role.reason}, maybe a table"
+        read[i] = dataclasses.replace(role, reason=reason, maybe_table=True)
     return read
 
 

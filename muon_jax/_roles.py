@@ -27,7 +27,6 @@ from muon_jax import _names as names
 from muon_jax._evidence import Beside
 from muon_jax._paths import Path
 
-_TABLE_RATIO = 30
 _IN_OUT = MuonDimensionNumbers(-2, -1)
 _NOTHING = Beside()
 
@@ -40,11 +39,13 @@ class Role:
       reason: the role's name, as the report prints it.
       spec: the axes of its matrices; None sends it to AdamW.
       assumed: whether nothing but its two axes says that it is a matrix.
+      maybe_table: whether it is assumed, and its sides are those of a table.
     """
 
     reason: str
     spec: MuonDimensionNumbers | None = None
     assumed: bool = False
+    maybe_table: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +106,6 @@ def role_of(
     return _of_heads(leaf, name, shape, stacks, per_head, beside)
 
 
-def looks_like_a_table(shape: tuple[int, ...]) -> bool:
-    """Whether a matrix has the sides of a vocabulary, or of coefficients of each channel."""
-    return max(shape) > _TABLE_RATIO * max(1, min(shape))
-
-
 def _by_name(leaf: str, name: str, core: tuple[int, ...]) -> Role | None:
     kernel = leaf == "kernel"
     if names.is_embedding(name) and not (kernel and len(core) > 1):
@@ -135,8 +131,7 @@ def _matrix(
     assumed = leaf != "kernel" and not stacks
     kind = "assumed matrix" if assumed else "linear kernel" if leaf == "kernel" else "matrix"
     fused = ", maybe fused blocks" if names.looks_fused(name) else ""
-    table = ", maybe a table" if assumed and looks_like_a_table(shape) else ""
-    return Role(kind + fused + table + _under(stacks), MuonDimensionNumbers(-2, -1), assumed)
+    return Role(kind + fused + _under(stacks), MuonDimensionNumbers(-2, -1), assumed)
 
 
 def _of_heads(
