@@ -86,7 +86,7 @@ _INPUT = re.compile(
     r"query|key|value|[qkv]|[qkv]_proj|w[qkv]|(query|key|value)_proj|to_[qkv]|"
     r"(query|key|value|gating)_w"
 )
-_OUTPUT = re.compile(r"out|o|o_proj|out_proj|wo|to_out|output_w")
+_OUTPUT = re.compile(r"out|o|o_?proj|(\w+_)?out_proj|wo|to_out|output_w")
 _LATENT = re.compile(r"w?(q|kv|k|v)_?b(_proj)?|w(uq|ukv|uk|uv)")
 _ROUTER = re.compile(r"\w*(router|gate|gating)\w*")
 # Layers that are linear wherever they stand, and so no convolutions, whatever their rank.

@@ -7,7 +7,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from muon_jax import _names as names
 from muon_jax._evidence import look_beside
-from muon_jax._guesses import guess
+from muon_jax._guesses import guess, is_window_of_a_layer
 from muon_jax._maybe_tables import maybe_tables
 from muon_jax._paths import Path
 from muon_jax._roles import Question, Role, role_of
@@ -52,6 +52,13 @@ def read_leaves(
         and i not in batches
         and i not in own
         and not (stacked.axis == 1 and _looks_like_heads(*leaves[i]))
+    }
+    # Without vectors beside it, [3, 3, in, out] is a window that layers share.
+    vectors = {stacked.where for i, stacked in shared.items() if len(leaves[i][1]) == 2}
+    shared = {
+        i: stacked
+        for i, stacked in shared.items()
+        if stacked.where in vectors or not _looks_like_a_window(*leaves[i])
     }
     cores = [
         (path, _without(shape, shared[i].axis) if i in shared else shape)
@@ -123,13 +130,17 @@ def _unnamed_stacks(
 def _looks_like_heads(path: Path, shape: tuple[int, ...]) -> bool:
     """Whether a leaf named as attention's input has [d, heads, head_dim] with d in all heads."""
     name = names.names_of(path)[-1]
-    return len(shape) == 3 and names.is_input(name) and shape[0] == shape[1] * shape[2]
+    if len(shape) != 3:
+        return False
+    return names.is_latent(name) or (names.is_input(name) and shape[0] == shape[1] * shape[2])
+
+
+def _looks_like_a_window(path: Path, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 4 and is_window_of_a_layer(names.names_of(path)[-1], shape)
 
 
 def _has_a_layout(role: Role | Question, path: Path) -> bool:
-    if isinstance(role, Question) and "window" in role.kind:
-        return True
-    return "einsum" in names.names_of(path)[-1]
+    return (isinstance(role, Question) and role.window) or "einsum" in names.names_of(path)[-1]
 
 
 def _is_vector(
@@ -156,8 +167,10 @@ def _question(
     why += f"; axis {stacked.axis} is shared by {stacked.where}, as a stack's is"
     if spec is None:
         return Question(why, "a table of rows", None)
-    back = lambda axes: _shift(axes, rank, stacked.axis)  # noqa: E731
-    spec = MuonDimensionNumbers(back(spec.reduction_axis), back(spec.output_axis))
+    reduction, output = (
+        _shift(axes, rank, stacked.axis) for axes in (spec.reduction_axis, spec.output_axis)
+    )
+    spec = MuonDimensionNumbers(reduction, output)
     return Question(why, f"a stack along axis {stacked.axis}", spec)
 
 

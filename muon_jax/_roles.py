@@ -55,12 +55,14 @@ class Question:
     Attributes:
       why: the sentence that says so.
       kind: what it looks like, for the remedy.
+      window: whether it is known to be a convolution's, in an unknown layout.
       spec: the axes that it then has; None sends it to AdamW.
     """
 
     why: str
     kind: str = "a stack of [in, out] matrices"
     spec: MuonDimensionNumbers | None = _IN_OUT
+    window: bool = False
 
 
 def role_of(
@@ -233,6 +235,7 @@ def _ask_window(core: tuple[int, ...], stacks: int, kind: str, ends: tuple[int, 
         "only Flax's convolution layout is known, [*window, in, out] in a leaf named kernel",
         kind,
         MuonDimensionNumbers(reduction, -1 if output == -1 else stacks + output),
+        window=True,
     )
 
 
