@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from muon_jax import _names as names
 from muon_jax._paths import Path
 
+_IMAGE = 4  # channels
+
 Leaves = Sequence[tuple[Path, tuple[int, ...]]]
 
 
@@ -304,7 +306,9 @@ def _last_of_convolutions(leaves: Leaves) -> int | None:
     stem = any(len(shape) == 4 and max(shape[:2]) <= names.LONGEST_WINDOW for _, _, shape in own)
     others = sum(len(shape) == 2 for _, _, shape in own) > len(linear)
     upwards = any(re.search(r"transpose|deconv|upsample", "/".join(path)) for path, _ in leaves)
-    if not stem or not linear or others or upwards:
+    # Convolutions that end in an image's channels: the linear layers are of something beside it.
+    image = any(len(shape) == 4 and shape[-1] <= _IMAGE for _, _, shape in own)
+    if not stem or not linear or others or upwards or image:
         return None
     last = max(linear)[1]
     path, (_, width) = leaves[last]

@@ -42,7 +42,9 @@ def guess(
         return question
     core = shape[stacks:]
     name = names.names_of(path)[-1]
-    layer = names.is_linear(name) or _TIME_LAYER.fullmatch(name)
+    layer = (
+        names.is_linear(name) or _TIME_LAYER.fullmatch(name) or path[-1:] in (("kernel",), ("w",))
+    )
     if sum(length != 1 for length in core) <= 2 and 1 in core[:-1] and not layer:
         # [1, 4, 384] and [10, 1, 1, 32]: learned tokens.
         return Question(question.why, "a table of rows", None)
@@ -105,7 +107,8 @@ def _attention(
     if per_head:
         heads = heads[-1:]
     axes = tuple(axis + stacks for axis in heads)
-    several = axes if len(axes) > 1 else axes[0]
+    (first, *others) = axes
+    several = axes if others else first
     if _TO_MODEL.fullmatch(name):
         return MuonDimensionNumbers(several, model + stacks)
     return MuonDimensionNumbers(model + stacks, several)

@@ -6,20 +6,21 @@ the name of the module that owns it; indices are skipped and case does not matte
 | role             | names                                             | matrices                |
 |------------------|---------------------------------------------------|-------------------------|
 | unembedding head | head, \*_head, unemb\*, \*logit\*, \*classifier,  | none: AdamW             |
-|                  | embed_out, score; fc and output at the top        |                         |
+|                  | predictions, score; fc and output at the top      |                         |
 | embedding        | \*emb, \*embed, \*embedding, embed_tokens, wte,   | none: AdamW             |
 |                  | wpe, pos_enc\*, vocab\*, tok                      |                         |
 | table of rows    | \*_tokens, \*prompt, rel_pos\*, codebook, latents,| none: AdamW             |
 |                  | queries, A_log, RWKV's time_decay, time_faaaa     |                         |
 | norm             | \*norm, \*norms, \*norm_0, rms, ln\*, bn\*        | none: AdamW             |
-| bias             | \*bias\*, b1, bq, bk, bv, bo                      | none: AdamW             |
+| bias             | \*bias\*, b1, bq, b_q, bo; b beside w or kernel   | none: AdamW             |
 | gain             | scale, gain, gamma, beta, g, offset, \*_scale,    | none: AdamW             |
 |                  | \*_gain, layer_scale, sinks                       |                         |
 | convolution      | conv, conv1, conv2d, Conv_0, \*_conv, conv_in     | [window and in] x [out] |
 | attention input  | query, key, value, q, q_proj, wq, to_q, query_w   | [d] x [heads, head_dim] |
 | attention output | out, o, o_proj, out_proj, wo, to_out, output_w    | [heads, head_dim] x [d] |
 
-Names propose and shapes decide (`_evidence`, `_stacks`): no name alone folds axes into a matrix.
+Names propose and shapes decide (`_evidence`, `_stacks`): but for a convolution's, no name alone
+folds axes into a matrix. A ``kernel`` is no embedding and no table, whatever its module is called.
 """
 
 import re
@@ -59,14 +60,15 @@ _TABLE_OF_WHAT = (
 )
 _EMBEDDING = re.compile(
     rf"(\w*_)?\w*?emb(s|eds?|edd?ings?|edders?)?(_({_TABLE_OF_WHAT}))?(_?\d+)?|wte|wpe|"
-    r"(\w*_)?pos(ition(al)?)?_?enc(od(ing|er))?s?(_?\d+)?|pos|pe|positions?|w_pos|"
+    r"(\w*_)?pos(ition(al)?)?_?enc(od(ing|er))?s?(_?\d+)?|pos|pe|positions?|w_pos|emb_var|"
     r"vocab(ulary)?(_\w+)?|tok(ens?|_?emb\w*)?(_tables?)?"
 )
 # Rows that are looked up, learned inputs, and coefficients of one channel each: no linear maps.
 _ROWS = re.compile(
     r"(?!(to|w|q|k|v|kv)_)((\w+_)?tokens?(_?\d+)?|(\w+_)?prompts?(_(pool|keys?|tokens?))?|(\w+_)?rel(ative)?_pos\w*|"
     r"codebooks?|(\w+_)?latents?|(\w+_)?queries|(\w+_)?a_log|(\w+_)?probes?|"
-    r"time_(mix|decay|first|faaaa|maa)(?!\w*_w\d)\w*|r_k|prototypes?|(\w+_)?slots|null_(kv?|v))"
+    r"time_(mix|decay|first|faaaa|maa)(?!\w*_w\d)\w*|r_k|prototypes?|(\w+_)?slots|null_(kv?|v)|"
+    r"(mem|sink)_kv|centroids|anchors|inducing_points|scale_shift_table)"
 )
 _NORM = re.compile(
     r"\w*norms?(_?\d+|_[a-z]{1,3})?|rms(_?\d+)?|(ln|bn)(_\w+|\d+)?|(layer|batch|group)norm\w*"
@@ -83,10 +85,10 @@ _CONVOLUTION = re.compile(
 # Flax's own attention is always [d, heads, head_dim]; the other names also serve plain matrices.
 _FLAX = re.compile(r"query|key|value|out")
 _INPUT = re.compile(
-    r"query|key|value|[qkv]|[qkv]_proj|w[qkv]|(query|key|value)_proj|to_[qkv]|"
+    r"query|key|value|[qkv]|[qkv]_?proj|w[qkv]|(query|key|value)_proj|to_[qkv]|"
     r"(query|key|value|gating)_w"
 )
-_OUTPUT = re.compile(r"out|o|o_?proj|(\w+_)?out_proj|wo|to_out|output_w")
+_OUTPUT = re.compile(r"out|o|o_?proj|(\w+_)?out_proj|wo|to_out|output_w|attention_output")
 _LATENT = re.compile(r"w?(q|kv|k|v)_?b(_proj)?|w(uq|ukv|uk|uv)")
 _ROUTER = re.compile(r"\w*(router|gate|gating)\w*")
 # Layers that are linear wherever they stand, and so no convolutions, whatever their rank.

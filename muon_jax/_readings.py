@@ -79,11 +79,13 @@ def read_leaves(
             if isinstance(core, Question):
                 core = guess(*cores[i], core, len(stacks[i]), widths, per_head)
             read[i] = _question(role, core, stacked, len(cores[i][1]))
-    for i in maybe_tables(leaves, read):
-        role = read[i]
-        reason = f"{role.reason}, maybe a table"
-        read[i] = dataclasses.replace(role, reason=reason, maybe_table=True)
-    return read
+    tables = maybe_tables(leaves, read)
+    return [
+        dataclasses.replace(role, reason=f"{role.reason}, maybe a table", maybe_table=True)
+        if isinstance(role, Role) and i in tables
+        else role
+        for i, role in enumerate(read)
+    ]
 
 
 def _with_biases(leaves: Leaves) -> Leaves:

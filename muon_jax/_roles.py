@@ -4,8 +4,9 @@ The first that fits decides:
 
 1. an unembedding head: by its name, as the last layer of a module so named, or because it is as
    wide as the embedding's rows;
-2. a convolution: four or five axes in a ``kernel``, of which the first are a small window, whatever
-   its module is called; three axes by name, or with a bias that has the last axis only;
+2. a convolution: four or five axes in a ``kernel``, of which the first are a small, square window,
+   whatever its module is called, unless that is a linear layer's; windows of another form and three
+   axes by name, or with a bias that has the last axis only;
 3. embeddings, tables of rows, norms, biases and gains, by name (`_names`);
 4. vectors, and stacks of them;
 5. two axes: a matrix, "assumed matrix" in the report unless a ``kernel`` or in a stack;
@@ -108,12 +109,17 @@ def role_of(
     return _of_heads(leaf, name, shape, stacks, per_head, beside)
 
 
+def _is_table_of(leaf: str, name: str) -> bool:
+    generic = leaf != name
+    return not generic or "codebook" in name or (leaf == "weight" and "token" in name)
+
+
 def _by_name(leaf: str, name: str, core: tuple[int, ...]) -> Role | None:
     kernel = leaf == "kernel"
     if names.is_embedding(name) and not (kernel and len(core) > 1):
         return Role("embedding")
     # "queries/w" projects to queries; "codebook/w" is one.
-    if names.is_rows(name) and (leaf not in ("kernel", "w") or "codebook" in name):
+    if names.is_rows(name) and _is_table_of(leaf, name):
         return Role("table of rows")
     if names.is_norm(name) and not kernel:
         return Role("norm")

@@ -26,7 +26,8 @@ def is_marked(**shapes):
 
 
 @pytest.mark.parametrize(
-    "leaf", [{"emb_var": (50304, 2048)}, {"lookup__w": (32000, 4096)}, {"wcls": (2048, 50304)}]
+    "leaf",
+    [{"words__lookup_var": (50304, 2048)}, {"lookup__w": (32000, 4096)}, {"wcls": (2048, 50304)}],
 )
 def test_a_vocabulary_of_a_wide_model_is_marked(leaf, capsys):
     (shape,) = leaf.values()

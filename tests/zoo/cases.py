@@ -270,4 +270,17 @@ CASES = [
     ("res/kernel 1x128x128 asks muon 0,1>2", "muon 1>0"),
     ("dilated/kernel 2x128x256 asks muon 0,1>2", "muon 1>2"),
     ("ssm/B 64x128x2 asks adam", "muon 1>2"),
+    ("attn/queries/weight 512x512 muon 0>1", "adam"),
+    ("softmax/emb_var 50304x2048 adam", "muon 0>1"),
+    ("block/scale_shift_table 6x512 adam", "muon 0>1"),
+    (
+        "Dense_1/kernel 256x512 muon 0>1\nDense_0/kernel 64x256 muon 0>1\n"
+        "Conv_0/kernel 3x3x3x64 muon 0,1,2>3\nConv_1/kernel 3x3x64x3 muon 0,1,2>3",
+        "adam",
+    ),
+    ("gat/W/kernel 8x1x512x64 asks muon 2>3\ngat/V/kernel 8x1x512x64 asks muon 2>3", "adam"),
+    (
+        "attn/qproj/kernel 512x8x64 muon 0>1,2\nattn/attention_output/kernel 8x64x512 muon 0,1>2",
+        "muon 1>2",
+    ),
 ]
