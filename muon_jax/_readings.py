@@ -11,7 +11,14 @@ from muon_jax._guesses import guess, is_window_of_a_layer
 from muon_jax._maybe_tables import maybe_tables
 from muon_jax._paths import Path
 from muon_jax._roles import Question, Role, role_of
-from muon_jax._stacks import Stacked, by_module, find_stacks, is_stack_of_vectors, shared_axes
+from muon_jax._stacks import (
+    Stacked,
+    by_module,
+    find_stacks,
+    is_stack_of_vectors,
+    rejected_stacks,
+    shared_axes,
+)
 
 Leaves = Sequence[tuple[Path, tuple[int, ...]]]
 
@@ -114,19 +121,24 @@ def _unnamed_stacks(
     A window of [3, 3] and three layers of a window of 3 look alike; gains of [3, 512] beside them
     do not.
     """
-    found = set()
+    found = {
+        i
+        for i in rejected_stacks(leaves, stacks)
+        if _is_matrix_of_many_axes(read[i], leaves[i][1])
+        and not names.is_convolution(names.names_of(leaves[i][0])[-1])
+    }
     for members in by_module(leaves).values():
         shapes = [leaves[i][1] for i in members]
         if len(members) < 2 or min(map(len, shapes)) < 2 or any(stacks[i] for i in members):
             continue
         common = [n for n in (0, 1) if len({shape[n] for shape in shapes}) == 1]
         if any(shapes[0][n] > 1 for n in common) and is_stack_of_vectors(leaves, members):
-            found |= {
-                i
-                for i in members
-                if len(leaves[i][1]) >= 3 and isinstance(read[i], Role) and read[i].spec is not None
-            }
+            found |= {i for i in members if _is_matrix_of_many_axes(read[i], leaves[i][1])}
     return found
+
+
+def _is_matrix_of_many_axes(role: Role | Question, shape: tuple[int, ...]) -> bool:
+    return len(shape) >= 3 and isinstance(role, Role) and role.spec is not None
 
 
 def _looks_like_heads(path: Path, shape: tuple[int, ...]) -> bool:

@@ -45,13 +45,7 @@ def find_stacks(leaves: Leaves) -> list[tuple[str, ...]]:
     Returns:
       For each leaf, one name for each of its leading stack axes.
     """
-    prefixes = {
-        path[: i + 1]
-        for path, _ in leaves
-        for i, name in enumerate(path)
-        if any(word.fullmatch(name) for word in (_LAYERS, _EXPERTS, _MOE))
-        and not (i + 1 < len(path) and path[i + 1].isdigit())
-    }
+    prefixes = _prefixes(leaves)
     stacks: list[tuple[str, ...]] = [()] * len(leaves)
     for prefix in sorted(prefixes, key=len):
         members = [i for i, (path, _) in enumerate(leaves) if path[: len(prefix)] == prefix]
@@ -67,6 +61,35 @@ def find_stacks(leaves: Leaves) -> list[tuple[str, ...]]:
             for i in members:
                 stacks[i] = (*stacks[i], prefix[-1])
     return stacks
+
+
+def rejected_stacks(leaves: Leaves, stacks: Sequence[Sequence[str]]) -> set[int]:
+    """Leaves below a stack's name that share their first axis, and of which no stack is believed.
+
+    Args:
+      leaves: lower-case names on the path, and the shape, of every leaf.
+      stacks: the names of the stacks that are believed, for each leaf.
+
+    Returns:
+      The places of those leaves.
+    """
+    found: set[int] = set()
+    for prefix in _prefixes(leaves):
+        members = [i for i, (path, _) in enumerate(leaves) if path[: len(prefix)] == prefix]
+        shapes = [leaves[i][1] for i in members]
+        if min(map(len, shapes)) >= 2 and len({shape[0] for shape in shapes}) == 1:
+            found |= {i for i in members if not stacks[i]}
+    return found
+
+
+def _prefixes(leaves: Leaves) -> set[Path]:
+    return {
+        path[: i + 1]
+        for path, _ in leaves
+        for i, name in enumerate(path)
+        if any(word.fullmatch(name) for word in (_LAYERS, _EXPERTS, _MOE))
+        and not (i + 1 < len(path) and path[i + 1].isdigit())
+    }
 
 
 def _is_stack(name: str, members: list[tuple[Path, tuple[int, ...]]], axis: int) -> bool:

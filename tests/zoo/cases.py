@@ -137,7 +137,7 @@ CASES = [
         "muon 0,1,2>3",
     ),
     (
-        "tower/mlp/kernel 4x4x512x2048 asks muon 2>3\ntower/norm/scale 4x4x512 adam",
+        "tower/mixer/kernel 4x4x512x2048 asks muon 2>3\ntower/norm/scale 4x4x512 adam",
         "muon 0,1,2>3",
     ),
     ("pp/mlp/c_fc/kernel 4x4x512x2048 asks muon 2>3", "muon 0,1,2>3"),
@@ -282,5 +282,11 @@ CASES = [
     (
         "attn/qproj/kernel 512x8x64 muon 0>1,2\nattn/attention_output/kernel 8x64x512 muon 0,1>2",
         "muon 1>2",
+    ),
+    # A stack that is not believed is a doubt for what reads as a window below it.
+    (
+        "stages/mixer/kernel 4x4x512x2048 asks muon 2>3\n"
+        "stages/other/kernel 4x4x2048x512 asks muon 2>3",
+        "muon 0,1,2>3",
     ),
 ]
