@@ -234,16 +234,14 @@ def _as_wide_as_a_table(
     """
     found = {}
     for rows, width in tables:
-        fitting = [
-            (i, path)
-            for i, path, shape in matrices
-            if not names.is_embedding(names.names_of(path)[-1])
-            and ((shape[1] == rows and shape[0] < rows) or shape == (rows, width))
-        ]
-        widths = sum(rows in shape for _, _, shape in matrices)
-        repeated = any(re.search(r"\d$", name) for _, path in fitting for name in path[:-1])
-        if len(fitting) == 1 and widths <= 2 and not repeated:
-            found[fitting[0][0]] = f"unembedding head, as wide as the embedding's {rows} rows"
+        others = [m for m in matrices if not names.is_embedding(names.names_of(m[1])[-1])]
+        wide = [(i, path, shape) for i, path, shape in others if rows in shape]
+        if len(wide) != 1:
+            continue
+        ((i, path, shape),) = wide
+        fits = (shape[1] == rows and shape[0] < rows) or shape == (rows, width)
+        if fits and not any(re.search(r"\d$", name) for name in path[:-1]):
+            found[i] = f"unembedding head, as wide as the embedding's {rows} rows"
     return found
 
 

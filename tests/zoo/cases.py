@@ -289,4 +289,14 @@ CASES = [
         "stages/other/kernel 4x4x2048x512 asks muon 2>3",
         "muon 0,1,2>3",
     ),
+    ("block_0/up/kernel 256x1024 muon 0>1\nembed/embedding 1024x256 adam", "adam"),
+    (
+        "mlp/up/kernel 256x1024 muon 0>1\nmlp/wider/kernel 1024x300 muon 0>1\n"
+        "embed/embedding 1024x256 adam",
+        "adam",
+    ),
+    (
+        "to_words/kernel 512x32000 adam\n{encoder,decoder}/embed/embedding 32000x512 adam",
+        "muon 0>1",
+    ),
 ]
