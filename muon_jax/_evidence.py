@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from muon_jax import _names as names
 from muon_jax._paths import Path
 
+_IMAGE = 4  # channels
+
 Leaves = Sequence[tuple[Path, tuple[int, ...]]]
 
 
@@ -33,6 +35,7 @@ class Beside:
       bias: the shape of its bias, without stack axes; None where there is none.
       head: why it is an unembedding head; None where it is not, or nothing says so.
       hidden: whether it is a layer of a head's module before the last.
+      shares_first: whether a layer beside it, of three axes too, has its first axis.
     """
 
     attention: bool = False
@@ -40,6 +43,7 @@ class Beside:
     bias: tuple[int, ...] | None = None
     head: str | None = None
     hidden: bool = False
+    shares_first: bool = False
 
 
 def look_beside(leaves: Leaves, stacks: Sequence[Sequence[str]]) -> list[Beside]:
@@ -58,9 +62,17 @@ def look_beside(leaves: Leaves, stacks: Sequence[Sequence[str]]) -> list[Beside]
     biases = _biases(cores)
     attention = _attention(cores, biases)
     whole = _attention(leaves, [None] * len(leaves))
-    heads, hidden = _heads(cores)
+    heads, hidden = _heads(cores, stacks)
+    sharing = _sharing_first(cores)
     return [
-        Beside(attention[i] is True, whole[i] is False, biases[i], heads.get(i), i in hidden)
+        Beside(
+            attention=attention[i] is True,
+            plain=whole[i] is False,
+            bias=biases[i],
+            head=heads.get(i),
+            hidden=i in hidden,
+            shares_first=i in sharing,
+        )
         for i in range(len(cores))
     ]
 
@@ -90,6 +102,7 @@ def _attention(leaves: Leaves, biases: Sequence[tuple[int, ...] | None]) -> list
         if path:
             modules[names.owner_of(path)[:-1]].append((i, names.owner_of(path)[-1], shape))
     answers: list[bool | None] = [None] * len(leaves)
+    sharing = _sharing_first(leaves)
     for members in modules.values():
         inputs = [(n, s) for _, n, s in members if names.is_input(n) and len(s) == 3]
         outputs = [s for _, n, s in members if names.is_output(n) and len(s) == 3]
@@ -104,7 +117,7 @@ def _attention(leaves: Leaves, biases: Sequence[tuple[int, ...] | None]) -> list
             elif names.is_output(name):
                 others = [_agree(q, shape, inputs) for n, q in inputs if _slot(n) == "q"]
                 others += [_latent_fits(b, shape, widths) for b in latent]
-                by_bias = biases[i] == shape[2:]
+                by_bias = biases[i] == shape[2:] and i not in sharing
             elif names.is_latent(name):
                 others = [_latent_fits(shape, o, widths) for o in outputs]
                 by_bias = False
@@ -112,6 +125,19 @@ def _attention(leaves: Leaves, biases: Sequence[tuple[int, ...] | None]) -> list
                 continue
             answers[i] = True if by_bias or any(others) else False if others else None
     return answers
+
+
+def _sharing_first(leaves: Leaves) -> set[int]:
+    """Leaves whose first axis a layer beside them has too, as experts have.
+
+    A bias of the last axis alone then says nothing: the experts' outputs may share it. Attention's
+    inputs have their heads in another place.
+    """
+    modules = collections.defaultdict(list)
+    for i, (path, shape) in enumerate(leaves):
+        if len(shape) == 3 and path and not names.is_bias(path[-1]):
+            modules[names.owner_of(path)[:-1], shape[0]].append(i)
+    return {i for members in modules.values() if len(members) > 1 for i in members}
 
 
 def _slot(name: str) -> str:
@@ -140,8 +166,8 @@ def _fits_input(
 def _agree(
     query: tuple[int, ...], output: tuple[int, ...], inputs: Sequence[tuple[str, tuple[int, ...]]]
 ) -> bool:
-    # A cube agrees with itself along every axis, and so says nothing.
-    if query[0] != output[-1] or query[1] != output[0] or len({*query, *output}) == 1:
+    # As many heads as the width: [L, in, out] and [L, out, in] agree too, and say nothing.
+    if query[0] != output[-1] or query[1] != output[0] or query[0] == query[1]:
         return False
     return query[2] == output[1] or any(
         # Values of another width than queries and keys.
@@ -161,11 +187,11 @@ def _latent_fits(
     )
 
 
-def _heads(leaves: Leaves) -> tuple[dict[int, str], set[int]]:
+def _heads(leaves: Leaves, stacks: Sequence[Sequence[str]]) -> tuple[dict[int, str], set[int]]:
     heads, hidden = {}, set()
     modules = collections.defaultdict(list)
     for i, (path, shape) in enumerate(leaves):
-        if len(shape) >= 2 and (place := _head_module(path)) is not None:
+        if len(shape) >= 2 and names.has_heads(path) and (place := _head_module(path)):
             modules[place[0]].append((i, *place[1:], shape))
     for members in modules.values():
         last = _last_layers(members)
@@ -179,23 +205,49 @@ def _heads(leaves: Leaves) -> tuple[dict[int, str], set[int]]:
     tables = {
         shape
         for _, path, shape in matrices
-        if names.is_token_embedding(names.names_of(path)[-1]) and shape[0] > shape[1]
+        if names.is_token_embedding(names.names_of(path)[-1])
+        and path[-1] != "kernel"
+        and shape[0] > shape[1]
     }
-    for i, path, shape in matrices:
-        inner = any(part.isdigit() for part in path) or names.is_embedding(names.names_of(path)[-1])
-        if names.is_top_head(path):
+    heads |= _as_wide_as_a_table([m for m in matrices if not stacks[m[0]]], tables)
+    tops = [m for m in matrices if names.is_top(m[1])]
+    for i, path, shape in tops:
+        # A head follows hidden layers, and none follows it.
+        behind = [j for j, _, other in tops if j != i and shape[1] == other[0]]
+        before = [j for j, _, other in tops if j != i and shape[0] == other[1]]
+        if (names.is_top_head(path) or before) and not behind:
             heads.setdefault(i, "unembedding head")
-        for rows, width in tables if not inner else ():
-            if (shape[1] == rows and shape[0] < rows) or shape == (rows, width):
-                heads.setdefault(i, f"unembedding head, as wide as the embedding's {rows} rows")
-    if (i := _last_of_convolutions(leaves)) is not None:
-        heads.setdefault(i, "unembedding head, the last layer behind convolutions")
+    named = heads or any(
+        names.is_head(names.names_of(path)[-1]) and names.has_heads(path) for path, _ in leaves
+    )
+    if not named and (i := _last_of_convolutions(leaves)) is not None:
+        heads[i] = "unembedding head, the last layer behind convolutions"
     return heads, hidden - heads.keys()
+
+
+def _as_wide_as_a_table(
+    matrices: Sequence[tuple[int, Path, tuple[int, ...]]], tables: set[tuple[int, ...]]
+) -> dict[int, str]:
+    """The one leaf, in no repeated module, whose output is as wide as an embedding has rows.
+
+    Several such leaves are an MLP's, whose hidden width is that of the vocabulary by chance.
+    """
+    found = {}
+    for rows, width in tables:
+        others = [m for m in matrices if not names.is_embedding(names.names_of(m[1])[-1])]
+        wide = [(i, path, shape) for i, path, shape in others if rows in shape]
+        if len(wide) != 1:
+            continue
+        ((i, path, shape),) = wide
+        fits = (shape[1] == rows and shape[0] < rows) or shape == (rows, width)
+        if fits and not any(re.search(r"\d$", name) for name in path[:-1]):
+            found[i] = f"unembedding head, as wide as the embedding's {rows} rows"
+    return found
 
 
 def _head_module(path: Path) -> tuple[Path, str, int] | None:
     """The module of a head that a leaf belongs to, the leaf's layer in it and its index."""
-    owner, index = names.owner_of(path), -1
+    owner, index = tuple(name for name in names.owner_of(path) if name != "~"), -1
     steps = []
     while owner and (owner[-1].isdigit() or (owner[-1] == "layers" and steps)):
         if owner[-1].isdigit():
@@ -209,8 +261,13 @@ def _head_module(path: Path) -> tuple[Path, str, int] | None:
     outer = owner[:-1]
     while outer and (outer[-1].isdigit() or outer[-1] == "layers"):
         outer = outer[:-1]
-    if outer and names.is_plain(owner[-1]) and names.is_head(outer[-1]):
-        return outer, owner[-1], index
+    if outer and names.is_head_module(outer[-1]):
+        if numbered := re.search(r"\d+$", owner[-1]):
+            index = int(numbered[0])
+        if names.is_plain(owner[-1]):
+            return outer, owner[-1], index
+        if outer[-1] == "heads":  # one for each task, by its name
+            return outer, owner[-1], -1
     return None
 
 
@@ -228,9 +285,11 @@ def _last_layers(members: list[tuple[int, str, int, tuple[int, ...]]]) -> list[i
 
 
 def _last_of_convolutions(leaves: Leaves) -> int | None:
-    """The last linear layer of a model's own, where the model's own first layer is a convolution.
+    """The last linear layer of a model's own, where all of its own layers are convolutions or such.
 
-    Flax names a ResNet's or a small image classifier's head ``Dense_0`` or ``linear2``.
+    Flax names a ResNet's or a small image classifier's head ``Dense_0`` or ``linear2``. A layer
+    whose output another leaf takes, as a U-Net's embedding of time, or that convolutions upwards
+    follow, as in a decoder, is none.
     """
     own = [
         (i, path, shape)
@@ -242,5 +301,14 @@ def _last_of_convolutions(leaves: Leaves) -> int | None:
         for i, path, shape in own
         if len(shape) == 2 and re.fullmatch(r"(dense|linear|fc)(_?\d+)?", path[-2])
     ]
-    stem = any(len(shape) == 4 and max(shape[:2]) <= 16 for _, _, shape in own)
-    return max(linear)[1] if stem and linear else None
+    stem = any(len(shape) == 4 and max(shape[:2]) <= names.LONGEST_WINDOW for _, _, shape in own)
+    others = sum(len(shape) == 2 for _, _, shape in own) > len(linear)
+    upwards = any(re.search(r"transpose|deconv|upsample", "/".join(path)) for path, _ in leaves)
+    # Convolutions that end in an image's channels: the linear layers are of something beside it.
+    image = any(len(shape) == 4 and shape[-1] <= _IMAGE for _, _, shape in own)
+    if not stem or not linear or others or upwards or image:
+        return None
+    last = max(linear)[1]
+    path, (_, width) = leaves[last]
+    taken = any(width in shape for other, shape in leaves if other[:-1] != path[:-1])
+    return None if taken else last

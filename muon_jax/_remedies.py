@@ -7,6 +7,7 @@ from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
+from muon_jax import _names as names
 from muon_jax._paths import Path, show
 from muon_jax._roles import Question
 
@@ -71,44 +72,55 @@ def _remedy(asked: Asked, others: Sequence[Path]) -> str:
         rules.append((pattern_for(paths, outside), spec, f"{kinds[spec]}: {len(paths)}"))
     if len(rules) == 1:
         ((pattern, spec, _),) = rules
-        return f"muon_jax.by_path({{{_raw(pattern)}: {_code(spec)}}})"
-    lines = [f"    {_raw(pattern)}: {_code(spec)},  # {note}" for pattern, spec, note in rules]
+        return f"muon_jax.by_path({{{code_pattern(pattern)}: {_code(spec)}}})"
+    lines = [
+        f"    {code_pattern(pattern)}: {_code(spec)},  # {note}" for pattern, spec, note in rules
+    ]
     return "\n".join(["muon_jax.by_path({", *lines, "  })"])
 
 
 def pattern_for(paths: Sequence[str], outside: Sequence[str]) -> str:
     """A regular expression that finds all of `paths` and none of `outside`, as short as may be."""
-    waiting, ends = list(paths), []
+    # Paths that differ in numbers only are found by the same ends.
+    excluded = {end for path in {*map(_no_numbers, outside)} for end in _ends(path)}
+    of_path = {path: [e for e in _ends(path) if e not in excluded] for path in paths_alike(paths)}
+    waiting, patterns = {path for path, ends in of_path.items() if ends}, []
     while waiting:
-        options = {end for path in waiting for end in _ends(path)}
-        counts = {
-            end: sum(bool(re.search(end, path)) for path in waiting)
-            for end in options
-            if not any(re.search(end, path) for path in outside)
-        }
-        if not counts:  # a path that differs from one outside in its numbers only
-            ends += [f"^{re.escape(path)}$" for path in waiting]
-            break
-        best = max(counts, key=lambda end: (counts[end], -_parts(end), -len(end), end))
-        ends.append(best)
-        waiting = [path for path in waiting if not re.search(best, path)]
-    if len(ends) == 1:
-        return ends[0]
-    return "|".join(ends)
+        counts = collections.Counter(end for path in waiting for end in of_path[path])
+        best = max(counts, key=lambda end: (counts[end], -len(end), end))
+        patterns.append(_written(best))
+        waiting = {path for path in waiting if best not in of_path[path]}
+    # A path that differs from one outside in its numbers only.
+    patterns += [f"^{re.escape(p)}$" for p in paths if not of_path[_no_numbers(p)]]
+    return "|".join(patterns)
 
 
-def _ends(path: str) -> list[str]:
-    """Patterns for the last parts of a path, from one part to all, with any number for a number."""
+def paths_alike(paths: Sequence[str]) -> list[str]:
+    """The paths without their numbers, each once."""
+    return [*dict.fromkeys(map(_no_numbers, paths))]
+
+
+def _no_numbers(path: str) -> str:
+    return re.sub(r"\d+", "0", path)
+
+
+def _ends(path: str) -> list[tuple[str, ...]]:
+    """The last parts of a path and their separators, from one part to all; "^" is the whole.
+
+    A generic name such as ``kernel`` has the part above it with it: alone it would find every layer
+    that is added later.
+    """
     parts = re.findall(r"[^/.]+|[/.]", path)
-    ends = []
-    for start in range(0, len(parts), 2):
-        text = "".join(re.sub(r"\d+", r"\\d+", re.escape(part)) for part in parts[start:])
-        ends.append(f"{'^' if start == 0 else '(^|[/.])'}{text}$")
-    return ends
+    starts = [*range(0, len(parts), 2)]
+    if len(starts) > 1 and names.GENERIC.fullmatch(parts[-1].lower()):
+        starts.pop()
+    whole = [("^", *parts)]
+    return whole + [("", *parts[start:]) for start in starts]
 
 
-def _parts(end: str) -> int:
-    return len(re.findall(r"(?<!\[)/|\\\.", end))
+def _written(end: tuple[str, ...]) -> str:
+    text = "".join(re.escape(part).replace("0", r"\d+") for part in end[1:])
+    return f"{end[0] or '(^|[/.])'}{text}$"
 
 
 def _from_the_end(spec: Any, rank: int) -> Any:
@@ -133,5 +145,6 @@ def _code(spec: MuonDimensionNumbers | None) -> str:
     return f"muon_jax.MuonDimensionNumbers({spec.reduction_axis}, {spec.output_axis})"
 
 
-def _raw(pattern: str) -> str:
+def code_pattern(pattern: str) -> str:
+    """The pattern as code."""
     return f'r"{pattern}"' if '"' not in pattern else repr(pattern)

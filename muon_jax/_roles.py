@@ -4,8 +4,9 @@ The first that fits decides:
 
 1. an unembedding head: by its name, as the last layer of a module so named, or because it is as
    wide as the embedding's rows;
-2. a convolution: four or five axes in a ``kernel``, of which the first are a small window, whatever
-   its module is called; three axes by name, or with a bias that has the last axis only;
+2. a convolution: four or five axes in a ``kernel``, of which the first are a small, square window,
+   whatever its module is called, unless that is a linear layer's; windows of another form and three
+   axes by name, or with a bias that has the last axis only;
 3. embeddings, tables of rows, norms, biases and gains, by name (`_names`);
 4. vectors, and stacks of them;
 5. two axes: a matrix, "assumed matrix" in the report unless a ``kernel`` or in a stack;
@@ -27,8 +28,6 @@ from muon_jax import _names as names
 from muon_jax._evidence import Beside
 from muon_jax._paths import Path
 
-_LONGEST_WINDOW = 16
-_TABLE_RATIO = 30
 _IN_OUT = MuonDimensionNumbers(-2, -1)
 _NOTHING = Beside()
 
@@ -41,11 +40,13 @@ class Role:
       reason: the role's name, as the report prints it.
       spec: the axes of its matrices; None sends it to AdamW.
       assumed: whether nothing but its two axes says that it is a matrix.
+      maybe_table: whether it is assumed, and its sides are those of a table.
     """
 
     reason: str
     spec: MuonDimensionNumbers | None = None
     assumed: bool = False
+    maybe_table: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +56,14 @@ class Question:
     Attributes:
       why: the sentence that says so.
       kind: what it looks like, for the remedy.
+      window: whether it is known to be a convolution's, in an unknown layout.
       spec: the axes that it then has; None sends it to AdamW.
     """
 
     why: str
     kind: str = "a stack of [in, out] matrices"
     spec: MuonDimensionNumbers | None = _IN_OUT
+    window: bool = False
 
 
 def role_of(
@@ -88,7 +91,8 @@ def role_of(
 
     if names.is_bias(leaf):
         return Role("bias")
-    if beside.head is not None or (names.is_head(name) and not beside.hidden):
+    head = names.is_head(name) and names.has_heads(path) and not beside.hidden
+    if beside.head is not None or head:
         return Role(beside.head or "unembedding head")
     if role := _convolution(leaf, name, shape, len(stacks), beside):
         return role
@@ -105,16 +109,17 @@ def role_of(
     return _of_heads(leaf, name, shape, stacks, per_head, beside)
 
 
-def looks_like_a_table(shape: tuple[int, ...]) -> bool:
-    """Whether a matrix has the sides of a vocabulary, or of coefficients of each channel."""
-    return max(shape) > _TABLE_RATIO * max(1, min(shape))
+def _is_table_of(leaf: str, name: str) -> bool:
+    generic = leaf != name
+    return not generic or "codebook" in name or (leaf == "weight" and "token" in name)
 
 
 def _by_name(leaf: str, name: str, core: tuple[int, ...]) -> Role | None:
     kernel = leaf == "kernel"
-    if names.is_embedding(name) and not (kernel and len(core) > 2):
+    if names.is_embedding(name) and not (kernel and len(core) > 1):
         return Role("embedding")
-    if names.is_rows(name) and not kernel:
+    # "queries/w" projects to queries; "codebook/w" is one.
+    if names.is_rows(name) and _is_table_of(leaf, name):
         return Role("table of rows")
     if names.is_norm(name) and not kernel:
         return Role("norm")
@@ -134,8 +139,7 @@ def _matrix(
     assumed = leaf != "kernel" and not stacks
     kind = "assumed matrix" if assumed else "linear kernel" if leaf == "kernel" else "matrix"
     fused = ", maybe fused blocks" if names.looks_fused(name) else ""
-    table = ", maybe a table" if assumed and looks_like_a_table(shape) else ""
-    return Role(kind + fused + table + _under(stacks), MuonDimensionNumbers(-2, -1), assumed)
+    return Role(kind + fused + _under(stacks), MuonDimensionNumbers(-2, -1), assumed)
 
 
 def _of_heads(
@@ -160,7 +164,8 @@ def _of_heads(
             "it has a name of attention's, and no input and output beside it, nor a bias, whose "
             "axes are those of its heads"
         )
-    if leaf in ("kernel", "w") and beside.bias == shape[-1:]:
+    one_bias = beside.bias == shape[-1:] and not beside.shares_first
+    if leaf in ("kernel", "w") and one_bias and not names.is_linear(name):
         # A bias of the last axis alone: all other axes are summed over.
         reduction = tuple(range(len(stacks), len(shape) - 1))
         return Role(
@@ -175,7 +180,7 @@ def _convolution(
 ) -> Role | Question | None:
     core = shape[stacks:]
     named = names.is_convolution(name)
-    if len(core) == 2 and named and min(core) <= _LONGEST_WINDOW:
+    if len(core) == 2 and min(core) <= names.LONGEST_WINDOW and names.is_depthwise(name):
         return Role("depthwise convolution")
     if len(core) < 3 or _rank(core) < 2 or (beside.bias is not None and _rank(beside.bias) > 1):
         return None
@@ -183,13 +188,26 @@ def _convolution(
         return _out_in_window(core, stacks, named, beside)
     window = core[:-2]
     # Patches of 32 or 40 are known by name, and never long and narrow.
-    longest = 64 if names.is_patches(name) else _LONGEST_WINDOW
-    by_rank = len(core) in (4, 5) and _is_window(window, longest) and not names.is_linear(name)
+    longest = 64 if names.is_patches(name) else names.LONGEST_WINDOW
+    by_bias = beside.bias is not None and beside.bias == core[-1:]
+    # Without a bias a window has to look like one: [8, 1] may be eight layers or experts.
+    by_rank = (
+        len(core) in (4, 5)
+        and _is_window(window, longest)
+        and (by_bias or len({*window[-2:]}) == 1)
+        and not names.is_linear(name)
+    )
     if leaf not in ("kernel", "w") and not leaf.endswith("_kernel"):
         kind = "a convolution's window [*window, in, out]"
         return _ask_window(core, stacks, kind, (0, -1)) if named and _rank(core) > 2 else None
     if leaf == "w" and not named and _is_window(core[2:]) and len(core) > 3:
         return _ask_window(core, stacks, "a convolution's window [out, in, *window]", (1, 0))
+    if names.is_local(name):
+        return None
+    if named and not (by_bias or by_rank or _is_named_window(window, name)):
+        if len(core) == 3 and not names.is_bare_convolution(name):
+            return Question("it may be a convolution, or a stack of the layers around one")
+        return _ask_window(core, stacks, "a convolution's window [*window, in, out]", (0, -1))
     if named or by_rank:
         if core[-2] == 1:
             return Role("depthwise convolution, or of one input channel")
@@ -205,12 +223,12 @@ def _out_in_window(
     if not named and not (len(core) in (4, 5) and _is_window(core[2:])):
         return None
     by_bias = beside.bias is not None and len(beside.bias) == len(core) - 1
-    if core[1] == 1 and max(core[2:]) <= _LONGEST_WINDOW:
+    if core[1] == 1 and max(core[2:]) <= names.LONGEST_WINDOW:
         return Role("depthwise convolution, or of one input channel")
     if by_bias and beside.bias == (core[0], *[1] * (len(core) - 2)):
         reduction = tuple(range(stacks + 1, stacks + len(core)))
         return Role("convolution [out, in, *window]", MuonDimensionNumbers(reduction, stacks))
-    if min(core[0], core[1]) > _LONGEST_WINDOW or _is_window(core[2:]):
+    if min(core[0], core[1]) > names.LONGEST_WINDOW or _is_window(core[2:]):
         return _ask_window(core, stacks, "a convolution's window [out, in, *window]", (1, 0))
     return _ask_window(core, stacks, "a convolution's window [*window, in, out]", (0, -1))
 
@@ -223,14 +241,22 @@ def _ask_window(core: tuple[int, ...], stacks: int, kind: str, ends: tuple[int, 
         "only Flax's convolution layout is known, [*window, in, out] in a leaf named kernel",
         kind,
         MuonDimensionNumbers(reduction, -1 if output == -1 else stacks + output),
+        window=True,
     )
 
 
-def _is_window(window: tuple[int, ...], longest: int = _LONGEST_WINDOW) -> bool:
+def _is_window(window: tuple[int, ...], longest: int = names.LONGEST_WINDOW) -> bool:
     """Whether axes are a window's: short, and square, of one row, or square behind the first."""
     if not window or max(window) > longest:
         return False
     return len({*window}) == 1 or 1 in window or (len(window) == 3 and window[1] == window[2])
+
+
+def _is_named_window(window: tuple[int, ...], name: str) -> bool:
+    """Whether axes are the window of a convolution that its name alone says it is."""
+    if len(window) == 1:
+        return window[0] <= names.LONGEST_WINDOW and names.is_bare_convolution(name)
+    return _is_window(window)
 
 
 def _rank(shape: tuple[int, ...]) -> int:

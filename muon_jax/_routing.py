@@ -19,8 +19,8 @@ from muon_jax._parameters import check_tree, parameter_shape
 from muon_jax._paths import Path, flatten_with_names, is_absent, show
 from muon_jax._prefix import match_prefix
 from muon_jax._readings import read_leaves
-from muon_jax._remedies import how_to_declare, pattern_for
-from muon_jax._roles import Question, Role, looks_like_a_table
+from muon_jax._remedies import code_pattern, how_to_declare, pattern_for
+from muon_jax._roles import Question, Role
 from muon_jax._use.readings import Reading, UseRoles
 
 Heads = Literal["joint", "per_head"]
@@ -79,7 +79,8 @@ class Route:
       reason: why it goes there.
       spec: which axes form its matrices; None sends it to AdamW.
       views: its matrices; None where `spec` is.
-      assumed: whether nothing but its two axes says that it is a matrix.
+      maybe_table: whether nothing but its two axes says that it is a matrix, and its sides are
+        those of a table.
     """
 
     path: Path
@@ -87,7 +88,7 @@ class Route:
     reason: str
     spec: MatrixSpec | None = None
     views: LeafViews | None = None
-    assumed: bool = False
+    maybe_table: bool = False
 
     @property
     def group(self) -> Literal["muon", "adam"]:
@@ -159,22 +160,22 @@ def check_heads(heads: str) -> None:
 
 def warn_of_tables(routes: list[Route]) -> None:
     """Warn, once for all of them, of assumed matrices whose sides are those of a table."""
-    tables = [route for route in routes if route.assumed and looks_like_a_table(route.shape)]
+    tables = [route for route in routes if route.maybe_table]
     if not tables:
         return
     listed = ", ".join(f"{show(route.path)} {route.shape}" for route in tables[:10])
     patterns = pattern_for(
         ["/".join(route.path) for route in tables],
-        ["/".join(route.path) for route in routes if route not in tables],
+        ["/".join(route.path) for route in routes if not route.maybe_table],
     )
     warnings.warn(
         f"{len(tables)} parameter(s) of two axes are taken for matrices though nothing but their "
         f"rank says so, and they look like tables (a vocabulary, coefficients of each channel): "
         f"{listed}{', ...' if len(tables) > 10 else ''}. Tables belong to AdamW: declare "
-        f'muon_weight_dimension_numbers=muon_jax.by_path({{r"{patterns}": None}}), or, where they '
-        "are matrices, MuonDimensionNumbers(-2, -1) in place of None.",
+        f"muon_weight_dimension_numbers=muon_jax.by_path({{{code_pattern(patterns)}: None}}), or, "
+        "where they are matrices, MuonDimensionNumbers(-2, -1) in place of None.",
         UserWarning,
-        stacklevel=4,
+        stacklevel=3,
     )
 
 
@@ -192,7 +193,7 @@ def _route_by_role(path: Path, shape: tuple[int, ...], role: Role) -> Route:
     _, fan_in, fan_out = views.views[0].matrices
     if min(fan_in, fan_out) <= 1:
         return Route(path, shape, f"{role.reason}, of one row or column")
-    return Route(path, shape, role.reason, role.spec, views, role.assumed)
+    return Route(path, shape, role.reason, role.spec, views, role.maybe_table)
 
 
 def _route_by_use(reading: Reading, heads: Heads) -> Route:

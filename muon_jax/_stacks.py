@@ -9,11 +9,11 @@ have axis 0 in common, and are twelve matrices along axis 1.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 
 from muon_jax import _names as names
-from muon_jax._names import looks_fused
 from muon_jax._paths import Path
 
 _LAYERS = re.compile(r"\w*(layers|blocks|stages|stack|stacked|repeats?)|h")
@@ -45,13 +45,7 @@ def find_stacks(leaves: Leaves) -> list[tuple[str, ...]]:
     Returns:
       For each leaf, one name for each of its leading stack axes.
     """
-    prefixes = {
-        path[: i + 1]
-        for path, _ in leaves
-        for i, name in enumerate(path)
-        if any(word.fullmatch(name) for word in (_LAYERS, _EXPERTS, _MOE))
-        and not (i + 1 < len(path) and path[i + 1].isdigit())
-    }
+    prefixes = _prefixes(leaves)
     stacks: list[tuple[str, ...]] = [()] * len(leaves)
     for prefix in sorted(prefixes, key=len):
         members = [i for i, (path, _) in enumerate(leaves) if path[: len(prefix)] == prefix]
@@ -69,18 +63,66 @@ def find_stacks(leaves: Leaves) -> list[tuple[str, ...]]:
     return stacks
 
 
+def rejected_stacks(leaves: Leaves, stacks: Sequence[Sequence[str]]) -> set[int]:
+    """Leaves below a stack's name that share their first axis, and of which no stack is believed.
+
+    Args:
+      leaves: lower-case names on the path, and the shape, of every leaf.
+      stacks: the names of the stacks that are believed, for each leaf.
+
+    Returns:
+      The places of those leaves.
+    """
+    found: set[int] = set()
+    for prefix in _prefixes(leaves):
+        members = [i for i, (path, _) in enumerate(leaves) if path[: len(prefix)] == prefix]
+        shapes = [leaves[i][1] for i in members]
+        if min(map(len, shapes)) >= 2 and len({shape[0] for shape in shapes}) == 1:
+            found |= {i for i in members if not stacks[i]}
+    return found
+
+
+def _prefixes(leaves: Leaves) -> set[Path]:
+    return {
+        path[: i + 1]
+        for path, _ in leaves
+        for i, name in enumerate(path)
+        if any(word.fullmatch(name) for word in (_LAYERS, _EXPERTS, _MOE))
+        and not (i + 1 < len(path) and path[i + 1].isdigit())
+    }
+
+
 def _is_stack(name: str, members: list[tuple[Path, tuple[int, ...]]], axis: int) -> bool:
     shapes = [shape for _, shape in members]
     if not shapes or min(map(len, shapes)) < axis + 2 or max(map(len, shapes)) < axis + 3:
         return False
     if len({shape[axis] for shape in shapes}) > 1 or _is_width(shapes, axis):
         return False
+    # There are fewer layers or experts than a width has entries: 512 of [8, 64] are heads.
+    deep = [shape[axis:] for shape in shapes if len(shape) >= axis + 3]
+    if all(1 < math.prod(shape[1:]) // max(shape[1:]) < shape[0] for shape in deep) or _are_windows(
+        members, axis
+    ):
+        return False
     # A single leaf agrees with itself: it is believed, unless its name says that another axis may
     # be of blocks, as in [512, 3, 512] under "h/c_attn".
     return (
         len(members) > 1
         or bool(_EXPERTS.fullmatch(name))
-        or not any(looks_fused(part) for part in members[0][0])
+        or not any(names.looks_fused(part) for part in members[0][0])
+    )
+
+
+def _are_windows(members: list[tuple[Path, tuple[int, ...]]], axis: int) -> bool:
+    """Whether all leaves are convolutions' own, and the axis they share is their window's."""
+    return all(
+        names.is_convolution(names.names_of(path)[-1])
+        and shape[axis] <= names.LONGEST_WINDOW
+        and (
+            len(shape) == axis + 3
+            or (len(shape) == axis + 4 and shape[axis + 1] in (1, shape[axis]))
+        )
+        for path, shape in members
     )
 
 
@@ -172,7 +214,7 @@ def _common(leaves: Leaves, members: list[int], batches: dict[int, set[int]]) ->
 def is_stack_of_vectors(leaves: Leaves, members: Sequence[int]) -> bool:
     """Whether some of the leaves are vectors by their names, and have an axis more."""
     return any(
-        len(leaves[i][1]) == 2
+        sum(length > 1 for length in leaves[i][1]) >= 2
         and (
             names.is_bias(leaves[i][0][-1])
             or names.is_gain(leaves[i][0][-1])

@@ -42,7 +42,7 @@ def matrices(path, shape, beside=(), **options):
     [
         ("embed/embedding", (100, 8)),
         ("Embed_0/embedding", (100, 8)),
-        ("token_embedder/kernel", (100, 8)),
+        ("token_embedder/embedding", (100, 8)),
         ("model/embed_tokens/weight", (100, 8)),
         ("wte/weight", (100, 8)),
         ("pos_embedding", (1, 16, 8)),

@@ -201,7 +201,7 @@ def test_each_kind_has_a_remedy_of_its_own():
     )
     message = message_of(params)
     assert dict(pasted(message).rules) == {
-        r"(^|[/.])weight$": Dims((1, 2, 3), 0),
+        r"(^|[/.])conv/weight$": Dims((1, 2, 3), 0),
         r"(^|[/.])memory$": None,
         r"(^|[/.])q_einsum/w$": Dims(1, (0, 2)),
         r"(^|[/.])attn_vec_einsum/w$": Dims((0, 1), 2),
@@ -215,6 +215,10 @@ def test_a_pattern_finds_its_paths_and_no_others():
     paths = ["a/conv1/kernel", "b/conv2/kernel"]
     assert pattern_for(paths, ["a/dense/kernel"]) == r"(^|[/.])conv\d+/kernel$"
     assert pattern_for(["a/0/w"], ["b/0/w"]) == r"^a/\d+/w$"
+    # A generic name alone would find every layer that is added later.
+    assert pattern_for(["x/a/kernel", "y/a/kernel"], []) == r"(^|[/.])a/kernel$"
+    assert pattern_for(["b/a/w"], ["a/w"]) == r"^b/a/w$"
+    assert pattern_for(["mixer"], []) == "^mixer$"
     # Only their numbers tell these apart.
     pattern = pattern_for(["a/0/w", "x.y"], ["a/1/w"])
     assert re.search(pattern, "a/0/w")
