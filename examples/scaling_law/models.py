@@ -148,9 +148,11 @@ def flops_of(run: Run) -> Flops:
 
 def muon_leaves(run: Run) -> Any:
     """A run's `muon_weight_dimension_numbers`: the usual leaves, and those given to it besides."""
-    if not run.muon_too:
-        return None
-    return by_path({f"^{name}/": MuonDimensionNumbers() for name in run.muon_too})
+    rules = {f"^{name}/": MuonDimensionNumbers() for name in run.muon_too}
+    if run.family == "moe":
+        # As many experts as they are wide leave it open, to whom sees shapes only, what is a stack.
+        rules["/experts/"] = MuonDimensionNumbers(-2, -1)
+    return by_path(rules) if rules else None
 
 
 def _matrices(run: Run) -> list[tuple[int, int]]:
