@@ -266,7 +266,7 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
         clip = []
         if args.optimizer == "muonclip":
             clip = [qk_clip(attention_heads(config), settings["qk_clip_threshold"])]
-        roles = None if args.optimizer == "adamw" else read_roles(config)
+        roles = read_roles(config)
         optimizer = make_optimizer(
             args.optimizer, plan.learning_rate, args.weight_decay, mesh, specs, clip, roles
         )
@@ -333,6 +333,7 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
                     plan.learning_rate,
                     bias_rate=plan.bias_rate,
                     on_nonfinite=args.on_nonfinite,
+                    roles=roles,
                     monitor=execution.monitor,
                 ),
                 make_validate(abstract_model(config, dropless)[0]),

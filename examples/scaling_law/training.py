@@ -206,6 +206,8 @@ def _programs(run: Run) -> _Programs:
     def loss_fn(params: nnx.State, bias: nnx.State, tokens_bt: jax.Array):
         return next_token_loss(nnx.merge(graphdef, params, bias), tokens_bt)
 
+    rms_of = functools.partial(group_rms, muon_weight_dimension_numbers=muon_leaves(run))
+
     def step(state: _State, xs: tuple[jax.Array, jax.Array]):
         tokens_bt, rate = xs
         (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -217,7 +219,7 @@ def _programs(run: Run) -> _Programs:
         if stats.load_le is not None:
             load_le = stats.load_le
             bias = jax.tree.map(lambda b: update_router_bias(b, load_le, _ROUTER_BIAS_RATE), bias)
-        measured = (loss, group_rms(updates, params), stats if run.watch else None)
+        measured = (loss, rms_of(updates, params), stats if run.watch else None)
         return _State(params, bias, opt_state), measured
 
     def steps(state: _State, tokens_sbt: jax.Array, rate_s: jax.Array):

@@ -17,7 +17,7 @@ from examples.moonlight.model.moonlight import max_violation, update_router_bias
 from examples.moonlight.training.monitors import Watched, layer_rms
 from examples.moonlight.training.muonclip import logits_by_module
 from examples.moonlight.training.nonfinite import OnNonfinite, all_finite
-from muon_jax import group_rms
+from muon_jax import UseRoles, group_rms
 
 
 class TrainState(NamedTuple):
@@ -80,6 +80,7 @@ def make_train_steps(
     bias_rate: float | optax.Schedule,
     monitor: bool = False,
     on_nonfinite: OnNonfinite = "stop",
+    roles: UseRoles | None = None,
 ) -> TrainSteps:
     """Builds the function that takes several optimizer steps in one call.
 
@@ -89,6 +90,7 @@ def make_train_steps(
         schedule: The optimizer's learning rate by step, for the record.
         bias_rate: Step of the router biases; by step, where it changes.
         on_nonfinite: What the optimizer was guarded with, see `nonfinite.guard`.
+        roles: Which parameters are Muon's, for the record; None reads their names.
         monitor: Also bring back what `monitors.py` watches, of the last step of a call; of a model
             whose `Execution` monitors.
 
@@ -136,7 +138,7 @@ def make_train_steps(
             grads, state.opt_state, state.params, max_logits=max_logits
         )
         learning_rate = jnp.asarray(schedule(step), jnp.float32)
-        update_rms = group_rms(updates, state.params)
+        update_rms = group_rms(updates, state.params, muon_weight_dimension_numbers=roles)
         grads_finite = all_finite((grads, loss))
         bias = state.bias
         if load_le is not None:
