@@ -30,7 +30,7 @@ install_import_hook("muon_jax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Tracing makes many objects that live on; looking for dead ones among them takes 4% of the time.
-gc.set_threshold(200_000, 50, 100)
+gc.set_threshold(50_000)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from checkers import (
 )
 
 import muon_jax
-from muon_jax import AdjustedLR, FixedScale, UpdateNorm, muon, scale_by_muon
+from muon_jax import AdjustedLR, FixedScale, MuonDimensionNumbers, UpdateNorm, muon, scale_by_muon
 
 # Ten steps in bfloat16 against the twin: measured 1.3-2.7% per update, 0.5% in total.
 BFLOAT16_STEPS = 0.06
@@ -177,6 +177,7 @@ def rms_of(scale=None, **options):
         "experts": jnp.asarray(hadamard_rows((3, 8, 2))),
     }
     options = {"ns_dtype": "float32", "ns_coeffs": "deepseek_v4", **options}
+    options["weight_dimension_numbers"] = MuonDimensionNumbers(-2, -1)
     if scale is not None:
         options["update_scale"] = scale
     updates = exact_update(gradients, **options)
