@@ -258,7 +258,7 @@ def check_update_rms(make: MakeOptimizer) -> None:
     The gradients are orthogonal, so all singular values are equal and the quintic's value at
     them is known: RMS = 0.2 lr p(1 / sqrt(min(m, n))).
     """
-    shapes = {"square": (4, 4), "wide": (4, 16), "tall": (64, 4), "experts": (3, 16, 4)}
+    shapes = {"square": (4, 4), "wide": (4, 16), "tall": (64, 4), "experts": (3, 4, 8)}
     gradients = {name: {"kernel": hadamard_rows(shape)} for name, shape in shapes.items()}
     tx = make(learning_rate=LEARNING_RATE, weight_decay=0.0)
     updates, _ = tx.update(gradients, tx.init(gradients), gradients)
