@@ -26,7 +26,7 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="package", autouse=True)
 def unchecked_shapes() -> Iterator[None]:
-    """The library's own tests check its shapes: here that would take a sixth of the time."""
+    """The library's own tests check its shapes: here it would only take time."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
