@@ -12,7 +12,7 @@ NEWEST_BITS := tests/bits/test_distributed.py
 NEWEST_TESTS := $(filter-out %/test_torch.py %/test_benchmarks.py %/test_wire.py %/test_scale.py, \
   $(wildcard tests/test_*.py)) \
   $(patsubst %,tests/moonlight/test_%.py,batches checkpoint data decoding grouped interrupted mesh metrics model nonfinite run_lock stopping train) \
-  $(patsubst %,tests/scaling_law/test_%.py,models rivals store) tests/use
+  $(patsubst %,tests/scaling_law/test_%.py,models rivals store) tests/use tests/zoo
 
 .PHONY: train test test-newest lint notebook clean
 

@@ -106,7 +106,8 @@ def muon(
       muon_weight_dimension_numbers: which leaves are matrices, along which axes. None: by the
         table of names and by rank. A tree (or a prefix of one, or a function of the parameters)
         of `optax.contrib.MuonDimensionNumbers`, `FusedBlocks` or None for AdamW: as it says.
-        `by_path`: as it says for the leaves it names, by the table for the others.
+        `by_path`: as it says for the leaves it names, by the table for the others. `by_use`: as
+        the loss uses them.
       consistent_rms: see `scale_by_muon`.
       update_scale: see `scale_by_muon`; not together with `consistent_rms`.
       ns_dtype: see `scale_by_muon`.

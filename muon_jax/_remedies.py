@@ -29,21 +29,21 @@ def how_to_declare(
       What is not known, the code that declares it, and what rests on names beside it.
     """
     lines = [f"The matrices in {len(asked)} parameter(s) of three or more axes cannot be known:"]
-    lines += _listed([(path, (shape, q.why)) for path, shape, q in asked], "{0[0]}: {0[1]}.")
+    lines += listed([(path, (shape, q.why)) for path, shape, q in asked], "{0[0]}: {0[1]}.")
     lines += [
         "Say which axes are reduced (fan-in) and which are outputs (fan-out); all others are a "
         "batch, and None means AdamW. By their names and shapes they look like this, which only "
         "you can know:",
-        f"  muon(..., muon_weight_dimension_numbers={_remedy(asked, others)})",
+        f"  muon(..., muon_weight_dimension_numbers={declaration(asked, others)})",
         "If you give rules already, add these to them.",
     ]
     if by_name:
         lines.append("Read by name and shape, and to be looked at while those above are not known:")
-        lines += _listed([(path, (shape, why)) for path, shape, why in by_name], "{0[0]}: {0[1]}")
+        lines += listed([(path, (shape, why)) for path, shape, why in by_name], "{0[0]}: {0[1]}")
     return "\n".join(lines)
 
 
-def _listed(leaves: Iterable[tuple[Path, Any]], form: str) -> list[str]:
+def listed(leaves: Iterable[tuple[Path, Any]], form: str) -> list[str]:
     """One line for all leaves whose paths differ in numbers only."""
     alike = collections.defaultdict(list)
     for path, what in leaves:
@@ -56,7 +56,13 @@ def _listed(leaves: Iterable[tuple[Path, Any]], form: str) -> list[str]:
     ]
 
 
-def _remedy(asked: Asked, others: Sequence[Path]) -> str:
+def declaration(asked: Asked, others: Sequence[Path]) -> str:
+    """The code that declares leaves as their questions propose, whole trees or a bare array.
+
+    Args:
+      asked: as `how_to_declare` has it.
+      others: the paths of all other leaves, which no pattern may find.
+    """
     if asked[0][0] == ():
         return _code(asked[0][2].spec)
     groups = collections.defaultdict(list)
@@ -129,9 +135,8 @@ def _from_the_end(spec: Any, rank: int) -> Any:
         return None
 
     def written(axes: Any) -> Any:
-        if isinstance(axes, Sequence):
-            return tuple(a % rank for a in axes)
-        return axes % rank
+        several = [a % rank for a in (axes if isinstance(axes, Sequence) else (axes,))]
+        return tuple(several) if len(several) > 1 else several[0]
 
     reduction, output = written(spec.reduction_axis), written(spec.output_axis)
     if (reduction, output) == (rank - 2, rank - 1):

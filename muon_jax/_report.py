@@ -16,8 +16,8 @@ from muon_jax._scaling import (
     resolve_update_scale,
 )
 from muon_jax._tables import table
+from muon_jax._use.against_names import note_names
 from muon_jax._use.readings import UseRoles
-from muon_jax._use.second_reading import note_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +111,7 @@ def routing_report(
     scale = resolve_update_scale(consistent_rms, update_scale)
     routes, _ = route_leaves(params, muon_weight_dimension_numbers, heads)
     if isinstance(muon_weight_dimension_numbers, UseRoles):
-        routes = note_names(params, routes, heads)
+        routes = note_names(routes, heads)
     report = RoutingReport(tuple(_row(route, scale) for route in routes))
     print(report)
     return report

@@ -8,7 +8,7 @@ wrong guess would train a wrong model without a word.
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import jax
@@ -124,19 +124,13 @@ def route_leaves(
         readings = [dimension_numbers.of(path, shape) for path, shape in shapes]
         return [_route_by_use(reading, heads) for reading in readings], structure
     declared = _declared(params, leaves, dimension_numbers)
-    # Flat trees hold whole paths in one key: "layers/0/kernel", "layers.0.weight".
-    named = [
-        (tuple(part.lower() for name in path for part in re.split(r"[/.]", name)), shape)
-        for path, shape in shapes
-    ]
     declared_routes = {
         i: _route_declared(path, shape, declared[path])
         for i, (path, shape) in enumerate(shapes)
         if path in declared
     }
-    read = read_leaves(
-        named, heads == "per_head", {i: _batch_axes(r) for i, r in declared_routes.items()}
-    )
+    batches = {i: _batch_axes(route) for i, route in declared_routes.items()}
+    read = read_leaves(_named(shapes), heads == "per_head", batches)
     routes, asked, by_name = [], [], []
     for i, ((path, shape), role) in enumerate(zip(shapes, read, strict=True)):
         if i in declared_routes:
@@ -150,6 +144,35 @@ def route_leaves(
     if asked:
         raise ValueError(how_to_declare(asked, [route.path for route in routes], by_name))
     return routes, structure
+
+
+def routes_by_name(
+    shapes: Sequence[tuple[Path, tuple[int, ...]]], heads: Heads
+) -> list[Route | None]:
+    """Where names and shapes send each leaf of a tree; None where they leave it open.
+
+    Args:
+      shapes: the path and the shape of every leaf.
+      heads: as in `route_leaves`.
+    """
+    read = read_leaves(_named(shapes), heads == "per_head")
+    return [
+        None if isinstance(role, Question) else _route_by_role(path, shape, role)
+        for (path, shape), role in zip(shapes, read, strict=True)
+    ]
+
+
+def _named(
+    shapes: Sequence[tuple[Path, tuple[int, ...]]],
+) -> list[tuple[Path, tuple[int, ...]]]:
+    """The names on each path, in lower case.
+
+    Flat trees hold whole paths in one key: "layers/0/kernel", "layers.0.weight".
+    """
+    return [
+        (tuple(part.lower() for name in path for part in re.split(r"[/.]", name)), shape)
+        for path, shape in shapes
+    ]
 
 
 def check_heads(heads: str) -> None:

@@ -33,6 +33,7 @@ from rich.table import Table
 from examples.moonlight.data.tokenized import load_corpus
 from examples.moonlight.files import write_atomically
 from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.program import run_program
 from examples.moonlight.training import metrics
 from examples.moonlight.training.args import RECIPES
 from examples.moonlight.training.plots import draw_comparison
@@ -249,5 +250,5 @@ def _present(args: Args, summary: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     started = time.perf_counter()
-    compare(tyro.cli(Args))
+    run_program(lambda: compare(tyro.cli(Args)))
     rich.print(f"took {(time.perf_counter() - started) / 60:.1f} minutes")

@@ -31,6 +31,7 @@ import tyro
 from rich import box
 from rich.table import Table
 
+from examples.moonlight.program import run_program
 from examples.moonlight.training.args import Args, Recipe, resolve
 from examples.moonlight.training.outline import Outline, Ramp, Stage
 from examples.moonlight.training.plots import draw_plan
@@ -164,4 +165,4 @@ def show(args: ShowArgs) -> Plan:
 
 
 if __name__ == "__main__":
-    show(tyro.cli(ShowArgs))
+    run_program(lambda: show(tyro.cli(ShowArgs)))

@@ -1,7 +1,6 @@
 """The roles of parameters, read from the program that uses them."""
 
 import functools
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,6 +12,8 @@ import jax.numpy as jnp
 from muon_jax._matrices import MatrixSpec, leaf_views
 from muon_jax._parameters import check_tree, parameter_shape
 from muon_jax._paths import Path, flatten_with_names, show
+from muon_jax._remedies import declaration, listed
+from muon_jax._roles import Question
 from muon_jax._routing import PathRules, declared_by_rules
 from muon_jax._use import control, elementwise, gather, products, structure
 from muon_jax._use.decide import RAVELLED, Doubt, Judge
@@ -92,9 +93,9 @@ def by_use(
             verdict: Any = judge.verdict(number)
             readings.append(Reading(path, shape, *verdict))
         except Doubt as doubt:
-            doubts.append((path, shape, str(doubt), judge.proposal(number, doubt)))
+            doubts.append((path, shape, judge.question(number, doubt)))
     if doubts:
-        raise ValueError(_message(doubts))
+        raise ValueError(_message(doubts, [reading.path for reading in readings]))
     ravelled = [show(reading.path) for reading in readings if reading.reason == RAVELLED]
     if ravelled:
         warnings.warn(
@@ -189,37 +190,18 @@ def _declared(path: Path, shape: tuple[int, ...], spec: MatrixSpec | None) -> Re
     return Reading(path, shape, "declared", "declared", spec)
 
 
-def _message(doubts: list[tuple[Path, tuple[int, ...], str, MatrixSpec | None]]) -> str:
+def _message(doubts: list[tuple[Path, tuple[int, ...], Question]], others: list[Path]) -> str:
     lines = [
         f"by_use: the program does not decide the role of {len(doubts)} parameter(s). What was "
         "seen of each:"
     ]
-    lines += [f"  {show(path)}, shape {shape}: {text}." for path, shape, text, _ in doubts]
-    remedies: dict[str, list[str]] = {}
-    for path, _, _, spec in doubts:
-        remedies.setdefault(_written(spec), []).append(re.escape("/".join(path)))
-    rules = ", ".join(
-        'r"^' + (names[0] if len(names) == 1 else f"({'|'.join(names)})") + f'$": {remedy}'
-        for remedy, names in remedies.items()
-    )
+    lines += listed([(path, (shape, q.why)) for path, shape, q in doubts], "{0[0]}: {0[1]}.")
     return "\n".join(
         [
             *lines,
             "Say of each which axes are reduced (fan-in) and which are outputs (fan-out), all "
             "others being a stack, or None for AdamW. Written as seen, or else as if a "
             "stack of [in, out] matrices:",
-            f"  muon_jax.by_use(..., declared=muon_jax.by_path({{{rules}}}))",
+            f"  muon_jax.by_use(..., declared={declaration(doubts, others)})",
         ]
     )
-
-
-def _written(spec: MatrixSpec | None) -> str:
-    """Dimension numbers as one writes them; other specs do not occur."""
-    if spec is None:
-        return "None"
-    numbers: Any = spec
-    ins, outs = (
-        axes[0] if isinstance(axes, tuple) and len(axes) == 1 else axes
-        for axes in (numbers.reduction_axis, numbers.output_axis)
-    )
-    return f"MuonDimensionNumbers({ins}, {outs})"

@@ -25,6 +25,7 @@ from typing import Any
 from optax.contrib import MuonDimensionNumbers
 
 from muon_jax._matrices import FusedBlocks, MatrixSpec
+from muon_jax._roles import Question
 from muon_jax._use.labels import Label
 from muon_jax._use.reader import Meeting, Reader, Use, bits
 from muon_jax._use.values import Value
@@ -150,14 +151,15 @@ class Judge:
             raise Doubt("used, but in no product, and in no other way that by_use knows")
         raise Doubt("this loss does not use it")
 
-    def proposal(self, leaf: int, doubt: Doubt) -> MatrixSpec | None:
-        """What to declare of a parameter in doubt, were it just what was seen of it.
+    def question(self, leaf: int, doubt: Doubt) -> Question:
+        """What to ask of a parameter in doubt, with what it were, were it just what was seen of it.
 
-        None where it may be a table or the head; of several uses the first speaks.
+        AdamW's where it may be a table or the head; of several uses the first speaks.
         """
+        why = str(doubt)
         uses = self.uses.get(leaf, [])
-        if "rows" in str(doubt) or (uses and not any(map(self._is_followed, uses))):
-            return None
+        if "rows" in why or (uses and not any(map(self._is_followed, uses))):
+            return Question(why, "maybe a table, or the head", None)
         for use in uses[:1]:
             shape = self.reader.shapes[leaf]
             apart = {*use.batch} | {taken.axis for taken in use.taken}
@@ -166,8 +168,8 @@ class Judge:
                 for axes in ({*use.contracted}, use.free)
             )
             if ins and outs and not {*ins} & {*outs}:
-                return MuonDimensionNumbers(ins, outs)
-        return MuonDimensionNumbers(-2, -1)
+                return Question(why, "as it was used", MuonDimensionNumbers(ins, outs))
+        return Question(why)
 
     # --- Axes ------------------------------------------------------------------------------------
 
