@@ -29,7 +29,7 @@ def how_to_declare(
       What is not known, the code that declares it, and what rests on names beside it.
     """
     lines = [f"The matrices in {len(asked)} parameter(s) of three or more axes cannot be known:"]
-    lines += listed([(path, (shape, q.why)) for path, shape, q in asked], "{0[0]}: {0[1]}.")
+    lines += listed((path, shape, f"{question.why}.") for path, shape, question in asked)
     lines += [
         "Say which axes are reduced (fan-in) and which are outputs (fan-out); all others are a "
         "batch, and None means AdamW. By their names and shapes they look like this, which only "
@@ -39,21 +39,21 @@ def how_to_declare(
     ]
     if by_name:
         lines.append("Read by name and shape, and to be looked at while those above are not known:")
-        lines += listed([(path, (shape, why)) for path, shape, why in by_name], "{0[0]}: {0[1]}")
+        lines += listed(by_name)
     return "\n".join(lines)
 
 
-def listed(leaves: Iterable[tuple[Path, Any]], form: str) -> list[str]:
-    """One line for all leaves whose paths differ in numbers only."""
+def listed(leaves: Iterable[tuple[Path, tuple[int, ...], str]]) -> list[str]:
+    """A line for each leaf with its shape and a sentence; those that differ in numbers share it."""
     alike = collections.defaultdict(list)
-    for path, what in leaves:
-        alike[re.sub(r"\d+", "0", show(path)), what].append(show(path))
-    return [
-        f"  {', '.join(paths[:_SHOWN])}"
-        + (f", ... ({len(paths)} of them)" if len(paths) > _SHOWN else "")
-        + f", shape {form.format(what)}"
-        for (_, what), paths in alike.items()
-    ]
+    for path, shape, text in leaves:
+        alike[_no_numbers(show(path)), shape, _no_numbers(text)].append((show(path), text))
+    lines = []
+    for (_, shape, _), members in alike.items():
+        paths = ", ".join(path for path, _ in members[:_SHOWN])
+        more = f", ... ({len(members)} of them)" if len(members) > _SHOWN else ""
+        lines.append(f"  {paths}{more}, shape {shape}: {members[0][1]}")
+    return lines
 
 
 def declaration(asked: Asked, others: Sequence[Path]) -> str:

@@ -195,13 +195,13 @@ def _message(doubts: list[tuple[Path, tuple[int, ...], Question]], others: list[
         f"by_use: the program does not decide the role of {len(doubts)} parameter(s). What was "
         "seen of each:"
     ]
-    lines += listed([(path, (shape, q.why)) for path, shape, q in doubts], "{0[0]}: {0[1]}.")
+    lines += listed((path, shape, f"{question.why}.") for path, shape, question in doubts)
     return "\n".join(
         [
             *lines,
             "Say of each which axes are reduced (fan-in) and which are outputs (fan-out), all "
-            "others being a stack, or None for AdamW. Written as seen, or else as if a "
-            "stack of [in, out] matrices:",
+            "others being a stack, or None for AdamW. Written as seen, several axes as a stack "
+            "rather than as heads, and what was not seen as [in, out]:",
             f"  muon_jax.by_use(..., declared={declaration(doubts, others)})",
         ]
     )

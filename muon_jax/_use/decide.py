@@ -168,7 +168,13 @@ class Judge:
                 for axes in ({*use.contracted}, use.free)
             )
             if ins and outs and not {*ins} & {*outs}:
-                return Question(why, "as it was used", MuonDimensionNumbers(ins, outs))
+                whole = MuonDimensionNumbers(ins, outs)
+                if use.kind == "convolution" or len(ins) == len(outs) == 1:
+                    return Question(why, "as it was used", whole)
+                # Heads taken for a stack are each orthogonalized by itself; a stack of layers or
+                # experts taken for heads would be one wrong matrix.
+                kind = f"a stack, or of heads, and then MuonDimensionNumbers({ins}, {outs})"
+                return Question(why, kind, MuonDimensionNumbers(ins[-1:], outs[-1:]))
         return Question(why)
 
     # --- Axes ------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from use_programs import S, arrays, data, mean_square, read, verdicts
 
 import muon_jax
 from muon_jax import MuonDimensionNumbers, by_path, by_use, muon, routing_report
+from muon_jax._routing import route_leaves
 
 D = 4
 
@@ -311,6 +312,27 @@ def test_the_line_to_write_says_what_was_seen():
     window = MuonDimensionNumbers((0, 1), 2)
     unused = MuonDimensionNumbers(-2, -1)
     assert said == {"c": window, "d": window, "e": None, "q": None, "t": None, "idle": unused}
+
+
+def test_the_line_to_write_folds_no_stack():
+    """Experts that all take part in one wide product look like heads."""
+
+    def loss(p, x):
+        for layer in p["layers"]:
+            h = jax.nn.relu(jnp.einsum("nd,edf->nef", x, layer["wi"]))
+            x = x + jnp.einsum("nef,efd->nd", h, layer["wo"])
+        return head(p, x)
+
+    layer = arrays(wi=(3, D, 6), wo=(3, 6, D))
+    params = {"layers": [layer, layer], **arrays(head=(D, 5))}
+    with pytest.raises(ValueError, match=r"layers/0/wi, layers/1/wi, shape") as error:
+        by_use(loss, params, data(7, D))
+    code = str(error.value).split("declared=")[1].removesuffix(")")
+    declared = eval(code, {"muon_jax": muon_jax})
+    roles = by_use(loss, params, data(7, D), declared=declared)
+    routes, _ = route_leaves(params, roles)
+    matrices = {route.path[-1]: route.views.views[0].matrices for route in routes if route.views}
+    assert matrices == {"wi": (3, D, 6), "wo": (3, 6, D)}
 
 
 def test_what_is_no_array_in_the_batch_is_told_to_be_closed_over():
