@@ -18,9 +18,7 @@ _IMAGE = 4  # channels
 Leaves = Sequence[tuple[Path, tuple[int, ...]]]
 
 
-def find_heads(
-    leaves: Leaves, stacks: Sequence[Sequence[str]]
-) -> tuple[dict[int, str], set[int]]:
+def find_heads(leaves: Leaves, stacks: Sequence[Sequence[str]]) -> tuple[dict[int, str], set[int]]:
     """The unembedding heads among the leaves, and the hidden layers of modules called heads.
 
     Args:

@@ -16,7 +16,8 @@ from muon_jax._remedies import declaration, listed
 from muon_jax._roles import Question
 from muon_jax._routing import PathRules, declared_by_rules
 from muon_jax._use import control, elementwise, gather, products, structure
-from muon_jax._use.decide import RAVELLED, Doubt, Judge
+from muon_jax._use.decide import RAVELLED, Judge
+from muon_jax._use.doubts import Doubt
 from muon_jax._use.labels import Label
 from muon_jax._use.reader import Reader
 from muon_jax._use.readings import Reading, UseRoles

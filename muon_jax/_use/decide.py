@@ -8,27 +8,28 @@ several axes could be one matrix or a stack, only with evidence from the activat
   parameter's product runs along the one and sums over the other, as with experts.
 - Several axes that a product sums over are one input if they come from such attention, or from the
   batch itself.
-- An axis that is indexed place by place, or scanned, is a stack if the places follow each other, as
-  layers do, or stay apart from attention, as experts do. Heads in a loop would look the same, and
-  where a layer repeats all places follow each other: only the first round counts, and in a loop
-  what its own rounds leave to the next.
+- An axis that is indexed place by place, or scanned, is a stack, unless the places may be heads or
+  tiles (`places`).
 - A matrix without another behind it is the head, unless its outcome is summed against something
   that no parameter's product made: a frozen head, a vector, rows of a table.
 """
 
 import functools
-import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
 from muon_jax._matrices import FusedBlocks, MatrixSpec
 from muon_jax._roles import Question
+from muon_jax._use.doubts import Doubt
+from muon_jax._use.events import equations, is_added_up, is_attention, is_made, roles_in
+from muon_jax._use.hints import hints_of
 from muon_jax._use.labels import Label
-from muon_jax._use.reader import Meeting, Reader, Use, bits
+from muon_jax._use.places import Places
+from muon_jax._use.reader import Meeting, Reader, Use
 from muon_jax._use.values import Value
+from muon_jax._use.words import describe
 
 Verdict = tuple[str, str, MatrixSpec | None, tuple[str, ...], tuple[int, ...]]
 """Role, reason, spec, hints and head axes, as in `Reading`."""
@@ -37,10 +38,6 @@ Verdict = tuple[str, str, MatrixSpec | None, tuple[str, ...], tuple[int, ...]]
 RAVELLED = "one axis, which the program cuts into matrices"
 
 Axes = tuple[int, ...]
-
-
-class Doubt(Exception):
-    """What was seen does not decide."""
 
 
 class Judge:
@@ -56,8 +53,7 @@ class Judge:
             for use in uses:
                 if self.live >> use.product & 1:
                     self.uses.setdefault(use.leaf, []).append(use)
-        self.places = {use.product: at for at, uses in reader.uses.items() for use in uses}
-        self.by_product = {uses[0].product: uses for uses in reader.uses.values() if uses}
+        self.places = Places(reader)
         self.notes: dict[int, dict[str, list[str]]] = {}
         for notes in reader.notes.values():
             for note in notes:
@@ -65,7 +61,7 @@ class Judge:
                 if note.text not in texts:
                     texts.append(note.text)
         self.attention = {
-            place: meeting for place, meeting in reader.meetings.items() if _is_attention(meeting)
+            place: meeting for place, meeting in reader.meetings.items() if is_attention(meeting)
         }
 
     def _live(self) -> int:
@@ -121,11 +117,11 @@ class Judge:
             raise Doubt(f"used in different ways: {seen}")
         ins, outs, stack, heads = readings[0]
         hows = {taken.axis: taken.how for use in uses for taken in use.taken}
-        self._check_places(leaf, uses)
+        self.places.check(leaf, uses)
         reason = describe(ins, outs, stack, hows, uses[0].kind)
         if not outs:
             if any(hows.get(axis) in ("index", "scan", "loop") for axis in stack):
-                self._check_chain(leaf, uses, "used row by row or column by column")
+                self.places.check_chain(leaf, uses, "used row by row or column by column")
             return "vector", f"{reason}, nothing stays: vectors", None, (), ()
         if all(use.depthwise for use in uses):
             return "elementwise", "depthwise convolution", None, (), ()
@@ -134,7 +130,8 @@ class Judge:
         if groups != {1}:
             spec = _grouped(shape, ins, outs, groups)
             reason += f", {max(groups)} feature groups"
-        hints += self._hints(leaf, outs, uses)
+        if len(outs) == 1:
+            hints += hints_of(self.labels[leaf][outs[0]].root, outs[0], uses, self.attention)
         return "matrix", reason, spec, tuple(hints), heads
 
     def _is_followed(self, use: Use) -> bool:
@@ -231,7 +228,7 @@ class Judge:
             label = self.labels[leaf][axis].root
             if label.of_data:
                 raise Doubt(f"axis {axis} runs along an axis of the batch: a stack, or heads?")
-            if _places(label, "weight", "batch"):
+            if equations(label, "weight", "batch"):
                 raise Doubt(
                     f"another parameter's product runs along axis {axis}: a stack, or heads?"
                 )
@@ -243,8 +240,8 @@ class Judge:
         for axis in ins if len(ins) == 1 and use.kind == "product" else []:
             labels = use.contracted[axis] or []
             for label in labels if len(labels) == 1 else ():
-                gates = ("softmax",) in label.root.events and _is_made(label)
-                if gates or (_is_made(label) and _places(label, "weight", "batch")):
+                gates = ("softmax",) in label.root.events and is_made(label)
+                if gates or (is_made(label) and equations(label, "weight", "batch")):
                     raise Doubt(
                         f"its axis {axis} is summed over with weights, along which other products "
                         "run or a softmax was taken: rows of a table, or one for each expert?"
@@ -263,11 +260,11 @@ class Judge:
     def _experts(self, leaf: int, outs: list[int]) -> list[int] | None:
         """The axes along which another parameter's product runs while it sums over the others."""
         labels = {axis: self.labels[leaf][axis].root for axis in outs}
-        batch = {axis: _places(label, "weight", "batch") for axis, label in labels.items()}
-        summed = {axis: _places(label, "weight", "contracted") for axis, label in labels.items()}
+        batch = {axis: equations(label, "weight", "batch") for axis, label in labels.items()}
+        summed = {axis: equations(label, "weight", "contracted") for axis, label in labels.items()}
         stack = [a for a in outs if any(batch[a] & summed[b] for b in outs if b != a)]
         # Experts are added up in the end; heads of a block-diagonal product stay.
-        stack = [axis for axis in stack if _is_added_up(labels[axis])]
+        stack = [axis for axis in stack if is_added_up(labels[axis])]
         rest = [axis for axis in outs if axis not in stack]
         if any(("outer",) in labels[axis].events for axis in stack):
             return None
@@ -279,7 +276,7 @@ class Judge:
         """Whether a product with a parameter runs along one factor, and sums over another."""
         for factors in label.factors:
             batch, summed = (
-                [_places(factor.root, "weight", role) for factor in factors]
+                [equations(factor.root, "weight", role) for factor in factors]
                 for role in ("batch", "contracted")
             )
             for i, along in enumerate(batch):
@@ -295,7 +292,7 @@ class Judge:
         labels = [self.labels[leaf][axis] for axis in outs]
         for place, meeting in self.attention.items():
             for side in (0, 1):
-                roles = [_roles(label, place, side) for label in labels]
+                roles = [roles_in(label, place, side) for label in labels]
                 if not all(roles):
                     continue
                 positions = [
@@ -317,11 +314,11 @@ class Judge:
         """The head axes among several that a product sums over, which must be one input."""
         known = [use.contracted[axis] for axis in ins]
         if all(labels for labels in known):
-            if all(x.of_data and not _is_made(x) for labels in known for x in labels or []):
+            if all(x.of_data and not is_made(x) for labels in known for x in labels or []):
                 return ()
             for place, meeting in self.attention.items():
                 roles = [
-                    {role for x in labels or [] for role in _roles(x, place)} for labels in known
+                    {role for x in labels or [] for role in roles_in(x, place)} for labels in known
                 ]
                 made = [x for labels in known for x in labels or []]
                 values = all(x.of_data for x in meeting.contracted)
@@ -345,186 +342,11 @@ class Judge:
             width = [
                 axis
                 for axis, labels in zip(ins, known, strict=True)
-                if all("free" in _roles(x, place, side) for x in labels or [])
+                if all("free" in roles_in(x, place, side) for x in labels or [])
             ]
             if len(width) == 1:
                 return tuple(axis for axis in ins if axis not in width)
         return ()
-
-    # --- Places ----------------------------------------------------------------------------------
-
-    def _check_places(self, leaf: int, uses: list[Use]) -> None:
-        """Doubt an axis taken place by place whose places meet as heads do in attention.
-
-        Any product of activations may be attention here, and so may what can't be followed.
-        """
-        if not any(taken.how in ("index", "scan", "loop") for use in uses for taken in use.taken):
-            return
-        met = functools.reduce(
-            int.__or__, (meeting.pending for meeting in self.reader.meetings.values()), 0
-        )
-        if any(use.fresh or self._reach(use) & met for use in uses):
-            self._check_chain(
-                leaf, uses, "taken place by place, and the places meet in attention: heads?"
-            )
-        self._check_tiles(leaf, uses)
-
-    def _reach(self, use: Use) -> int:
-        """A product and those after it that belong to the same place, as bits.
-
-        A short convolution or a norm's matrix of the same head stands between it and attention.
-        """
-        mine = {(t.base, t.scan, self.reader.shapes[use.leaf][t.axis]) for t in use.taken}
-        reach, todo = 0, [use.product]
-        while todo:
-            number = todo.pop()
-            if reach >> number & 1:
-                continue
-            reach |= 1 << number
-            for other in bits(self.reader.followers[number]):
-                for after in self.by_product.get(other, []):
-                    shape = self.reader.shapes[after.leaf]
-                    places = {(t.base, t.scan, shape[t.axis]) for t in after.taken}
-                    if after.depthwise or places & mine:
-                        todo.append(other)
-        return reach
-
-    def _check_tiles(self, leaf: int, uses: list[Use]) -> None:
-        """Doubt places whose activations are pieces of one and the same axis."""
-        shape = self.reader.shapes[leaf]
-        text = "is taken place by place, and the activations too, in pieces of an axis: one matrix?"
-        for use in uses:
-            summed = {id(x.root) for labels in use.contracted.values() for x in labels or []}
-            for taken in use.taken:
-                for labels in use.contracted.values():
-                    for label in labels or []:
-                        for parent in label.parents:
-                            for factors in parent.factors:
-                                others = [x for x in factors if id(x.root) not in summed]
-                                size = math.prod(x.size for x in others)
-                                if label in factors and size == shape[taken.axis] > 1:
-                                    raise Doubt(f"axis {taken.axis} {text}")
-        for axis, groups in self._rounds(uses):
-            for one, other in itertools.combinations([group[0] for group in groups], 2):
-                for a, b in zip(one.acts, other.acts, strict=False):
-                    # A sum unites the pieces: what they were called before tells them apart.
-                    apart = len(a) == len(b) == 1 and a[0] is not b[0]
-                    chained = other.first >> one.product & 1
-                    if apart and not chained and {*a[0].parents} & {*b[0].parents}:
-                        raise Doubt(f"axis {axis} {text}")
-
-    def _rounds(self, uses: list[Use]) -> Iterator[tuple[int, list[list[Use]]]]:
-        """For each axis taken at static places the uses that differ in it alone, by place."""
-        for axis in sorted({t.axis for use in uses for t in use.taken if t.how == "index"}):
-            rounds: dict[Any, dict[Any, list[Use]]] = {}
-            for use in uses:
-                mine = tuple(sorted(str(t.base) for t in use.taken if t.axis == axis))
-                rest = frozenset(t for t in use.taken if t.axis != axis)
-                rounds.setdefault(rest, {}).setdefault(mine, []).append(use)
-            for places in rounds.values():
-                groups = [sorted(group, key=lambda use: use.product) for group in places.values()]
-                yield axis, sorted(groups, key=lambda group: group[0].product)
-
-    def _check_chain(self, leaf: int, uses: list[Use], text: str) -> None:
-        """Doubt unless what is taken at one place comes before what is taken at the next.
-
-        Where a layer repeats, all comes before all: only the first round counts, and in a loop only
-        what one round of that very loop leaves to the next.
-        """
-        for axis, groups in self._rounds(uses):
-            for before, after in itertools.pairwise(groups):
-                if not after[0].first >> before[0].product & 1:
-                    raise Doubt(f"axis {axis} is {text}")
-        for use in uses:
-            for taken in use.taken:
-                if taken.how not in ("scan", "loop"):
-                    continue
-                bit = (
-                    self.reader.loop_bit(taken.scan)
-                    if taken.scan is not None
-                    else self.reader.innermost(self.places[use.product])
-                )
-                if not use.behind & bit:
-                    raise Doubt(f"axis {taken.axis} is {text}")
-
-    # --- Hints -----------------------------------------------------------------------------------
-
-    def _hints(self, leaf: int, outs: tuple[int, ...], uses: list[Use]) -> list[str]:
-        if len(outs) != 1:
-            return []
-        (axis,) = outs
-        label = self.labels[leaf][axis].root
-        hints = []
-        for factors in label.factors:
-            if len(factors) == 2 and self._are_heads(*factors):
-                hints.append(f"{factors[0].size} heads of {factors[1].size}")
-                break
-        blocks = _blocks(label)
-        if blocks:
-            hints.append(f"cut along axis {axis}: maybe FusedBlocks({blocks}, axis={axis})")
-        elif any(axis in use.partly for use in uses):
-            hints.append(f"used in pieces of axis {axis}: maybe fused blocks")
-        return hints
-
-    def _are_heads(self, many: Label, width: Label) -> bool:
-        return any(
-            _roles(many, place, side) & {"batch", "free"}
-            and _roles(width, place, side) & {"contracted", "free"}
-            for place in self.attention
-            for side in (0, 1)
-        )
-
-
-def _is_attention(meeting: Meeting) -> bool:
-    """Whether positions meet positions, or are summed over."""
-    if meeting.contracted and all(label.of_data for label in meeting.contracted):
-        return True
-    return all(any(label.of_data for label in side) for side in meeting.free)
-
-
-def _places(label: Label, kind: str, role: str) -> set[Any]:
-    return {event[1] for event in label.root.events if event[0] == kind and event[-1] == role}
-
-
-def _roles(label: Label, place: Any, side: int | None = None) -> set[str]:
-    return {
-        event[3]
-        for event in label.root.events
-        if event[0] == "meeting" and event[1] == place and side in (None, event[2])
-    }
-
-
-def _is_added_up(label: Label) -> bool:
-    return any(
-        event[0] == "added" or (event[0] == "meeting" and event[3] == "contracted")
-        for event in label.root.events
-    )
-
-
-def _is_made(label: Label) -> bool:
-    """Whether an axis is, somewhere, one that a parameter made."""
-    return ("free",) in label.root.events
-
-
-def _blocks(label: Label) -> tuple[int, ...]:
-    """The sizes of the pieces into which an axis was cut, if they fill it."""
-    sizes = _filling(label.slices, label.size)
-    if sizes:
-        return sizes
-    for factors in label.factors:
-        of_major = _blocks(factors[0])
-        if of_major:
-            return tuple(size * (label.size // factors[0].size) for size in of_major)
-    return ()
-
-
-def _filling(slices: list[tuple[int, int]], size: int) -> tuple[int, ...]:
-    at, sizes = 0, []
-    for start, width in slices:
-        if start != at:
-            return ()
-        at, sizes = at + width, [*sizes, width]
-    return tuple(sizes) if at == size and len(sizes) > 1 else ()
 
 
 def _grouped(
@@ -535,33 +357,3 @@ def _grouped(
     if len(groups) > 1 or len(outs) > 1 or shape[axis] % count:
         raise Doubt(f"a convolution of {sorted(groups)} feature groups whose outputs are not plain")
     return FusedBlocks((shape[axis] // count,) * count, axis, MuonDimensionNumbers(ins, outs))
-
-
-_HOWS = {
-    "scan": "scan",
-    "index": "place by place",
-    "loop": "loop",
-    "rows": "chosen by index",
-}
-
-
-def describe(
-    ins: tuple[int, ...],
-    outs: tuple[int, ...],
-    stack: tuple[int, ...],
-    hows: dict[int, str] | None = None,
-    kind: str = "product",
-) -> str:
-    """What was seen of the axes, in words."""
-
-    def some(axes: tuple[int, ...]) -> str:
-        word = "axis" if len(axes) == 1 else "axes"
-        return f"{word} {', '.join(map(str, axes))}"
-
-    words = [f"{'window and input' if kind == 'convolution' else 'contracted over'} {some(ins)}"]
-    if outs:
-        words.append(f"out {', '.join(map(str, outs))}")
-    for axis in stack:
-        how = (hows or {}).get(axis)
-        words.append(f"stack {axis} ({_HOWS[how] if how else 'batch'})")
-    return ", ".join(words)
