@@ -15,7 +15,17 @@ from muon_jax._paths import Path, flatten_with_names, show
 from muon_jax._remedies import declaration, listed
 from muon_jax._roles import Question
 from muon_jax._routing import PathRules, declared_by_rules
-from muon_jax._use import control, elementwise, gather, products, structure
+from muon_jax._use import (
+    control,
+    elementwise,
+    gather,
+    joining,
+    other_products,
+    products,
+    reductions,
+    slices,
+    structure,
+)
 from muon_jax._use.decide import RAVELLED, Judge
 from muon_jax._use.doubts import Doubt
 from muon_jax._use.labels import Label
@@ -24,7 +34,17 @@ from muon_jax._use.readings import Reading, UseRoles
 from muon_jax._use.values import Kind, Value, fresh_axes, parameter
 
 # The modules whose rules the reader follows.
-RULES = (structure, elementwise, products, gather, control)
+RULES = (
+    structure,
+    slices,
+    joining,
+    elementwise,
+    reductions,
+    products,
+    other_products,
+    gather,
+    control,
+)
 
 
 def by_use(

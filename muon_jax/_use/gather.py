@@ -6,7 +6,7 @@ from typing import Any
 from muon_jax._use.atoms import Axis, CannotFollow, Digit, Gap
 from muon_jax._use.labels import Label
 from muon_jax._use.reader import Reader, ints, rule, shape_of
-from muon_jax._use.structure import chosen, window, written_into
+from muon_jax._use.slices import chosen, window, written_into
 from muon_jax._use.values import Kind, Taken, Value, derived, fresh_axes, merge
 
 

@@ -6,21 +6,15 @@ from typing import Any
 
 from muon_jax._use.atoms import (
     Axis,
-    CannotFollow,
-    Digit,
     Gap,
-    Part,
-    align,
-    leaves,
-    length,
     same_axis,
-    take,
 )
-from muon_jax._use.elementwise import check_by_hand, combine, is_flat
-from muon_jax._use.labels import Label
-from muon_jax._use.reader import Meeting, Reader, Use, restructure, rule, shape_of
-from muon_jax._use.structure import broadcast, chosen
-from muon_jax._use.values import Kind, Taken, Value, View, is_whole, labels_in, merge
+from muon_jax._use.operands import check_by_hand, combine
+from muon_jax._use.reader import Meeting, Reader, restructure, rule, shape_of
+from muon_jax._use.slices import chosen
+from muon_jax._use.structure import broadcast
+from muon_jax._use.uses import used
+from muon_jax._use.values import Kind, Taken, Value, View, labels_in, merge
 
 Pairs = tuple[Sequence[int], Sequence[int]]
 
@@ -197,9 +191,6 @@ def _moved(
     return out
 
 
-# --- Activations with activations -----------------------------------------------------------------
-
-
 def _meet(
     reader: Reader, out: Value, lhs: Value, rhs: Value, contract: Pairs, batch: Pairs
 ) -> Value:
@@ -220,199 +211,3 @@ def _meet(
                 label.add(("meeting", place, side, role))
     views = _moved(reader, lhs, rhs, contract, batch, met=True)
     return dataclasses.replace(out, views=tuple(views), fresh=out.fresh | {place})
-
-
-# --- Activations with parameters ------------------------------------------------------------------
-
-
-def used(
-    reader: Reader,
-    out: Value,
-    act: Value,
-    weight: Value,
-    contract: Sequence[tuple[int, int]],
-    batch: Sequence[tuple[int, int]],
-    kind: str = "product",
-    groups: int = 1,
-    depthwise: bool = False,
-) -> Value:
-    """A product of activations with a parameter: the outcome, `out`, as such.
-
-    Args:
-      reader: the reader.
-      out: the outcome, as of any product.
-      act: the activations.
-      weight: the parameter, or what was made of parameters.
-      contract: the pairs of axes that are summed over; the activations' first.
-      batch: the pairs of axes that run along.
-      kind: see `Use`.
-      groups: see `Use`.
-      depthwise: see `Use`.
-    """
-    number = reader.product(out.pending)
-    first = reader.first.setdefault(reader.place, out.behind)
-    summed, along = {j: i for i, j in contract}, {j: i for i, j in batch}
-    uses = []
-    for view in weight.views:
-        twins = [x for x in weight.views if x.leaf == view.leaf]
-        if any(x.taken != view.taken for x in twins):
-            reader.note(view.leaf, "doubt", "several pieces of it are joined for one product")
-        if act.indicator and kind == "product":
-            reader.doubt(view, "product with zeros and ones from a comparison: maybe rows by index")
-        elif kind == "product" and any(i in act.onehot | act.codes for i, _ in contract):
-            reader.doubt(view, "product with what was made of one-hot codes: maybe rows by index")
-        if view.contracted:
-            reader.note(view.leaf, "doubt", "is summed over before it is used")
-            continue
-        use = Use(
-            view.leaf,
-            number,
-            kind,
-            {},
-            frozenset(),
-            {},
-            view.taken,
-            frozenset(
-                axis for axis in view.live if not is_whole(view, axis) and not _is_taken(view, axis)
-            ),
-            out.behind,
-            first,
-            tuple(tuple(labels_in(axis)) for axis in act.axes),
-            act.fresh,
-            groups,
-            depthwise,
-        )
-        free: set[int] = set()
-        shape = reader.shapes[view.leaf]
-        for axis, atoms in enumerate(view.axes):
-            for place, digit in enumerate(x for x in leaves(atoms) if isinstance(x, Digit)):
-                # On a device's piece, an axis may be a single entry long and still be an axis.
-                if digit.size == 1 and not view.lengths[digit.axis] < shape[digit.axis]:
-                    continue
-                if axis in summed:
-                    labels = _labels_at(act.axes[summed[axis]], atoms, place)
-                    _extend(use.contracted, digit.axis, labels)
-                elif axis in along:
-                    met = act.axes[along[axis]]
-                    if _is_flat_at(met, atoms, place):
-                        free.add(digit.axis)
-                    else:
-                        labels = _labels_at(met, atoms, place)
-                        use.batch.setdefault(digit.axis, []).extend(labels or [])
-                else:
-                    free.add(digit.axis)
-        uses.append(dataclasses.replace(use, free=frozenset(free)))
-        if {*use.contracted} & free:
-            reader.cut.add(view.leaf)
-    reader.uses[reader.place] = uses
-    for axis, atoms in enumerate(weight.axes):
-        if axis not in summed and axis not in along:
-            for label in labels_in(atoms):
-                label.add(("free",))
-    for role, axes in (("contracted", summed.values()), ("batch", along.values())):
-        for label in labels_in(*(act.axes[i] for i in axes)):
-            label.add(("weight", reader.place, role))
-    return dataclasses.replace(
-        out,
-        views=(),
-        pending=1 << number,
-        behind=out.behind | 1 << number,
-        fresh=frozenset(),
-        rows=False,
-    )
-
-
-def _is_taken(view: View, axis: int) -> bool:
-    return any(taken.axis == axis for taken in view.taken)
-
-
-def _extend(
-    contracted: dict[int, list[Label] | None], axis: int, labels: list[Label] | None
-) -> None:
-    known = contracted.get(axis, [])
-    contracted[axis] = None if labels is None or known is None else [*known, *labels]
-
-
-def _at(met: Axis, atoms: Axis, place: int) -> Axis:
-    """The atoms of the activations' axis where the `place`-th digit of a parameter's lies."""
-    if len(atoms) == 1 and isinstance(atoms[0], Part):
-        part = atoms[0]
-        met, atoms = take(met, part.lo, length(part.atoms)), part.atoms
-    digits = [i for i, atom in enumerate(atoms) if isinstance(atom, Digit)]
-    if any(isinstance(atom, Part) for atom in atoms):
-        raise CannotFollow
-    return align(met, [atom.size for atom in atoms])[digits[place]]
-
-
-def _labels_at(met: Axis, atoms: Axis, place: int) -> list[Label] | None:
-    try:
-        return labels_in(_at(met, atoms, place))
-    except (CannotFollow, LookupError):
-        return None
-
-
-def _is_flat_at(met: Axis, atoms: Axis, place: int) -> bool:
-    try:
-        return is_flat(_at(met, atoms, place))
-    except (CannotFollow, LookupError):
-        return False
-
-
-# --- Other products -------------------------------------------------------------------------------
-
-
-@rule("ragged_dot_general", "ragged_dot")
-def ragged_dot(reader: Reader, eqn: Any, values: list[Value]) -> Value:
-    """A product whose rows choose among groups of matrices: the groups are a stack."""
-    lhs, rhs = values[:2]
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    contract, batch = numbers.dot_dimension_numbers
-    groups = [*numbers.rhs_group_dimensions]
-    ragged = [*numbers.lhs_ragged_dimensions]
-    if lhs.kind is not Kind.DATA or not groups or {*ragged} & {*contract[0]}:
-        raise CannotFollow
-    shape = shape_of(eqn)
-    free = [i for i in _free(rhs, 1, contract, batch) if i not in groups]
-    axes = (
-        *(same_axis(lhs.axes[i], rhs.axes[j]) for i, j in zip(*batch, strict=True)),
-        *(lhs.axes[i] for i in _free(lhs, 0, contract, batch)),
-        *(rhs.axes[i] for i in free),
-    )
-    out = merge(shape, (lhs, rhs, *values[2:]), axes)
-    if rhs.kind is not Kind.PARAMETER:
-        if any(len(view.live) > 1 for value in (lhs, rhs) for view in value.views):
-            raise CannotFollow
-        return out
-    along = {j: i for i, j in zip(*batch, strict=True)}
-    # The groups run along with the rows, in pieces of computed lengths: no label says which.
-    act = dataclasses.replace(lhs, axes=(*lhs.axes, (Label(1),)))
-    pairs = [*((i, j) for j, i in along.items()), *((len(lhs.axes), j) for j in groups)]
-    contracted = [*zip(*contract, strict=True)]
-    return used(reader, out, act, rhs, contracted, pairs, kind="ragged product")
-
-
-@rule("conv_general_dilated")
-def convolution(reader: Reader, eqn: Any, values: list[Value]) -> Value:
-    """A convolution: its window and its input channels are fan-in."""
-    lhs, rhs = values
-    numbers, shape = eqn.params["dimension_numbers"], shape_of(eqn)
-    (l_batch, l_in, *l_window), (r_out, r_in, *r_window) = numbers.lhs_spec, numbers.rhs_spec
-    if lhs.kind is not Kind.DATA or eqn.params["batch_group_count"] != 1:
-        raise CannotFollow
-    groups = eqn.params["feature_group_count"]
-    axes: list[Axis] = [()] * len(shape)
-    o_batch, o_out, *o_window = numbers.out_spec
-    axes[o_batch], axes[o_out] = lhs.axes[l_batch], rhs.axes[r_out]
-    for out_axis, in_axis in zip(o_window, l_window, strict=True):
-        axes[out_axis] = (Label(shape[out_axis], labels_in(lhs.axes[in_axis])),)
-    out = merge(shape, values, tuple(axes))
-    if rhs.kind is Kind.PARAMETER:
-        act = dataclasses.replace(lhs, axes=(*lhs.axes, *((Label(1),) for _ in r_window)))
-        pairs = [(l_in, r_in), *((len(lhs.axes) + i, j) for i, j in enumerate(r_window))]
-        return used(
-            reader, out, act, rhs, pairs, [], "convolution", groups,
-            depthwise=groups > 1 and rhs.shape[r_in] == 1,
-        )  # fmt: skip
-    if any(view for value in values for view in value.views):
-        raise CannotFollow
-    return out
