@@ -10,9 +10,10 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "routing_zoo.md"
 _TOP = """\
 # The zoo: where the leaves of published models go
 
-Names, shapes and the right verdict of every leaf of {models} published models lie in
+Names, shapes and the right verdict of every leaf of {models} models lie in
 [`tests/zoo/families`](../tests/zoo/families), each with its source; a test holds the library's
 verdict against them, leaf by leaf. This page is what `python -m tests.zoo.table` makes of them.
+They are published, but for a few made up of a library's layers or names: their sources say so.
 
 - **right**: the group is right, and for Muon the reduced and the output axes.
 - **exchanged**: the matrices are right, and fan-in is taken for fan-out: `[out, in]` weights of
