@@ -96,7 +96,7 @@ def role_of(
         return Role(beside.head or "unembedding head")
     if role := _convolution(leaf, name, shape, len(stacks), beside):
         return role
-    if role := _by_name(leaf, name, core):
+    if role := _by_name(leaf, name, core, beside):
         return role
     if not shape:
         return Role("scalar")
@@ -114,9 +114,11 @@ def _is_table_of(leaf: str, name: str) -> bool:
     return not generic or "codebook" in name or (leaf == "weight" and "token" in name)
 
 
-def _by_name(leaf: str, name: str, core: tuple[int, ...]) -> Role | None:
+def _by_name(leaf: str, name: str, core: tuple[int, ...], beside: Beside) -> Role | None:
     kernel = leaf == "kernel"
-    if names.is_embedding(name) and not (kernel and len(core) > 1):
+    # A bias beside its ``weights`` says that a product reads them.
+    linear = len(core) > 1 and (kernel or (leaf != name and beside.bias == core[-1:]))
+    if names.is_embedding(name) and not linear:
         return Role("embedding")
     # "queries/w" projects to queries; "codebook/w" is one.
     if names.is_rows(name) and _is_table_of(leaf, name):
@@ -139,7 +141,7 @@ def _matrix(
     assumed = leaf != "kernel" and not stacks
     kind = "assumed matrix" if assumed else "linear kernel" if leaf == "kernel" else "matrix"
     fused = ", maybe fused blocks" if names.looks_fused(name) else ""
-    return Role(kind + fused + _under(stacks), MuonDimensionNumbers(-2, -1), assumed)
+    return Role(kind + fused + _under(stacks), _IN_OUT, assumed)
 
 
 def _of_heads(

@@ -142,8 +142,10 @@ class Label:
             b._parent = a
             a._data |= b._data
             a._sources += b._sources
-            events, a.events = a.events | b.events, set()
-            for event in events:
+            events = a.events | b.events
+            # One by one where others hear of them; a residual stream's grow with the depth.
+            a.events = set() if a._sources else events
+            for event in events if a._sources else ():
                 a.add(event)
             for mine, others in ((a._splits, b._splits), (a._takes, b._takes)):
                 for key, pieces in others.items():

@@ -52,7 +52,7 @@ def by_path(routed) -> Routes:
 
 
 def outcome(verdict: Verdict, route: Route | None, behind: Route) -> str:
-    """One of right, exchanged, asks, wrong.
+    """One of right, exchanged, asks, warned, wrong.
 
     Args:
       verdict: what is right for the leaf.
@@ -65,6 +65,8 @@ def outcome(verdict: Verdict, route: Route | None, behind: Route) -> str:
 
 
 def _same(verdict: Verdict, route: Route) -> str:
+    if route.maybe_table and verdict.axes is None:
+        return "warned"
     if route.views is None or verdict.axes is None:
         return "right" if (route.views is None) == (verdict.axes is None) else "wrong"
     view = route.views.views[0]

@@ -20,10 +20,12 @@ They are published, but for a few made up of a library's layers or names: their 
   PyTorch and Equinox. The default scale, of `max(fan_in, fan_out)`, is the same for both.
 - **asks**: names and shapes leave it open, so the library raises; what it says to write, pasted,
   gives the right verdict. Patterns are the rules that it says to write for all of these leaves.
+- **warned**: taken for a matrix, which it is not; `init` says that it looks like a table, and what
+  to write.
 - **wrong**: none, or the test fails.
 
-| model | kind | library | leaves | right | exchanged | asks | patterns | wrong |
-|---|---|---|--:|--:|--:|--:|--:|--:|
+| model | kind | library | leaves | right | exchanged | asks | patterns | warned | wrong |
+|---|---|---|--:|--:|--:|--:|--:|--:|--:|
 """
 
 
@@ -31,19 +33,20 @@ def page(
     all_families: list[Family], results: dict[str, dict[str, int]], rules: dict[str, int]
 ) -> str:
     """The page, of each family's counts of outcomes and number of rules."""
-    columns = ("right", "exchanged", "asks")
+    columns, loud = ("right", "exchanged", "asks"), ("warned", "wrong")
     order = sorted(all_families, key=lambda family: (family.kind, family.library, family.title))
     rows = []
     for family in order:
         result = results[family.name]
         numbers = [len(family.leaves), *(result.get(column, 0) for column in columns)]
-        numbers += [rules[family.name], result.get("wrong", 0)]
+        numbers += [rules[family.name], *(result.get(column, 0) for column in loud)]
         cells = [f"[{family.title}](../tests/zoo/families/{family.name}.txt)"]
         cells += [family.kind, family.library, *map(str, numbers)]
         rows.append(f"| {' | '.join(cells)} |")
     total = [sum(len(family.leaves) for family in order)]
     total += [sum(result.get(column, 0) for result in results.values()) for column in columns]
-    total += [sum(rules.values()), sum(result.get("wrong", 0) for result in results.values())]
+    total += [sum(rules.values())]
+    total += [sum(result.get(column, 0) for result in results.values()) for column in loud]
     rows.append(f"| **{len(order)} models** | | | {' | '.join(map(str, total))} |")
     sources = [f"- {family.title} ({family.library}): {family.source}" for family in order]
     return (
