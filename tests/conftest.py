@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 import pytest
 
@@ -28,6 +29,15 @@ from jaxtyping import install_import_hook
 install_import_hook("muon_jax", "beartype.beartype")
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A shell that starts the tests in the background, or nohup, has them ignore these signals, and so
+# would the programs that they start.
+for number, usual in {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGHUP: signal.SIG_DFL,
+}.items():
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 # Tracing makes many objects that live on: dead ones among them are looked for less often.
 gc.set_threshold(50_000)

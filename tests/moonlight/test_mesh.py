@@ -202,7 +202,6 @@ RAGGED = {"experts": "ragged", "remat": True, "loss_block": 3}
         (CUBE, {}),
         ("fsdp=2,expert=2,tensor=2", RAGGED),
         ("data=2,fsdp=2,expert=2", {"experts": "ragged", "expert_capacity": 8.0}),
-        ("fsdp=8", {}),
     ],
     ids=str,
 )

@@ -27,18 +27,13 @@ with StopRequest() as stop:
 
 
 def start(rounds: int, *prefix: str) -> subprocess.Popen[str]:
-    # It shall not inherit that these tests run under nohup themselves.
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        process = subprocess.Popen(
-            [*prefix, sys.executable, "-c", PROGRAM, str(rounds)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    finally:
-        signal.signal(signal.SIGHUP, hangup)
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-c", PROGRAM, str(rounds)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process
 
