@@ -22,9 +22,9 @@ train: .venv/.examples
 # Tests that promise bits run as users do, the others with flags that save time, of those that the
 # installed jaxlib knows. With `loadfile` the tests of a file share the programs that they compile.
 test: .venv/.test .aot/.tpu
-	$(BIN)/python -m pytest -n 3 --dist loadgroup tests/bits
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/bits
 	flags="$$($(BIN)/python -m tests.xla_flags)" && \
-	  XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 3 --dist loadfile --ignore=tests/bits
+	  XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/bits
 
 # The same for the newest Python that is here, and with it the newest JAX. The inner make finds the
 # environment of another Python wanting, and makes it anew.
@@ -32,9 +32,9 @@ test-newest:
 	@test -n "$(NEWEST_PYTHON)"
 	@$(MAKE) --no-print-directory .venv-newest/.test NEWEST_PYTHON="$(NEWEST_PYTHON)"
 	@$(NEWEST_BIN)/python -c 'import sys, jax; print("Python", sys.version.split()[0], "and jax", jax.__version__)'
-	$(NEWEST_BIN)/python -m pytest -n 3 $(NEWEST_BITS)
+	$(NEWEST_BIN)/python -m pytest -n 2 $(NEWEST_BITS)
 	flags="$$($(NEWEST_BIN)/python -m tests.xla_flags)" && \
-	  XLA_FLAGS="$$flags" $(NEWEST_BIN)/python -m pytest -n 3 --dist loadfile $(NEWEST_TESTS)
+	  XLA_FLAGS="$$flags" $(NEWEST_BIN)/python -m pytest -n 2 --dist loadfile $(NEWEST_TESTS)
 
 lint: .venv/.test
 	$(BIN)/ruff check .
