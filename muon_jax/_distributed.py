@@ -20,10 +20,11 @@ moves two bytes per element on every backend.
 
 What is promised of numbers: owned, exchanged and replicated matrices are orthogonalized whole, by
 the code that runs on one device. From the same gradients their momenta and, in bfloat16, their
-orthogonalized matrices have the same bits; tested on CPUs, for jax 0.10 and 0.12. Not promised: in
-float32, and on GPUs and TPUs, a batch of another size may be multiplied by another kernel; matrices
-that are split sum their products in another order; and where scale, weight decay and learning rate
-follow, ``s O + wd W`` may be contracted into one multiply-add or not, a last bit of float32.
+orthogonalized matrices have the same bits where ``mu M + G`` is rounded alike: always for a ``mu``
+that is a power of two (tested on CPUs, for jax 0.10 and 0.12). Otherwise a compiler may contract
+the product and the sum into one multiply-add in one program and not in the other, a last bit of
+float32. The same holds of scale, weight decay and learning rate, ``s O + wd W``. Matrices that are
+split sum their products in another order.
 
 The contract: gradients and momenta arrive in the layout of the state, updates leave in that of the
 parameters. On Auto axes the border makes it so, whatever XLA would have done; on Explicit axes

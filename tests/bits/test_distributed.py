@@ -168,6 +168,7 @@ def optimizer(**keywords):
     # Powers of two: where XLA fuses a product with a sum, the product must not need rounding.
     inner = muon(
         2.0**-4,
+        beta=0.5,
         weight_decay=2.0**-3,
         update_scale=lambda fan_in, fan_out: 0.25,
         muon_weight_dimension_numbers=NUMBERS,
@@ -323,7 +324,7 @@ def test_zeros_travel_in_empty_slots(monkeypatch):
     np.testing.assert_array_equal(updates["stack"], expected["stack"])
 
 
-def test_the_layouts_above_take_every_route(costly_flops, capsys):
+def test_the_layouts_above_take_every_route(costly_flops):
     seen = set()
     for lengths, names, specs in LAYOUTS.values():
         mesh = make_mesh(lengths, names)
@@ -342,8 +343,10 @@ def test_the_layouts_above_take_every_route(costly_flops, capsys):
 def test_gaussians_are_the_same_where_matrices_stay_whole(layout, ns_dtype, monkeypatch):
     """Cheap FLOPs share no matrix. In float32 a loop over one matrix is compiled as none.
 
-    Scale and decay are powers of two here: of ``0.2 sqrt(n) O + 0.1 W`` XLA fuses one of the two
-    products with the sum, on jax 0.12 not always the same one, which moves a last bit of float32.
+    Every factor is a power of two here: of ``0.2 sqrt(n) O + 0.1 W`` XLA fuses one of the two
+    products with the sum, on jax 0.12 not always the same one, which moves a last bit of float32;
+    and of ``beta M + G`` the only one, or none. AdamW's ``b2 nu + (1 - b2) g g`` has no factors
+    that would make all its products exact.
     """
     monkeypatch.setattr("muon_jax._cost.LATENCY_BYTES", 0)
     monkeypatch.setattr("muon_jax._cost.FLOPS_PER_BYTE", 100)
@@ -354,9 +357,11 @@ def test_gaussians_are_the_same_where_matrices_stay_whole(layout, ns_dtype, monk
     params = gaussian_model(0)
     report = sharding_report(params, mesh=mesh, param_specs=specs, **keywords)
     assert not any("split" in row.route for row in report.rows)
+    muons = {leaf.path for leaf in report.leaves if leaf.group == "muon"}
     make = functools.partial(
         muon,
         2.0**-4,
+        beta=0.5,
         weight_decay=2.0**-3,
         update_scale=lambda fan_in, fan_out: 0.25,
         **keywords,
@@ -370,7 +375,7 @@ def test_gaussians_are_the_same_where_matrices_stay_whole(layout, ns_dtype, monk
         updates, state = update(on_mesh, state, put(params, mesh, specs))
         expected, state_alone = update_alone(gradients, state_alone, params)
         for name in SHAPES:
-            if ns_dtype == "bfloat16":
+            if ns_dtype == "bfloat16" and name in muons:
                 np.testing.assert_array_equal(updates[name], expected[name], err_msg=name)
             else:
                 assert relative_error(updates[name], expected[name]) < FLOAT32_TOLERANCE, name
@@ -403,13 +408,17 @@ def random_layout(seed):
     ids=["one matrix each", "random"],
 )
 def test_whole_matrices_have_the_same_bits_in_any_layout(shapes, specs, count, monkeypatch):
-    """The promise: momenta, and in bfloat16 orthogonalized matrices, from the same gradients."""
+    """The promise: momenta, and in bfloat16 orthogonalized matrices, from the same gradients.
+
+    With a beta whose products are exact: of ``beta M + G`` one program may round the product and
+    another not, which depends on the processor too (on an AMD EPYC with jax 0.12 some did).
+    """
     monkeypatch.setattr("muon_jax._cost.LATENCY_BYTES", 0)
     monkeypatch.setattr("muon_jax._cost.FLOPS_PER_BYTE", 100)
     mesh = make_mesh((2, 4), ("data", "fsdp"))
     numbers = MuonDimensionNumbers(-2, -1)
-    alone = scale_by_muon(weight_dimension_numbers=numbers)
-    tx = scale_by_muon(weight_dimension_numbers=numbers, mesh=mesh, param_specs=specs)
+    make = functools.partial(scale_by_muon, beta=0.5, weight_dimension_numbers=numbers)
+    alone, tx = make(), make(mesh=mesh, param_specs=specs)
     zeros = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     params = put(zeros, mesh, specs)
     state, state_alone = tx.init(params), alone.init(zeros)
