@@ -74,7 +74,7 @@ def muon(
     3. `nesterov` is Muon's only: AdamW stays AdamW.
     4. `weight_decay_mask` covers both groups, and `adam_weight_decay=None` follows
        `weight_decay`.
-    5. Leaves are routed by their roles, not by ``ndim == 2``: print `routing_report(params)`.
+    5. Leaves are routed by their roles, not by ``ndim == 2``: see `routing_report(params)`.
     6. A list of coefficients runs whole, and another `ns_steps` raises; Optax runs its last rows.
 
     Under `optax.inject_hyperparams`, which traces numbers and calls types, name `ns_steps` and
@@ -114,7 +114,7 @@ def muon(
       heads: see `scale_by_muon`.
       max_group_bytes: see `scale_by_muon`.
       mesh: the devices to share the optimizer's work and state on, ZeRO-1; None keeps both where
-        the parameters are. The state that `init` returns lies in its layout already. Print
+        the parameters are. The state that `init` returns lies in its layout already. See
         `sharding_report(params, mesh=mesh)`.
       zero1_axes: the mesh axes to shard the state over, besides those that shard the parameter
         itself; None means all over which a parameter is replicated. Axes left out repeat the work

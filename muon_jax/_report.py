@@ -42,9 +42,9 @@ class RoutingRow:
     reason: str
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class RoutingReport:
-    """The rows of `routing_report`; `str` draws the table."""
+    """The rows of `routing_report`; printed, or shown by a notebook, it is a table."""
 
     rows: tuple[RoutingRow, ...]
 
@@ -63,6 +63,8 @@ class RoutingReport:
             for row in self.rows
         ]
         return "\n".join([*table(header, cells), self._totals()])
+
+    __repr__ = __str__
 
     def _totals(self) -> str:
         size = {"muon": 0, "adam": 0}
@@ -84,7 +86,7 @@ def routing_report(
     consistent_rms: Scalar | DefaultRMS | None = DEFAULT_RMS,
     update_scale: UpdateScale | ShapeFunction | None = None,
 ) -> RoutingReport:
-    """Print and return, for each parameter, its group, matrices, update scale and the reason.
+    """For each parameter its group, its matrices, their update scale and the reason.
 
     Args:
       params: a pytree of arrays or of `jax.ShapeDtypeStruct`s.
@@ -95,13 +97,13 @@ def routing_report(
       update_scale: as given to `muon`.
 
     Returns:
-      A `RoutingReport`, whose `rows` are in the order of ``jax.tree.leaves(params)``.
+      A `RoutingReport`, whose `rows` are in the order of ``jax.tree.leaves(params)``; print it.
 
     Raises:
       ValueError, TypeError: where `muon` would, for the same leaves.
 
     Example:
-      >>> report = routing_report({"embed": jnp.ones((9, 4)), "proj": {"kernel": jnp.ones((4, 4))}})
+      >>> routing_report({"embed": jnp.ones((9, 4)), "proj": {"kernel": jnp.ones((4, 4))}})
       path         shape  group  matrix  batch  scale  because
       --------------------------------------------------------------
       embed        9x4    adam   -       -      -      embedding
@@ -112,9 +114,7 @@ def routing_report(
     routes, _ = route_leaves(params, muon_weight_dimension_numbers, heads)
     if isinstance(muon_weight_dimension_numbers, UseRoles):
         routes = note_names(routes, heads)
-    report = RoutingReport(tuple(_row(route, scale) for route in routes))
-    print(report)
-    return report
+    return RoutingReport(tuple(_row(route, scale) for route in routes))
 
 
 def _row(route: Route, scale: UpdateScale) -> RoutingRow:

@@ -71,9 +71,9 @@ class LeafRow:
     indivisible: bool
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class ShardingReport:
-    """The rows of `sharding_report`; `str` draws the table.
+    """The rows of `sharding_report`; printed, or shown by a notebook, they are a table.
 
     Attributes:
       rows: one for each shape group.
@@ -129,15 +129,17 @@ class ShardingReport:
         ]
         return "\n".join(lines)
 
+    __repr__ = __str__
+
 
 def _bytes(count: int) -> str:
     return in_units(count, "B")
 
 
 def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingReport:
-    """Print and return how `muon` divides its work and its state over a mesh.
+    """How `muon` divides its work and its state over a mesh.
 
-    The optimizer is traced, not run, and reports what it decided: what is printed is what the
+    The optimizer is traced, not run, and reports what it decided: what the report says is what the
     program does.
 
     Args:
@@ -147,14 +149,14 @@ def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingRe
         `max_group_bytes` and so on.
 
     Returns:
-      A `ShardingReport`.
+      A `ShardingReport`; print it.
 
     Raises:
       ValueError, TypeError: where `muon` would, for the same arguments.
 
     Example:
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-      >>> report = sharding_report({"kernel": jnp.ones((64, 64))}, mesh=mesh)
+      >>> sharding_report({"kernel": jnp.ones((64, 64))}, mesh=mesh)
       per device and step, on 1 devices:
       matrix  matrices  route  owners  padding  in   out  FLOPs       balance  state
       --------------------------------------------------------------------------------
@@ -168,9 +170,7 @@ def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingRe
     param_layouts(params, keywords.get("param_specs"), mesh)  # tracers would hide a sharding
     with recording() as record:
         jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
-    report = _report(record, params)
-    print(report)
-    return report
+    return _report(record, params)
 
 
 def _report(record: Record, params: PyTree) -> ShardingReport:

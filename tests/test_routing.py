@@ -580,7 +580,7 @@ def test_blocks_on_a_batch_axis_raise():
         matrices("qkv", (2, 8, 16), dimension_numbers=by_path({"qkv": blocks}))
 
 
-def test_report_prints_what_it_returns(capsys):
+def test_a_report_is_a_value_that_prints_as_a_table(capsys):
     params = {
         "embed": struct(9, 4),
         "experts": {"up": struct(3, 4, 16)},
@@ -590,7 +590,8 @@ def test_report_prints_what_it_returns(capsys):
     }
     rules = by_path({"qkv": FusedBlocks((4, 8))})
     report = routing_report(params, muon_weight_dimension_numbers=rules)
-    assert capsys.readouterr().out == str(report) + "\n"
+    assert capsys.readouterr().out == ""
+    assert repr(report) == str(report)  # what a notebook shows
     rows = {row.path: row for row in report.rows}
     assert rows["embed"].group == "adam"
     assert rows["embed"].matrices == ()

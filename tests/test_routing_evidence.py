@@ -260,7 +260,7 @@ def test_init_warns_once_of_assumed_matrices_that_look_like_tables(wrap):
         jax.eval_shape(muon(1e-3).update, TABLES, state, TABLES)
 
 
-def test_the_report_marks_what_looks_like_a_table(capsys):
+def test_the_report_marks_what_looks_like_a_table():
     rows = {row.path: row.reason for row in routing_report(TABLES).rows}
     assert rows["rows"] == "assumed matrix, maybe a table"
     assert rows["w"] == "assumed matrix"

@@ -29,12 +29,12 @@ def is_marked(**shapes):
     "leaf",
     [{"words__lookup_var": (50304, 2048)}, {"lookup__w": (32000, 4096)}, {"wcls": (2048, 50304)}],
 )
-def test_a_vocabulary_of_a_wide_model_is_marked(leaf, capsys):
+def test_a_vocabulary_of_a_wide_model_is_marked(leaf):
     (shape,) = leaf.values()
     assert is_marked(**leaf, mlp__w1=(min(shape), 11008), mlp__w2=(11008, min(shape)))
 
 
-def test_a_width_of_several_layers_is_no_vocabulary(capsys):
+def test_a_width_of_several_layers_is_no_vocabulary():
     layers = {f"{i}__mixer": (1024, 8192) for i in range(3)}
     assert not is_marked(**layers)
     assert not is_marked(a__mixer=(1024, 8192), b__other=(1024, 4096))
@@ -52,7 +52,7 @@ def test_a_width_of_several_layers_is_no_vocabulary(capsys):
         {"mixer__dt_proj__weight": (8192, 256)},
     ],
 )
-def test_narrow_maps_known_by_name_are_not_marked(leaf, capsys):
+def test_narrow_maps_known_by_name_are_not_marked(leaf):
     assert not is_marked(**leaf)
 
 

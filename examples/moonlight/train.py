@@ -30,7 +30,6 @@ device to rounding, and a run may change its mesh, or leave it, each time it is 
 
 import contextlib
 import dataclasses
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -285,10 +284,9 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
                 f"parameters and {state_bytes / 1e6:.2f} MB of optimizer state on each device"
             )
             if args.optimizer != "adamw":
-                with contextlib.redirect_stdout(io.StringIO()):
-                    report = sharding_report(
-                        params, mesh=mesh, param_specs=specs, muon_weight_dimension_numbers=roles
-                    )
+                report = sharding_report(
+                    params, mesh=mesh, param_specs=specs, muon_weight_dimension_numbers=roles
+                )
                 write_atomically(folder / SHARDING, f"{report}\n".encode())
 
         # State
