@@ -24,7 +24,7 @@ from examples.moonlight.model.dense import Dense
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.language_model import next_token_loss
 from examples.moonlight.model.moonlight import Moonlight
-from examples.moonlight.train import make_optimizer
+from examples.moonlight.training.optimizers import make_optimizer
 from examples.moonlight.training.steps import TrainState, make_train_steps
 
 Optimizer = Literal["muon", "adamw"]

@@ -29,89 +29,46 @@ device to rounding, and a run may change its mesh, or leave it, each time it is 
 """
 
 import contextlib
-import dataclasses
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import optax
 import rich
 import tyro
-from flax import nnx
-from jax.sharding import Mesh
+from rich.console import Console
 
-from examples.moonlight.data.batches import plan_spans, train_batches
-from examples.moonlight.data.sources import parse_mixes, parse_sources
-from examples.moonlight.data.tokenized import load_sources, token_byte_lengths
 from examples.moonlight.data.tokenizer import TOKENIZER
-from examples.moonlight.data.validation import make_validation
 from examples.moonlight.files import read_json, write_atomically
 from examples.moonlight.generation.decoding import Generator
 from examples.moonlight.generation.model_folder import copy_companions, stop_tokens
 from examples.moonlight.generation.sampling import Sampling
-from examples.moonlight.generation.texts import continue_texts, encode_prompt
+from examples.moonlight.generation.texts import continue_texts
 from examples.moonlight.huggingface.hf_config import ModelConfig
-from examples.moonlight.huggingface.hf_import import (
-    abstract_model,
-    check_pretrained,
-    load_pretrained,
-    make_model,
-)
-from examples.moonlight.model.config import Execution, MoonlightConfig
-from examples.moonlight.model.dense import Dense
-from examples.moonlight.model.experts import RouterBias
-from examples.moonlight.model.language_model import count_parameters
-from examples.moonlight.model.moonlight import Moonlight
-from examples.moonlight.model.sharding import ModelSharding, bytes_per_device, make_mesh
+from examples.moonlight.huggingface.hf_import import abstract_model
 from examples.moonlight.program import run_program
-from examples.moonlight.stages import make_plan, plan_table
+from examples.moonlight.stages import plan_table
 from examples.moonlight.terminal import make_sturdy
 from examples.moonlight.training import metrics
-from examples.moonlight.training.args import Args, resolve, settings_of
+from examples.moonlight.training.args import Args
 from examples.moonlight.training.branching import copy_branch, find_branch, go_back
 from examples.moonlight.training.checkpoint import CHECKPOINTS, Checkpoints
-from examples.moonlight.training.loop import Clock, History, Run, compile_programs, token_buffer
-from examples.moonlight.training.muonclip import attention_heads
+from examples.moonlight.training.job import Job, make_job
+from examples.moonlight.training.learner import Learner, make_learner
+from examples.moonlight.training.loop import (
+    Clock,
+    History,
+    Programs,
+    Run,
+    compile_programs,
+    token_buffer,
+)
 from examples.moonlight.training.nonfinite import guard, wrap
-from examples.moonlight.training.placement import state_shardings
 from examples.moonlight.training.plots import draw_plan
 from examples.moonlight.training.results import RESULTS, SCHEDULE, SHARDING, present, write_results
-from examples.moonlight.training.retention import EveryTokens, Retention
-from examples.moonlight.training.routing import read_roles
 from examples.moonlight.training.run_folder import open_run_folder
+from examples.moonlight.training.run_lock import RunLock
 from examples.moonlight.training.steps import TrainState, make_train_steps, make_validate
 from examples.moonlight.training.stopping import Stopped, StopRequest, quieten_signals
-from muon_jax import UseRoles, muon, qk_clip, sharding_report
-
-
-def make_optimizer(
-    name: str,
-    schedule: optax.Schedule,
-    weight_decay: float,
-    mesh: Mesh | None = None,
-    param_specs: Any = None,
-    clip: Sequence[optax.GradientTransformation] = (),
-    roles: UseRoles | None = None,
-) -> optax.GradientTransformation:
-    """Clipping, then the optimizer. Clipping after Muon would divide the update by its own norm.
-
-    QK-Clip, the `clip` of "muonclip", comes last: it scales the weights after the update. `roles`
-    are what the model's own loss shows of its parameters; None leaves it to their names.
-    """
-    if name == "adamw":
-        optimizer = optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=weight_decay)
-    else:
-        optimizer = muon(
-            schedule,
-            weight_decay=weight_decay,
-            mesh=mesh,
-            param_specs=param_specs,
-            muon_weight_dimension_numbers=roles,
-        )
-    return optax.chain(optax.clip_by_global_norm(1.0), optimizer, *clip)
+from examples.moonlight.training.texts import Texts, load_texts
 
 
 def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
@@ -140,221 +97,42 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
 
 def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[str, Any]:
     clock, console = Clock(), rich.get_console()
-    recipe = resolve(args)
-    sources = parse_sources(args.data)
-    mixes = parse_mixes(args.mix, sources)
-    plan = make_plan(recipe, bias_rate=args.bias_rate, mixes=mixes)
-
-    # Mesh
-    pretrained = None if args.init_from is None else Path(args.init_from)
-    if pretrained is not None:
-        config = check_pretrained(pretrained)
-    config = config or MoonlightConfig.preset(args.preset)
-    sharding = ModelSharding(None if args.mesh is None else make_mesh(args.mesh))
-    sharding.check_divides(("batch", "--batch-size", recipe.batch_size))
-    on_cpu = jax.default_backend() == "cpu"
-    execution = Execution(
-        dtype=jnp.dtype(args.compute_dtype),
-        sharding=sharding,
-        experts=args.experts or ("dense" if on_cpu else "ragged"),
-        expert_capacity=args.expert_capacity,
-        remat=args.remat,
-        unroll=on_cpu if args.unroll is None else args.unroll,
-        attention_block=args.attention_block,
-        loss_block=args.loss_block,
-        monitor=args.monitor_every > 0,
-    )
-
-    dropless = dataclasses.replace(execution, expert_capacity=None)
-
-    # Data
-    corpus = load_sources(
-        sources, vocab_size=config.vocab_size, cache_dir=args.cache_dir, pretrained=pretrained
-    )
-    sizes = {name: len(tokens) for name, tokens in corpus.train.items()}
-    console.print(
-        f"corpus {corpus.corpus_hash}: {sum(sizes.values()):,} training tokens, "
-        f"{sum(map(len, corpus.validation.values())):,} held out, vocabulary "
-        f"{corpus.tokenizer.get_vocab_size()}"
-    )
-    if pretrained is not None and corpus.tokenizer.get_vocab_size() > config.vocab_size:
-        raise ValueError(
-            f"--init-from {pretrained}: its tokenizer has {corpus.tokenizer.get_vocab_size()} "
-            f"tokens, and its model a vocab_size of {config.vocab_size}: they do not belong "
-            "together"
-        )
-    spans = plan_spans(plan, sizes)
-    batches = train_batches(
-        corpus.train,
-        spans,
-        sequence_length=recipe.sequence_length,
-        batch_size=recipe.batch_size,
-        seed=args.data_seed,
-    )
-    validation = make_validation(
-        corpus,
-        token_byte_lengths(corpus.tokenizer),
-        sequence_length=recipe.sequence_length,
-        batch_size=recipe.batch_size,
-        count=args.eval_windows,
-    )
-    prompt = encode_prompt(corpus.tokenizer, args.prompt, recipe.sequence_length)
-    if (windows := validation.windows_kbt.shape[1]) % sharding.batch_shards:
-        raise ValueError(
-            f"--mesh {args.mesh}: the validation batch of {windows} windows cannot be divided by "
-            f"{sharding.batch_shards}; give more data or more --eval-windows"
-        )
-
-    # Settings
-    folder = args.output_dir
-    if pretrained is None:
-        config = dataclasses.replace(config, vocab_size=corpus.tokenizer.get_vocab_size())
-    config = dataclasses.replace(
-        config,
-        max_position_embeddings=max(config.max_position_embeddings, recipe.sequence_length),
-    )
-    settings = settings_of(args, recipe, plan.steps)
-    settings |= {"config": dataclasses.asdict(config), "corpus": corpus.corpus_hash}
-    branch = find_branch(args.branch_from, folder, settings, spans)
-    goes_back = args.resume_step is not None
-    every = args.keep_every_tokens
-    retention = Retention(
-        latest=args.max_to_keep,
-        steps=[*plan.stage_ends().values()],
-        every_tokens=None if every is None else EveryTokens(every, plan.tokens),
-    )
-    stop.check("stopped before the first step: nothing was written")
+    job = make_job(args, config)
+    texts = load_texts(job, console)
+    job = job.with_vocabulary(texts.tokenizer.get_vocab_size())
+    settings = job.settings(texts.corpus_hash)
     with contextlib.ExitStack() as held:
-        lock = held.enter_context(
-            open_run_folder(folder, settings, resume=args.resume or goes_back, must_exist=goes_back)
-        )
-        write_atomically(folder / TOKENIZER, corpus.tokenizer.to_str(pretty=True).encode())
-        if pretrained is not None:
-            copy_companions(pretrained, folder)
-        if branch is not None:
-            copy_branch(branch, folder, console)
-        checkpoints = held.enter_context(
-            contextlib.closing(Checkpoints(folder / CHECKPOINTS, retention, console))
-        )
-        if args.resume_step is not None:
-            go_back(folder, checkpoints, args.resume_step, console)
-        if (folder / RESULTS).exists():
-            console.print(f"{folder} holds a finished run: nothing left to train")
-            return present(folder, read_json(folder / RESULTS))
-        console.print(plan_table(plan, recipe))
-        title = f"{args.init_from or f'Moonlight {args.preset}'}, {recipe.schedule} schedule"
-        draw_plan(folder / SCHEDULE, plan, title=title)
+        lock, checkpoints = _enter_folder(job, texts, settings, stop, console, held)
+        if (job.folder / RESULTS).exists():
+            console.print(f"{job.folder} holds a finished run: nothing left to train")
+            return present(job.folder, read_json(job.folder / RESULTS))
+        _show_plan(job, console)
 
-        # Model
-        def build(execution: Execution) -> Moonlight | Dense:
-            return make_model(config, rngs=nnx.Rngs(args.seed), execution=execution)
+        learner = make_learner(job, settings["qk_clip_threshold"])
+        learner.describe(console)
+        if (report := learner.sharding_report()) is not None:
+            write_atomically(job.folder / SHARDING, f"{report}\n".encode())
 
-        model = nnx.eval_shape(lambda: build(execution))
-        graphdef, params, _ = nnx.split(model, nnx.Param, RouterBias)
-        counts = count_parameters(model)
-        console.print(
-            f"{args.init_from or args.preset}: {counts.total:,} parameters, {counts.body:,} "
-            f"without embedding and head, {counts.active:,} of those active per token; "
-            f"{args.optimizer}, peak rate {recipe.learning_rate:g}, {args.compute_dtype} on "
-            f"{jax.devices()[0].device_kind}"
-        )
-
-        # Optimizer
-        mesh = sharding.mesh
-        specs = None if mesh is None else sharding.param_shardings(params)
-        clip = []
-        if args.optimizer == "muonclip":
-            clip = [qk_clip(attention_heads(config), settings["qk_clip_threshold"])]
-        roles = read_roles(config)
-        optimizer = make_optimizer(
-            args.optimizer, plan.learning_rate, args.weight_decay, mesh, specs, clip, roles
-        )
-
-        def start() -> TrainState:
-            _, params, bias = nnx.split(build(execution), nnx.Param, RouterBias)
-            return TrainState(params, bias, optimizer.init(params))
-
-        abstract = jax.eval_shape(start)
-        shardings = state_shardings(abstract, optimizer, args.optimizer, sharding)
-        state_bytes = bytes_per_device(abstract.opt_state, shardings.opt_state)
-        if mesh is not None:
-            console.print(
-                f"mesh {sharding}: "
-                f"{bytes_per_device(abstract.params, shardings.params) / 1e6:.2f} MB of "
-                f"parameters and {state_bytes / 1e6:.2f} MB of optimizer state on each device"
-            )
-            if args.optimizer != "adamw":
-                report = sharding_report(
-                    params, mesh=mesh, param_specs=specs, muon_weight_dimension_numbers=roles
-                )
-                write_atomically(folder / SHARDING, f"{report}\n".encode())
-
-        # State
-        step, history = 0, History()
-        if checkpoints.latest_step() is not None:
-            target = jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings)
-            restored = checkpoints.restore(
-                model={"params": target.params, "router_bias": target.bias},
-                optimizer=target.opt_state,
-            )
-            step, saved = restored.step, restored.progress
-            params, bias = (restored.model[name] for name in ("params", "router_bias"))
-            state = TrainState(params, bias, restored.optimizer)
-            clock.add(saved["clock"])
-            history = History.read(saved["history"])
-            batches.set_state(saved["data"])
-            console.print(f"continuing after step {step}, in the stage {plan.segment(step).stage}")
-        elif pretrained is not None:
-            _, params, bias = load_pretrained(pretrained, execution, console=console)
-            init = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
-            state = TrainState(params, bias, init(params))
-        elif mesh is None:
-            state = start()  # eagerly: one compilation per shape, not one of all draws
-        else:
-            state = jax.jit(start, out_shardings=shardings)()
-        if step < plan.steps and [*history.meshes.values()][-1:] != [str(sharding)]:
-            history.meshes[str(step + 1)] = str(sharding)
-        guarded = guard(optimizer, args.on_nonfinite)
+        state, step, history = _restore_or_start(learner, texts, checkpoints, clock, console)
         state = state._replace(opt_state=wrap(state.opt_state, args.on_nonfinite, history.skipped))
-
-        # Loop
         log = held.enter_context(
-            contextlib.closing(metrics.MetricsLog(folder, after_step=step, console=console))
+            contextlib.closing(metrics.MetricsLog(job.folder, after_step=step, console=console))
         )
         stop.check(f"stopped after step {step}")
-        if step < plan.steps:
+
+        if step < job.plan.steps:
             started = clock.wall_seconds
-            programs = compile_programs(
-                make_train_steps(
-                    graphdef,
-                    guarded,
-                    plan.learning_rate,
-                    bias_rate=plan.bias_rate,
-                    on_nonfinite=args.on_nonfinite,
-                    roles=roles,
-                    monitor=execution.monitor,
-                ),
-                make_validate(abstract_model(config, dropless)[0]),
-                state=state,
-                shardings=shardings._replace(
-                    opt_state=wrap(
-                        shardings.opt_state, args.on_nonfinite, history.skipped, sharding.place()
-                    )
-                ),
-                sharding=sharding,
-                buffer_sabt=token_buffer(args, recipe, plan),
-                windows_kbt=validation.windows_kbt,
-            )
+            programs = _compile(learner, texts, state, history)
             console.print(f"compiled in {clock.wall_seconds - started:.1f} s")
             stop.check(f"stopped after step {step}")
             run = Run(
                 args=args,
-                recipe=recipe,
-                plan=plan,
+                recipe=job.recipe,
+                plan=job.plan,
                 programs=programs,
-                batches=batches,
-                spans=spans,
-                validation=validation,
+                batches=texts.batches,
+                spans=texts.spans,
+                validation=texts.validation,
                 checkpoints=checkpoints,
                 lock=lock,
                 stop=stop,
@@ -365,43 +143,137 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
             )
             state = run.to_the_end(state, step)
 
-        # Results
-        generator = Generator(
-            abstract_model(config, dropless)[0],
-            state.params,
-            state.bias,
-            batch=1,
-            length=recipe.sequence_length,
-            chunk=1,  # one program to compile: the prompt is short
-            sampling=Sampling(seed=args.seed),
-            sharding=sharding,
-        )
-        [continuation] = continue_texts(
-            generator,
-            corpus.tokenizer,
-            [prompt],
-            max_new_tokens=recipe.sequence_length,
-            stop_ids=stop_tokens(folder, corpus.tokenizer),
-        )
         results = {
-            "steps": plan.steps,
-            "stages": plan.stage_ends(),
-            "tokens": plan.tokens(plan.steps),
-            "tokens_per_second": plan.tokens(plan.steps) / clock.step_seconds,
-            "wall_seconds": clock.wall_seconds,
-            "bytes_per_token": validation.bytes_per_token,
-            "parameters": counts._asdict(),
+            **_numbers(learner, texts, history, clock),
             "settings": settings,
-            "meshes": history.meshes,
-            "skipped_updates": history.skipped.total,
-            "optimizer_state_bytes_per_device": state_bytes,
-            "sample": args.prompt + continuation,
+            "sample": args.prompt + _continue_prompt(job, texts, state),
         }
-        stop.check(f"stopped after step {plan.steps}, before the results were written")
+        stop.check(f"stopped after step {job.plan.steps}, before the results were written")
         lock.check()
         last, best = history.validation, history.best
         assert last is not None and best is not None  # the last step is validated
-        return present(folder, write_results(folder, last, best, results))
+        return present(job.folder, write_results(job.folder, last, best, results))
+
+
+def _enter_folder(
+    job: Job,
+    texts: Texts,
+    settings: dict[str, Any],
+    stop: StopRequest,
+    console: Console,
+    held: contextlib.ExitStack,
+) -> tuple[RunLock, Checkpoints]:
+    """The run's folder, locked, with all that a new run begins with; and its checkpoints."""
+    args, folder = job.args, job.folder
+    branch = find_branch(args.branch_from, folder, settings, texts.spans)
+    goes_back = args.resume_step is not None
+    stop.check("stopped before the first step: nothing was written")
+    lock = held.enter_context(
+        open_run_folder(folder, settings, resume=args.resume or goes_back, must_exist=goes_back)
+    )
+    write_atomically(folder / TOKENIZER, texts.tokenizer.to_str(pretty=True).encode())
+    if job.pretrained is not None:
+        copy_companions(job.pretrained, folder)
+    if branch is not None:
+        copy_branch(branch, folder, console)
+    checkpoints = held.enter_context(
+        contextlib.closing(Checkpoints(folder / CHECKPOINTS, job.retention, console))
+    )
+    if args.resume_step is not None:
+        go_back(folder, checkpoints, args.resume_step, console)
+    return lock, checkpoints
+
+
+def _show_plan(job: Job, console: Console) -> None:
+    console.print(plan_table(job.plan, job.recipe))
+    name = job.args.init_from or f"Moonlight {job.args.preset}"
+    title = f"{name}, {job.recipe.schedule} schedule"
+    draw_plan(job.folder / SCHEDULE, job.plan, title=title)
+
+
+def _restore_or_start(
+    learner: Learner, texts: Texts, checkpoints: Checkpoints, clock: Clock, console: Console
+) -> tuple[TrainState, int, History]:
+    """The state, the step that it is after, and the run's course so far."""
+    job = learner.job
+    if checkpoints.latest_step() is None:
+        state, step, history = learner.start(console), 0, History()
+    else:
+        state, restored = learner.restore(checkpoints)
+        step, saved = restored.step, restored.progress
+        history = History.read(saved["history"])
+        clock.add(saved["clock"])
+        texts.batches.set_state(saved["data"])
+        stage = job.plan.segment(step).stage
+        console.print(f"continuing after step {step}, in the stage {stage}")
+    if step < job.plan.steps and [*history.meshes.values()][-1:] != [str(job.sharding)]:
+        history.meshes[str(step + 1)] = str(job.sharding)
+    return state, step, history
+
+
+def _compile(learner: Learner, texts: Texts, state: TrainState, history: History) -> Programs:
+    """The programs of the loop; updates that are not finite are left out if that is asked for."""
+    job, args = learner.job, learner.job.args
+    steps = make_train_steps(
+        learner.graphdef,
+        guard(learner.optimizer, args.on_nonfinite),
+        job.plan.learning_rate,
+        bias_rate=job.plan.bias_rate,
+        on_nonfinite=args.on_nonfinite,
+        roles=learner.roles,
+        monitor=job.execution.monitor,
+    )
+    scalar = job.sharding.place()
+    opt_state = wrap(learner.shardings.opt_state, args.on_nonfinite, history.skipped, scalar)
+    return compile_programs(
+        steps,
+        make_validate(abstract_model(job.config, job.dropless)[0]),
+        state=state,
+        shardings=learner.shardings._replace(opt_state=opt_state),
+        sharding=job.sharding,
+        buffer_sabt=token_buffer(args, job.recipe, job.plan),
+        windows_kbt=texts.validation.windows_kbt,
+    )
+
+
+def _continue_prompt(job: Job, texts: Texts, state: TrainState) -> str:
+    """What the trained model writes after the prompt."""
+    generator = Generator(
+        abstract_model(job.config, job.dropless)[0],
+        state.params,
+        state.bias,
+        batch=1,
+        length=job.recipe.sequence_length,
+        chunk=1,  # one program to compile: the prompt is short
+        sampling=Sampling(seed=job.args.seed),
+        sharding=job.sharding,
+    )
+    [continuation] = continue_texts(
+        generator,
+        texts.tokenizer,
+        [texts.prompt],
+        max_new_tokens=job.recipe.sequence_length,
+        stop_ids=stop_tokens(job.folder, texts.tokenizer),
+    )
+    return continuation
+
+
+def _numbers(learner: Learner, texts: Texts, history: History, clock: Clock) -> dict[str, Any]:
+    """What a finished run counted and measured, its losses apart."""
+    plan = learner.job.plan
+    tokens = plan.tokens(plan.steps)
+    return {
+        "steps": plan.steps,
+        "stages": plan.stage_ends(),
+        "tokens": tokens,
+        "tokens_per_second": tokens / clock.step_seconds,
+        "wall_seconds": clock.wall_seconds,
+        "bytes_per_token": texts.validation.bytes_per_token,
+        "parameters": learner.counts._asdict(),
+        "meshes": history.meshes,
+        "skipped_updates": history.skipped.total,
+        "optimizer_state_bytes_per_device": learner.state_bytes,
+    }
 
 
 def main(args: Args | None = None, config: ModelConfig | None = None) -> None:
