@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import environment, median, time_interleaved, write_json
-from examples.moonlight.training import checkpoint
-from examples.moonlight.training.checkpoint import Checkpoints
-from examples.moonlight.training.retention import Retention
+from examples.moonlight.run_folder import checkpoint
+from examples.moonlight.run_folder.checkpoint import Checkpoints
+from examples.moonlight.run_folder.retention import Retention
 
 
 @dataclasses.dataclass(frozen=True)

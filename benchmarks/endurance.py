@@ -37,8 +37,8 @@ from rich.table import Table
 
 from benchmarks.damage import DAMAGE
 from benchmarks.harness import environment, write_json
-from examples.moonlight.training import metrics, seal
-from examples.moonlight.training.checkpoint import CHECKPOINTS, kept_steps
+from examples.moonlight.run_folder import metrics, seal
+from examples.moonlight.run_folder.checkpoint import CHECKPOINTS, kept_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS, EVERY = 60, 10

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import environment, median, time_interleaved, write_json
-from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.training.routing import abstract_loss
 from muon_jax import by_use
 

@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import environment, write_json
-from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelSharding, make_mesh
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.language_model import next_token_loss
 from examples.moonlight.model.moonlight import Moonlight
-from examples.moonlight.model.sharding import BATCH_AXES, ModelSharding, make_mesh
 from muon_jax import muon, opt_state_shardings
 
 DEVICES = 8

@@ -26,11 +26,12 @@ from benchmarks import hlo
 from benchmarks.scale_cases import SCALES, Scale
 from benchmarks.step import newton_schulz_flops
 from benchmarks.targets import make_mesh
-from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.execution.sharding import BATCH_AXES, MESH_AXES, ModelSharding
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.language_model import ParameterCounts
 from examples.moonlight.model.moonlight import Moonlight, parameter_counts
-from examples.moonlight.model.sharding import BATCH_AXES, MESH_AXES, ModelSharding
 from examples.moonlight.training.placement import state_shardings
 from examples.moonlight.training.steps import TrainState, make_train_steps
 from muon_jax import muon

@@ -22,7 +22,7 @@ from rich.table import Table
 from benchmarks.harness import environment, median, time_interleaved, write_json
 from benchmarks.train_ours import Optimizer, Ours
 from benchmarks.train_theirs import Theirs
-from examples.moonlight.huggingface.hf_config import ModelConfig
+from examples.moonlight.huggingface.config import ModelConfig
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig
 from examples.moonlight.model.language_model import count_parameters

@@ -18,9 +18,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from examples.moonlight.huggingface.hf_config import ModelConfig
-from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.huggingface.config import ModelConfig
+from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import Dense
+from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.language_model import next_token_loss
 from examples.moonlight.model.moonlight import Moonlight

@@ -1,6 +1,6 @@
 """The other side of `benchmarks/train.py`: the same model in transformers, trained by torch.
 
-It begins with our weights, by the names of `huggingface/hf_names.py`, so that the losses
+It begins with our weights, by the names of `huggingface/names.py`, so that the losses
 show that both sides compute the same. The calls are those of `train_ours.py`.
 """
 
@@ -16,8 +16,9 @@ from flax import nnx
 
 from benchmarks.train_ours import LEARNING_RATE, WEIGHT_DECAY, Calls, Optimizer
 from examples.moonlight import hf_export
-from examples.moonlight.huggingface import hf_import, hf_names
-from examples.moonlight.huggingface.hf_config import ModelConfig, config_fields
+from examples.moonlight.huggingface import names as hf_names
+from examples.moonlight.huggingface import pretrained as hf_import
+from examples.moonlight.huggingface.config import ModelConfig, config_fields
 from examples.one_thread import available_cores
 
 # What transformers offers for the same result. The fastest is timed, so that the peer is at its

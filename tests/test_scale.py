@@ -10,8 +10,8 @@ from benchmarks import hlo, scale, scale_steps
 from benchmarks.scale_cases import SCALES
 from benchmarks.scale_steps import Job
 from examples.moonlight.model import config as moonlight_config
-from examples.moonlight.model import grouped
-from examples.moonlight.model.dispatch import SLACK
+from examples.moonlight.model.execution import grouped
+from examples.moonlight.model.execution.dispatch import SLACK
 
 TOY = dataclasses.replace(
     moonlight_config.PRESETS["tiny"],

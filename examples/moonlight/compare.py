@@ -30,14 +30,14 @@ import rich
 import tyro
 from rich.table import Table
 
+from examples.moonlight.common.files import write_atomically
+from examples.moonlight.common.program import run_program
 from examples.moonlight.data.tokenized import load_corpus
-from examples.moonlight.files import write_atomically
 from examples.moonlight.model.config import MoonlightConfig
-from examples.moonlight.program import run_program
-from examples.moonlight.training import metrics
+from examples.moonlight.run_folder import metrics
+from examples.moonlight.run_folder.folder import RESULTS
 from examples.moonlight.training.args import RECIPES
 from examples.moonlight.training.plots import draw_comparison
-from examples.moonlight.training.results import RESULTS
 from examples.one_thread import cores, one_thread_environment
 
 PRESET = "tiny"

@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
+from examples.moonlight.common.json_text import read_jsonl
+from examples.moonlight.common.program import run_program
+from examples.moonlight.common.untrusted import read_text
 from examples.moonlight.data.tokenizer import encode_text
 from examples.moonlight.generation.chat import Message, load_chat_template
 from examples.moonlight.generation.decoding import Generator, check_lengths
 from examples.moonlight.generation.model_folder import open_model
 from examples.moonlight.generation.sampling import Sampling
 from examples.moonlight.generation.texts import continue_texts, converse
-from examples.moonlight.json_text import read_jsonl
-from examples.moonlight.model.config import Execution
-from examples.moonlight.model.sharding import ModelSharding, make_mesh
-from examples.moonlight.program import run_program
-from examples.moonlight.untrusted import read_text
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
 
 # A conversation's cache where --max-length is silent: more would be memory that few of them use.
 CHAT_LENGTH = 8192

@@ -11,9 +11,9 @@ import rich
 import tyro
 from rich.table import Table
 
-from examples.moonlight.huggingface import hf_names
-from examples.moonlight.huggingface.hf_import import checked_files
-from examples.moonlight.program import run_program
+from examples.moonlight.common.program import run_program
+from examples.moonlight.huggingface import names as hf_names
+from examples.moonlight.huggingface.pretrained import checked_files
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,20 +24,20 @@ from flax import nnx
 from rich.console import Console
 from safetensors.numpy import save_file
 
+from examples.moonlight.common.program import run_program
 from examples.moonlight.generation.model_folder import open_model
-from examples.moonlight.huggingface import hf_names
-from examples.moonlight.huggingface.hf_config import CONFIG_FILE, ModelConfig, config_fields
-from examples.moonlight.huggingface.hf_files import INDEX_FILE, SINGLE_FILE
-from examples.moonlight.huggingface.hf_import import bounds_of, byte_bar, path_names
-from examples.moonlight.huggingface.hf_tokenizer import (
+from examples.moonlight.huggingface import names as hf_names
+from examples.moonlight.huggingface.config import CONFIG_FILE, ModelConfig, config_fields
+from examples.moonlight.huggingface.files import INDEX_FILE, SINGLE_FILE
+from examples.moonlight.huggingface.pretrained import bounds_of, byte_bar, path_names
+from examples.moonlight.huggingface.tokenizer import (
     GENERATION_CONFIG_FILE,
     token_ids,
     write_json,
     write_tokenizer,
 )
-from examples.moonlight.model.config import Execution
-from examples.moonlight.model.sharding import ModelSharding, make_mesh
-from examples.moonlight.program import run_program
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 

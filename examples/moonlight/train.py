@@ -19,13 +19,14 @@ RUN@STEP` another run begins there, with another cooldown, say.
         --output-dir runs/continued
 
 goes on with the weights of a Hugging Face directory, on its own tokenizer: a Moonlight, or a dense
-Qwen2 or Llama (`hf_import.py`).
+Qwen2 or Llama (`huggingface/pretrained.py`).
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 \
         python -m examples.moonlight.train --mesh data=2,expert=2,tensor=2 --output-dir runs/mesh
 
-trains on a mesh (see `sharding.py`), here of eight virtual CPU devices. Its losses are those of one
-device to rounding, and a run may change its mesh, or leave it, each time it is resumed.
+trains on a mesh (see `model/execution/sharding.py`), here of eight virtual CPU devices. Its losses
+are those of one device to rounding, and a run may change its mesh, or leave it, each time it is
+resumed.
 """
 
 import contextlib
@@ -36,21 +37,23 @@ import rich
 import tyro
 from rich.console import Console
 
+from examples.moonlight.common.files import read_json, write_atomically
+from examples.moonlight.common.program import run_program
+from examples.moonlight.common.terminal import make_sturdy
 from examples.moonlight.data.tokenizer import TOKENIZER
-from examples.moonlight.files import read_json, write_atomically
 from examples.moonlight.generation.decoding import Generator
 from examples.moonlight.generation.model_folder import copy_companions, stop_tokens
 from examples.moonlight.generation.sampling import Sampling
 from examples.moonlight.generation.texts import continue_texts
-from examples.moonlight.huggingface.hf_config import ModelConfig
-from examples.moonlight.huggingface.hf_import import abstract_model
-from examples.moonlight.program import run_program
-from examples.moonlight.stages import plan_table
-from examples.moonlight.terminal import make_sturdy
-from examples.moonlight.training import metrics
+from examples.moonlight.huggingface.config import ModelConfig
+from examples.moonlight.huggingface.pretrained import abstract_model
+from examples.moonlight.run_folder import metrics
+from examples.moonlight.run_folder.branching import copy_branch, find_branch, go_back
+from examples.moonlight.run_folder.checkpoint import CHECKPOINTS, Checkpoints
+from examples.moonlight.run_folder.folder import RESULTS, open_run_folder
+from examples.moonlight.run_folder.lock import RunLock
+from examples.moonlight.schedule.stages import plan_table
 from examples.moonlight.training.args import Args
-from examples.moonlight.training.branching import copy_branch, find_branch, go_back
-from examples.moonlight.training.checkpoint import CHECKPOINTS, Checkpoints
 from examples.moonlight.training.job import Job, make_job
 from examples.moonlight.training.learner import Learner, make_learner
 from examples.moonlight.training.loop import (
@@ -63,9 +66,7 @@ from examples.moonlight.training.loop import (
 )
 from examples.moonlight.training.nonfinite import guard, wrap
 from examples.moonlight.training.plots import draw_plan
-from examples.moonlight.training.results import RESULTS, SCHEDULE, SHARDING, present, write_results
-from examples.moonlight.training.run_folder import open_run_folder
-from examples.moonlight.training.run_lock import RunLock
+from examples.moonlight.training.results import SCHEDULE, SHARDING, present, write_results
 from examples.moonlight.training.steps import TrainState, make_train_steps, make_validate
 from examples.moonlight.training.stopping import Stopped, StopRequest, quieten_signals
 from examples.moonlight.training.texts import Texts, load_texts

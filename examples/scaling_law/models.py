@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.moonlight.model.config import Execution, MoonlightConfig, gate_scale
+from examples.moonlight.model.config import MoonlightConfig, gate_scale
 from examples.moonlight.model.dense import Dense, DenseConfig
+from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.language_model import (
     LanguageModel,
     ParameterCounts,

@@ -17,7 +17,7 @@ from typing import Any
 import rich
 import tyro
 
-from examples.moonlight.files import write_atomically
+from examples.moonlight.common.files import write_atomically
 from examples.scaling_law import figures, tables
 from examples.scaling_law.ablations import SIZE, ablations
 from examples.scaling_law.analysis import summarize, summarize_ablation

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from examples.moonlight.huggingface import hf_names
-from examples.moonlight.huggingface.hf_config import ModelConfig, config_fields
+from examples.moonlight.huggingface import names as hf_names
+from examples.moonlight.huggingface.config import ModelConfig, config_fields
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig
 

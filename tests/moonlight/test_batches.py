@@ -9,7 +9,7 @@ import pytest
 
 from examples.moonlight.data import batches
 from examples.moonlight.data.batches import Span
-from examples.moonlight.stages import make_plan
+from examples.moonlight.schedule.stages import make_plan
 from examples.moonlight.training.args import Args, resolve
 
 GENERAL, QUALITY = np.arange(4 * 12 + 1), np.arange(1000, 1000 + 4 * 7 + 1)

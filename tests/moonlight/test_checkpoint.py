@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 
 from benchmarks.damage import DAMAGE
-from examples.moonlight.program import ThreadsLeft
-from examples.moonlight.training import seal
-from examples.moonlight.training.checkpoint import (
+from examples.moonlight.common.program import ThreadsLeft
+from examples.moonlight.run_folder import seal
+from examples.moonlight.run_folder.checkpoint import (
     Checkpoints,
     check_checkpoint,
     copy_checkpoint,
@@ -25,8 +25,8 @@ from examples.moonlight.training.checkpoint import (
     read_model,
     read_progress,
 )
-from examples.moonlight.training.retention import EveryTokens, Retention
-from examples.moonlight.training.seal import Damaged
+from examples.moonlight.run_folder.retention import EveryTokens, Retention
+from examples.moonlight.run_folder.seal import Damaged
 
 
 def test_checkpoints_are_kept_by_every_policy(tmp_path: Path):

@@ -9,7 +9,7 @@ import toy
 
 from examples.moonlight import compare
 from examples.moonlight.data.tokenized import load_corpus
-from examples.moonlight.training import metrics
+from examples.moonlight.run_folder import metrics
 from examples.one_thread import cores
 
 

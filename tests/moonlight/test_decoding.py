@@ -15,9 +15,9 @@ from flax import nnx
 
 from examples.moonlight.generation.decoding import Generator
 from examples.moonlight.generation.sampling import Sampling, draw, likeliest
-from examples.moonlight.huggingface.hf_import import abstract_model, load_pretrained
-from examples.moonlight.model.config import Execution
-from examples.moonlight.model.sharding import ModelSharding, make_mesh
+from examples.moonlight.huggingface.pretrained import abstract_model, load_pretrained
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
 
 CONFIG = dataclasses.replace(hf_toy.MOONLIGHT, vocab_size=300, max_position_embeddings=64)
 LENGTH, CHUNK = 40, 4

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.moonlight.model.config import Execution
 from examples.moonlight.model.dense import Dense, DenseConfig
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelSharding, make_mesh
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.language_model import count_parameters, next_token_loss
-from examples.moonlight.model.sharding import BATCH_AXES, ModelSharding, make_mesh
 from examples.moonlight.training.steps import TrainState, make_train_steps
 from muon_jax import muon, routing_report
 

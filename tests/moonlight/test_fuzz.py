@@ -20,17 +20,17 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from examples.moonlight.common.files import read_json
 from examples.moonlight.data.corpus import load_documents
 from examples.moonlight.data.tokenizer import encode_text, load_tokenizer
-from examples.moonlight.files import read_json
 from examples.moonlight.generate import read_prompts
 from examples.moonlight.generation import template_worker
 from examples.moonlight.generation.chat import Message, load_chat_template
 from examples.moonlight.generation.model_folder import stop_tokens
 from examples.moonlight.generation.template_process import Limits, TemplateProcess
-from examples.moonlight.huggingface.hf_config import FAMILIES, config_fields, read_config
-from examples.moonlight.huggingface.hf_files import TensorFiles
-from examples.moonlight.huggingface.hf_import import check_pretrained
+from examples.moonlight.huggingface.config import FAMILIES, config_fields, read_config
+from examples.moonlight.huggingface.files import TensorFiles
+from examples.moonlight.huggingface.pretrained import check_pretrained
 from examples.moonlight.model.dense import DenseConfig
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))

@@ -19,10 +19,10 @@ from examples.moonlight.generate import Args, cache_length, generate, read_promp
 from examples.moonlight.generation.chat import Message
 from examples.moonlight.generation.model_folder import copy_companions, open_model, stop_tokens
 from examples.moonlight.generation.texts import continue_texts, converse
-from examples.moonlight.huggingface.hf_import import load_pretrained
-from examples.moonlight.model.config import Execution
-from examples.moonlight.training.checkpoint import Checkpoints
-from examples.moonlight.training.retention import Retention
+from examples.moonlight.huggingface.pretrained import load_pretrained
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.run_folder.checkpoint import Checkpoints
+from examples.moonlight.run_folder.retention import Retention
 
 CONFIG = dataclasses.replace(hf_toy.MOONLIGHT, vocab_size=300, max_position_embeddings=64)
 SPECIAL = ["[EOS]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>"]

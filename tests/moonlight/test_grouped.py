@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples.moonlight.model import grouped
+from examples.moonlight.model.execution import grouped
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import math
 import hf_toy
 import pytest
 
-from examples.moonlight.huggingface import hf_names
-from examples.moonlight.huggingface.hf_config import config_fields, parse_config, read_config
+from examples.moonlight.huggingface import names as hf_names
+from examples.moonlight.huggingface.config import config_fields, parse_config, read_config
 from examples.moonlight.model.config import MoonlightConfig
 
 PUBLISHED = MoonlightConfig.preset("moonlight-16b-a3b")

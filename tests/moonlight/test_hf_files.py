@@ -17,13 +17,14 @@ from tokenizers import Tokenizer, models
 
 from examples.moonlight import hf_check, hf_export
 from examples.moonlight.hf_export import export_pretrained
-from examples.moonlight.huggingface import hf_import, hf_names
-from examples.moonlight.huggingface.hf_files import TensorFiles
-from examples.moonlight.huggingface.hf_import import Pretrained, load_pretrained
-from examples.moonlight.model.config import Execution
-from examples.moonlight.model.sharding import ModelSharding, make_mesh
-from examples.moonlight.training.checkpoint import Checkpoints
-from examples.moonlight.training.retention import Retention
+from examples.moonlight.huggingface import names as hf_names
+from examples.moonlight.huggingface import pretrained as hf_import
+from examples.moonlight.huggingface.files import TensorFiles
+from examples.moonlight.huggingface.pretrained import Pretrained, load_pretrained
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
+from examples.moonlight.run_folder.checkpoint import Checkpoints
+from examples.moonlight.run_folder.retention import Retention
 
 TOY = hf_toy.MOONLIGHT
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

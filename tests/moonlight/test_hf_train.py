@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, models
 
 from examples.moonlight import hf_export
 from examples.moonlight.generation.model_folder import open_model
-from examples.moonlight.huggingface.hf_import import make_model
-from examples.moonlight.model.config import Execution
+from examples.moonlight.huggingface.pretrained import make_model
+from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.experts import RouterBias
+from examples.moonlight.run_folder import metrics
 from examples.moonlight.train import train
-from examples.moonlight.training import metrics
 
 
 def losses(run: Path, kind: str) -> list[float]:

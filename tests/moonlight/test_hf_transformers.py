@@ -25,9 +25,12 @@ from examples.moonlight.data.tokenized import END_OF_TEXT
 from examples.moonlight.generation.decoding import Generator
 from examples.moonlight.generation.sampling import Sampling, likeliest
 from examples.moonlight.hf_export import export_pretrained
-from examples.moonlight.huggingface import hf_config, hf_import, hf_names
-from examples.moonlight.huggingface.hf_import import load_pretrained
-from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.huggingface import config as hf_config
+from examples.moonlight.huggingface import names as hf_names
+from examples.moonlight.huggingface import pretrained as hf_import
+from examples.moonlight.huggingface.pretrained import load_pretrained
+from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.language_model import next_token_loss
 
 TOKENS = np.random.default_rng(3).integers(0, 62, (2, 14))

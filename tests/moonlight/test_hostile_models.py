@@ -17,14 +17,16 @@ from tokenizers import Tokenizer, models
 from examples.moonlight import hf_check
 from examples.moonlight.generation.model_folder import copy_companions, open_model, stop_tokens
 from examples.moonlight.hf_export import export_pretrained
-from examples.moonlight.huggingface import hf_import, hf_names
-from examples.moonlight.huggingface.hf_config import FAMILIES, config_fields, parse_config
-from examples.moonlight.huggingface.hf_files import TensorFiles, first_not_finite
-from examples.moonlight.huggingface.hf_import import check_pretrained, load_pretrained
-from examples.moonlight.huggingface.hf_tokenizer import token_ids
-from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.huggingface import names as hf_names
+from examples.moonlight.huggingface import pretrained as hf_import
+from examples.moonlight.huggingface.config import FAMILIES, config_fields, parse_config
+from examples.moonlight.huggingface.files import TensorFiles, first_not_finite
+from examples.moonlight.huggingface.pretrained import check_pretrained, load_pretrained
+from examples.moonlight.huggingface.tokenizer import token_ids
+from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig
-from examples.moonlight.model.sharding import ModelSharding, make_mesh
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
 
 BIG = 10**9
 TENSORS = {name: hf_toy.hard_tensors(config) for name, config in hf_toy.FAMILIES.items()}

@@ -15,7 +15,7 @@ import pytest
 from hostile import bounded, edit_json, sparse
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from examples.moonlight import program
+from examples.moonlight.common import program
 from examples.moonlight.data.corpus import load_documents, split_documents
 from examples.moonlight.data.tokenized import load_sources
 from examples.moonlight.data.tokenizer import _last_merge, encode_text, load_tokenizer
@@ -376,7 +376,7 @@ def test_a_templates_process_is_one_and_ends_with_it(tmp_path):
 
 def test_a_templates_process_imports_jinja2_only():
     """Nothing of JAX, so that it starts at once; and nothing of the folder that it lies in."""
-    worker = Path(program.__file__).parent / "generation" / "template_worker.py"
+    worker = Path(program.__file__).parents[1] / "generation" / "template_worker.py"
     code = f"import runpy, sys; runpy.run_path({str(worker)!r}); print(*sorted(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     modules = {name.split(".")[0] for name in found.stdout.split()}

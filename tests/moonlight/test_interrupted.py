@@ -15,10 +15,11 @@ import toy
 from rich.console import Console
 
 from examples.moonlight import train as program
+from examples.moonlight.run_folder import metrics
+from examples.moonlight.run_folder.checkpoint import kept_steps
+from examples.moonlight.run_folder.lock import FolderInUse, FolderLost, RunLock
 from examples.moonlight.train import train
-from examples.moonlight.training import loop, metrics
-from examples.moonlight.training.checkpoint import kept_steps
-from examples.moonlight.training.run_lock import FolderInUse, FolderLost, RunLock
+from examples.moonlight.training import loop
 from examples.moonlight.training.stopping import SIGNALS, Stopped
 
 

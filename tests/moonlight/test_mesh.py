@@ -17,13 +17,19 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.execution.sharding import (
+    BATCH_AXES,
+    MESH_AXES,
+    ModelSharding,
+    make_mesh,
+)
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.language_model import next_token_loss
 from examples.moonlight.model.moonlight import Moonlight
-from examples.moonlight.model.sharding import BATCH_AXES, MESH_AXES, ModelSharding, make_mesh
+from examples.moonlight.run_folder import metrics
 from examples.moonlight.train import train
-from examples.moonlight.training import metrics
 
 CUBE, FLAT = "data=2,expert=2,tensor=2", "data=8"
 

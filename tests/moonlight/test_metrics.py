@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from examples.moonlight.training import metrics
-from examples.moonlight.training.board import Board
+from examples.moonlight.run_folder import metrics
+from examples.moonlight.run_folder.board import Board
 
 
 @contextlib.contextmanager

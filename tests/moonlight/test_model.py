@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.moonlight.model.config import PRESETS, Execution, MoonlightConfig, gate_scale
+from examples.moonlight.model.config import PRESETS, MoonlightConfig, gate_scale
+from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.experts import MoE, RouterBias
 from examples.moonlight.model.language_model import next_token_loss
 from examples.moonlight.model.layers import Embed

@@ -11,12 +11,13 @@ import pytest
 import toy
 from flax import nnx
 
-from examples.moonlight.model.config import Execution
 from examples.moonlight.model.dense import Dense, DenseConfig
+from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.moonlight import Moonlight
+from examples.moonlight.run_folder import metrics
 from examples.moonlight.train import train
-from examples.moonlight.training import metrics, monitors
+from examples.moonlight.training import monitors
 from examples.moonlight.training.muonclip import attention_heads, logits_by_module
 from examples.moonlight.training.results import STABILITY
 from examples.moonlight.training.stability_plot import draw_stability

@@ -12,9 +12,10 @@ import optax
 import pytest
 import toy
 
+from examples.moonlight.run_folder import metrics
+from examples.moonlight.run_folder.checkpoint import kept_steps
 from examples.moonlight.train import train
-from examples.moonlight.training import loop, metrics, steps
-from examples.moonlight.training.checkpoint import kept_steps
+from examples.moonlight.training import loop, steps
 from examples.moonlight.training.nonfinite import Skipped, guard, unwrap, wrap
 
 # A token that only the tests' own batches hold.

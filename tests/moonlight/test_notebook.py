@@ -93,8 +93,13 @@ def test_its_pictures_show_something(finished: Finished):
         assert {0xFFFFFF, 0x000000, 0x1F77B4, 0xFF7F0E} <= set(colours.ravel().tolist())
 
 
+def shown(output: Any) -> str:
+    """What a cell printed, or the value of its last line."""
+    return output.get("text", "") or output.get("data", {}).get("text/plain", "")
+
+
 def test_it_tells_what_the_reader_is_to_see(finished: Finished):
-    said = {name: "".join(o.get("text", "") for o in out) for name, out in finished.outputs.items()}
+    said = {name: "".join(map(shown, out)) for name, out in finished.outputs.items()}
     assert "2 x cpu, mesh data=2, preset tiny" in said["devices"]
     assert "muon: 103 matrices" in said["routing"]
     assert "on 2 devices:" in said["optimizer"]

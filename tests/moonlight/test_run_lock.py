@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from examples.moonlight.training.run_folder import open_run_folder
-from examples.moonlight.training.run_lock import LOCK, MARK, FolderInUse, FolderLost, RunLock
+from examples.moonlight.run_folder.folder import open_run_folder
+from examples.moonlight.run_folder.lock import LOCK, MARK, FolderInUse, FolderLost, RunLock
 
 ROOT = Path(__file__).resolve().parents[2]
 
 HOLDER = """
 import sys, time, pathlib
-from examples.moonlight.training.run_lock import RunLock
+from examples.moonlight.run_folder.lock import RunLock
 with RunLock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

@@ -11,9 +11,10 @@ import toy
 
 from examples.moonlight.data import batches
 from examples.moonlight.data.sources import parse_mixes
-from examples.moonlight.stages import make_plan
+from examples.moonlight.run_folder import branching, checkpoint, metrics
+from examples.moonlight.schedule.stages import make_plan
 from examples.moonlight.train import train
-from examples.moonlight.training import args, branching, checkpoint, loop, metrics
+from examples.moonlight.training import args, loop
 
 # Three steps of warmup, by two sequences; after the fourth step, four; one that rises again.
 STAGES = {"warmup": 3, "decay": 57, "cooldown": 62}

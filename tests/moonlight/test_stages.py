@@ -10,15 +10,16 @@ import pytest
 
 from examples.moonlight import stages
 from examples.moonlight.data.sources import parse_mixes, parse_sources
+from examples.moonlight.run_folder.branching import parse_branch
+from examples.moonlight.schedule.outline import Outline, Ramp, Stage
+from examples.moonlight.schedule.plan import Plan
+from examples.moonlight.schedule.stages import make_plan, plan_table
 from examples.moonlight.training.args import RECIPES, Args, resolve
-from examples.moonlight.training.branching import parse_branch
-from examples.moonlight.training.outline import Outline, Ramp, Stage
-from examples.moonlight.training.schedule import Plan
 
 
 def plan_of(*, mixes=(), bias_rate: float = 1e-3, **changes) -> Plan:
     recipe = resolve(Args(output_dir=Path(), **changes))
-    return stages.make_plan(recipe, bias_rate=bias_rate, mixes=mixes)
+    return make_plan(recipe, bias_rate=bias_rate, mixes=mixes)
 
 
 def rates(plan: Plan, *steps: int) -> list[float]:
@@ -113,7 +114,7 @@ def test_mixes_belong_to_stages():
     plan = plan_of(schedule="moonlight", mixes=[one, one, two])
     assert [segment.mix for segment in plan.segments] == [one, one, one, two, two]
     recipe = resolve(Args(output_dir=Path(), schedule="moonlight"))
-    table = stages.plan_table(plan, recipe)
+    table = plan_table(plan, recipe)
     assert [*table.columns[-1].cells] == ["1 : 0"] * 3 + ["0 : 1"] * 2
     assert "mix: general : quality" in str(table.caption)
 

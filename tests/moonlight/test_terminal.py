@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = r"""
 import sys, pathlib
-from examples.moonlight.terminal import make_sturdy
+from examples.moonlight.common.terminal import make_sturdy
 make_sturdy()
 from rich.console import Console
 console = Console(width=40)
@@ -53,7 +53,7 @@ def test_a_program_outlives_its_terminal(tmp_path: Path, shell: str, encoding: s
 def test_nothing_is_written_after_an_error_that_left_threads_behind():
     program = """
 import atexit
-from examples.moonlight.program import ThreadsLeft, run_program
+from examples.moonlight.common.program import ThreadsLeft, run_program
 atexit.register(print, "what a thread says at the end")
 print("a line before it")
 def main():

@@ -23,11 +23,11 @@ import toy
 from rich.console import Console
 
 from examples.moonlight import generate
-from examples.moonlight.files import write_atomically
+from examples.moonlight.common.files import write_atomically
 from examples.moonlight.model.language_model import ModelStats, merge_stats
+from examples.moonlight.run_folder import metrics
+from examples.moonlight.run_folder.checkpoint import kept_steps
 from examples.moonlight.train import train
-from examples.moonlight.training import metrics
-from examples.moonlight.training.checkpoint import kept_steps
 from examples.moonlight.training.steps import StepMetrics, make_train_steps
 
 # Of a run whose experts have no capacity.

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from benchmarks import train, train_ours, train_theirs
-from examples.moonlight.huggingface.hf_import import abstract_model
-from examples.moonlight.model.config import Execution
+from examples.moonlight.huggingface.pretrained import abstract_model
+from examples.moonlight.model.execution.options import Execution
 from muon_jax import orthogonalize
 
 # Entries of an update over the learning rate reach 0.7; both iterate in bfloat16; measured 0.022.

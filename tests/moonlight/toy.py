@@ -13,11 +13,11 @@ from flax import nnx
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.moonlight import Moonlight
+from examples.moonlight.run_folder.checkpoint import Checkpoints, Restored
+from examples.moonlight.run_folder.retention import Retention
 from examples.moonlight.train import main
 from examples.moonlight.training.args import Args
-from examples.moonlight.training.checkpoint import Checkpoints, Restored
 from examples.moonlight.training.optimizers import make_optimizer
-from examples.moonlight.training.retention import Retention
 from examples.moonlight.training.steps import TrainState
 
 CONFIG = dataclasses.replace(

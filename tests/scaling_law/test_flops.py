@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import muon_jax
-from examples.moonlight.model.config import Execution
 from examples.moonlight.model.dense import Dense, DenseConfig
+from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.language_model import count_parameters, next_token_loss
 from examples.scaling_law.flops import PETAFLOP_DAY, newton_schulz, per_token
 

@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 from use_programs import verdicts
 
-from examples.moonlight.huggingface.hf_import import abstract_model
-from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.huggingface.pretrained import abstract_model
+from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.language_model import next_token_loss
 from examples.moonlight.training.routing import read_roles
 from muon_jax import MuonDimensionNumbers, by_path, by_use

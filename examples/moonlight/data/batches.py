@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from examples.moonlight.training.schedule import Plan
+from examples.moonlight.schedule.plan import Plan
 
 # Weights become integers of this sum, so that counts are exact however long the run.
 _SHARES = 1_000_000

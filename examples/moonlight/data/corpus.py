@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.moonlight.json_text import read_jsonl
-from examples.moonlight.untrusted import (
+from examples.moonlight.common.json_text import read_jsonl
+from examples.moonlight.common.untrusted import (
     check_file,
     check_inside,
     lone_surrogate,

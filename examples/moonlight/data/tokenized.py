@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from examples.moonlight.common.files import read_json, write_atomically
 from examples.moonlight.data.corpus import Document, hash_documents, load_documents, split_documents
 from examples.moonlight.data.tokenizer import listed_ids, load_tokenizer, tokenizers_errors
-from examples.moonlight.files import read_json, write_atomically
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from examples.moonlight.files import read_json
-from examples.moonlight.untrusted import (
+from examples.moonlight.common.files import read_json
+from examples.moonlight.common.untrusted import (
     MEBIBYTE,
     check_inside,
     is_there,

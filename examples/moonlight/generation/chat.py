@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from examples.moonlight.common.files import read_json
+from examples.moonlight.common.untrusted import MEBIBYTE, check_inside, is_there, read_text, shown
 from examples.moonlight.data.tokenizer import CONFIG, encode_text
-from examples.moonlight.files import read_json
 from examples.moonlight.generation.template_process import Limits, TemplateProcess
-from examples.moonlight.untrusted import MEBIBYTE, check_inside, is_there, read_text, shown
 
 TEMPLATE = "chat_template.jinja"
 

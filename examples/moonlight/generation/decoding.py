@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from examples.moonlight.generation.sampling import Sampling, draw
-from examples.moonlight.model.sharding import BATCH_AXES, ModelSharding
+from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelSharding
 
 
 @dataclasses.dataclass

@@ -9,23 +9,24 @@ from flax import nnx
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from examples.moonlight.common.files import read_json, write_atomically
+from examples.moonlight.common.json_text import MAX_JSON
+from examples.moonlight.common.untrusted import check_inside, is_there, read_bytes, shown
 from examples.moonlight.data.tokenized import END_OF_TEXT
 from examples.moonlight.data.tokenizer import CONFIG, listed_ids, load_tokenizer
-from examples.moonlight.files import read_json, write_atomically
 from examples.moonlight.generation.chat import END, TEMPLATE, special_token
-from examples.moonlight.huggingface.hf_config import CONFIG_FILE, ModelConfig
-from examples.moonlight.huggingface.hf_import import (
+from examples.moonlight.huggingface.config import CONFIG_FILE, ModelConfig
+from examples.moonlight.huggingface.names import extent
+from examples.moonlight.huggingface.pretrained import (
     abstract_model,
     check_pretrained,
     load_pretrained,
 )
-from examples.moonlight.huggingface.hf_names import extent
-from examples.moonlight.json_text import MAX_JSON
-from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig
-from examples.moonlight.training.checkpoint import CHECKPOINTS, read_model
-from examples.moonlight.training.run_folder import SETTINGS
-from examples.moonlight.untrusted import check_inside, is_there, read_bytes, shown
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.run_folder.checkpoint import CHECKPOINTS, read_model
+from examples.moonlight.run_folder.folder import SETTINGS
 
 GENERATION_CONFIG = "generation_config.json"
 

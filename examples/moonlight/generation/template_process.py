@@ -20,7 +20,7 @@ import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from examples.moonlight.untrusted import MEBIBYTE, shown_name
+from examples.moonlight.common.untrusted import MEBIBYTE, shown_name
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.moonlight.model.config import Execution, check_fields
+from examples.moonlight.model.config import check_fields
+from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.language_model import DecoderLayer, LanguageModel
 from examples.moonlight.model.layers import (
     MLP,

@@ -8,8 +8,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from examples.moonlight.model.config import Execution, MoonlightConfig
-from examples.moonlight.model.dispatch import (
+from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.model.execution.dispatch import (
     Layout,
     Stacks,
     dropless,
@@ -17,9 +17,10 @@ from examples.moonlight.model.dispatch import (
     swiglu_groups,
     with_capacity,
 )
-from examples.moonlight.model.grouped import grouped_dot
+from examples.moonlight.model.execution.grouped import grouped_dot
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.execution.sharding import BATCH_AXES, PARAM_SPECS
 from examples.moonlight.model.layers import MLP, normal_param
-from examples.moonlight.model.sharding import BATCH_AXES, PARAM_SPECS
 
 
 class RouterBias(nnx.Variable):
@@ -212,7 +213,7 @@ def _dispatched(
     weight_nk: jax.Array,
     stacks: Stacks,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The ragged route on a mesh: tokens travel to their experts, see `dispatch.py`."""
+    """The ragged route on a mesh: tokens travel to their experts, see `execution/dispatch.py`."""
     layout = _layout(mesh, act_nd)
 
     def on_device(

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.moonlight.model.config import Execution
+from examples.moonlight.model.execution.loss import head_loss
+from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.experts import MoE, RouterBias
 from examples.moonlight.model.layers import (
     AttentionStats,
@@ -23,7 +24,6 @@ from examples.moonlight.model.layers import (
     run_layer,
     scan_layers,
 )
-from examples.moonlight.model.loss import head_loss
 
 # A NamedTuple of arrays whose leading axes are layers and batch; each attention has its own.
 Cache = Any

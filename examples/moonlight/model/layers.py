@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from examples.moonlight.model.config import Execution
-from examples.moonlight.model.sharding import BATCH_AXES
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.execution.sharding import BATCH_AXES
 
 PyTree = Any
 

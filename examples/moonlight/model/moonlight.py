@@ -15,8 +15,8 @@ Arrays carry their shape as a suffix, and einsum strings use the same letters:
 
 The layers with experts are one stack of parameters with a leading axis l, and the program loops
 over it: it does not grow with depth. On a mesh the batch lies over `BATCH_AXES`, and XLA derives
-the rest from where the parameters lie (`sharding.py`), but for the routing, the routed experts and
-the loss, where what each device does is written.
+the rest from where the parameters lie (`execution/sharding.py`), but for the routing, the routed
+experts and the loss, where what each device does is written.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.experts import MoE
 from examples.moonlight.model.language_model import (
     DecoderLayer,

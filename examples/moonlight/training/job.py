@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from examples.moonlight.data.sources import parse_mixes, parse_sources
-from examples.moonlight.huggingface.hf_config import ModelConfig
-from examples.moonlight.huggingface.hf_import import check_pretrained
-from examples.moonlight.model.config import Execution, MoonlightConfig
-from examples.moonlight.model.sharding import ModelSharding, make_mesh
-from examples.moonlight.stages import make_plan
-from examples.moonlight.training.args import Args, Recipe, resolve, settings_of
-from examples.moonlight.training.retention import EveryTokens, Retention
-from examples.moonlight.training.schedule import Plan
+from examples.moonlight.huggingface.config import ModelConfig
+from examples.moonlight.huggingface.pretrained import check_pretrained
+from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
+from examples.moonlight.run_folder.retention import EveryTokens, Retention
+from examples.moonlight.schedule.plan import Plan
+from examples.moonlight.schedule.recipe import Recipe
+from examples.moonlight.schedule.stages import make_plan
+from examples.moonlight.training.args import Args, resolve, settings_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,11 @@ import optax
 from flax import nnx
 from rich.console import Console
 
-from examples.moonlight.huggingface.hf_import import load_pretrained, make_model
+from examples.moonlight.huggingface.pretrained import load_pretrained, make_model
+from examples.moonlight.model.execution.sharding import bytes_per_device
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.language_model import ParameterCounts, count_parameters
-from examples.moonlight.model.sharding import bytes_per_device
-from examples.moonlight.training.checkpoint import Checkpoints, Restored
+from examples.moonlight.run_folder.checkpoint import Checkpoints, Restored
 from examples.moonlight.training.job import Job
 from examples.moonlight.training.muonclip import attention_heads
 from examples.moonlight.training.optimizers import make_optimizer
@@ -107,13 +107,14 @@ def make_learner(job: Job, qk_clip_threshold: float | None) -> Learner:
 
     Args:
         job: What the run is to do, with the vocabulary of its texts.
-        qk_clip_threshold: The largest logit that "muonclip" leaves alone.
+        qk_clip_threshold: The largest logit that "muonclip" leaves alone; None, which the other
+            optimizers have, clips nothing.
     """
     args, mesh = job.args, job.sharding.mesh
     model = nnx.eval_shape(lambda: _build(job))
     graphdef, params, _ = nnx.split(model, nnx.Param, RouterBias)
-    clip: list[optax.GradientTransformation] = []
-    if args.optimizer == "muonclip":
+    clip = []
+    if qk_clip_threshold is not None:
         clip = [qk_clip(attention_heads(job.config), qk_clip_threshold)]
     roles = read_roles(job.config)
     optimizer = make_optimizer(

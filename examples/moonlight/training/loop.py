@@ -13,10 +13,14 @@ from rich.console import Console
 
 from examples.moonlight.data.batches import Span, windows_read
 from examples.moonlight.data.validation import Validation
-from examples.moonlight.model.sharding import BATCH_AXES, ModelSharding
-from examples.moonlight.training import metrics, monitors
-from examples.moonlight.training.args import Args, Recipe, steps_per_call
-from examples.moonlight.training.checkpoint import Checkpoints
+from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelSharding
+from examples.moonlight.run_folder import metrics
+from examples.moonlight.run_folder.checkpoint import Checkpoints
+from examples.moonlight.run_folder.lock import RunLock
+from examples.moonlight.schedule.plan import Plan
+from examples.moonlight.schedule.recipe import Recipe
+from examples.moonlight.training import monitors
+from examples.moonlight.training.args import Args, steps_per_call
 from examples.moonlight.training.nonfinite import (
     MOST_IN_A_ROW,
     Skipped,
@@ -24,8 +28,6 @@ from examples.moonlight.training.nonfinite import (
     remedy,
     unwrap,
 )
-from examples.moonlight.training.run_lock import RunLock
-from examples.moonlight.training.schedule import Plan
 from examples.moonlight.training.steps import TrainState, TrainSteps
 from examples.moonlight.training.stopping import StopRequest
 

@@ -8,9 +8,6 @@ from flax import nnx
 from examples.moonlight.model.config import MoonlightConfig
 from muon_jax import GroupedQuery, MultiHeadLatent
 
-# Kimi K2's (arXiv 2507.20534, Section 2.1).
-THRESHOLD = 100.0
-
 
 def attention_heads(config: Any) -> MultiHeadLatent | GroupedQuery:
     """How the heads lie in a model's attention kernels.

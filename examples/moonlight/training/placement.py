@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import optax
 
-from examples.moonlight.model.sharding import ModelSharding
+from examples.moonlight.model.execution.sharding import ModelSharding
 from examples.moonlight.training.steps import TrainState
 from muon_jax import opt_state_shardings
 

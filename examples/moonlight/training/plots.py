@@ -10,7 +10,7 @@ matplotlib.use("Agg")  # No display is needed, and none is looked for.
 import matplotlib.pyplot as plt
 import numpy as np
 
-from examples.moonlight.training.schedule import Plan
+from examples.moonlight.schedule.plan import Plan
 
 Curve = tuple[Sequence[int], Sequence[float]]
 

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import rich
 
-from examples.moonlight.files import write_atomically
-from examples.moonlight.training import metrics
+from examples.moonlight.common.files import write_atomically
+from examples.moonlight.run_folder import metrics
+from examples.moonlight.run_folder.folder import RESULTS
 from examples.moonlight.training.plots import draw_losses
 from examples.moonlight.training.stability_plot import draw_stability
 
-RESULTS = "results.json"
 CURVES = "loss.png"
 STABILITY = "stability.png"
 SCHEDULE = "schedule.png"

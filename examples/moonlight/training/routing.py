@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.moonlight.huggingface.hf_import import ModelConfig, abstract_model
-from examples.moonlight.model.config import Execution
+from examples.moonlight.huggingface.pretrained import ModelConfig, abstract_model
+from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.language_model import next_token_loss
 from muon_jax import UseRoles, by_use
 

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from examples.moonlight.model.grouped import grouped_dot
+from examples.moonlight.model.execution.grouped import grouped_dot
 
 # Slots of a round, in even shares of the tokens: routing that is balanced to this takes one round.
 SLACK = 1.25

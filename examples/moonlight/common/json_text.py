@@ -9,7 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from examples.moonlight.untrusted import MEBIBYTE, lone_surrogate, read_text, shown, shown_name
+from examples.moonlight.common.untrusted import (
+    MEBIBYTE,
+    lone_surrogate,
+    read_text,
+    shown,
+    shown_name,
+)
 
 # Of a file that is one value, in bytes. A published index of 100,000 tensors has 10 MB.
 MAX_JSON = 64 * MEBIBYTE

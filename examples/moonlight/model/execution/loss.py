@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
-from examples.moonlight.model.config import Execution
-from examples.moonlight.model.sharding import BATCH_AXES
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.execution.sharding import BATCH_AXES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from examples.moonlight.json_text import MAX_JSON, check_plain, parse_json
-from examples.moonlight.untrusted import check_inside, decode, is_there, read_bytes
+from examples.moonlight.common.json_text import MAX_JSON, check_plain, parse_json
+from examples.moonlight.common.untrusted import check_inside, decode, is_there, read_bytes
 
 
 def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:

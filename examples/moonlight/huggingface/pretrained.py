@@ -22,14 +22,15 @@ from jax.typing import DTypeLike
 from rich import progress
 from rich.console import Console
 
-from examples.moonlight.huggingface import hf_names
-from examples.moonlight.huggingface.hf_config import ModelConfig, read_config
-from examples.moonlight.huggingface.hf_files import TensorFiles, first_not_finite
-from examples.moonlight.model.config import Execution, MoonlightConfig
+from examples.moonlight.common.untrusted import shown_name
+from examples.moonlight.huggingface import names as hf_names
+from examples.moonlight.huggingface.config import ModelConfig, read_config
+from examples.moonlight.huggingface.files import TensorFiles, first_not_finite
+from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import Dense
+from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.moonlight import Moonlight
-from examples.moonlight.untrusted import shown_name
 
 PARAM_DTYPES = ("float32", "bfloat16")
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
+from examples.moonlight.common.files import read_json
+from examples.moonlight.common.untrusted import check_inside, is_there, read_bytes
 from examples.moonlight.data.tokenized import END_OF_TEXT
 from examples.moonlight.data.tokenizer import (
     CONFIG,
@@ -15,9 +17,7 @@ from examples.moonlight.data.tokenizer import (
     load_tokenizer,
     read_tokenizer,
 )
-from examples.moonlight.files import read_json
-from examples.moonlight.huggingface.hf_config import CONFIG_FILE, ModelConfig
-from examples.moonlight.untrusted import check_inside, is_there, read_bytes
+from examples.moonlight.huggingface.config import CONFIG_FILE, ModelConfig
 
 GENERATION_CONFIG_FILE = "generation_config.json"
 

@@ -23,7 +23,7 @@ from types import TracebackType
 
 import filelock
 
-from examples.moonlight.files import write_atomically
+from examples.moonlight.common.files import write_atomically
 
 # Hidden, as is all that is no result of a run.
 LOCK, MARK = ".lock", ".owner.json"

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from examples.moonlight.files import read_json
+from examples.moonlight.common.files import read_json
+from examples.moonlight.common.untrusted import is_there, shown, shown_name
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig
-from examples.moonlight.untrusted import is_there, shown, shown_name
 
 CONFIG_FILE = "config.json"
 

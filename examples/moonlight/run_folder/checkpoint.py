@@ -32,10 +32,10 @@ import orbax.checkpoint as ocp
 import rich
 from rich.console import Console
 
-from examples.moonlight.program import ThreadsLeft
-from examples.moonlight.training import seal
-from examples.moonlight.training.retention import Retention, best_step
-from examples.moonlight.training.seal import Damaged
+from examples.moonlight.common.program import ThreadsLeft
+from examples.moonlight.run_folder import seal
+from examples.moonlight.run_folder.retention import Retention, best_step
+from examples.moonlight.run_folder.seal import Damaged
 
 PyTree = Any
 
@@ -60,7 +60,7 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run, of which this is the only writer (`run_folder.py` sees to that).
+    """The checkpoints of one run, of which this is the only writer (`folder.py` sees to that).
 
     Args:
         directory: Absolute or relative; created when missing. What a killed run left half-written

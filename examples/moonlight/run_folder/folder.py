@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from examples.moonlight.files import read_json, write_atomically
-from examples.moonlight.training.run_lock import RunLock
+from examples.moonlight.common.files import read_json, write_atomically
+from examples.moonlight.run_folder.lock import RunLock
 
 SETTINGS = "settings.json"
+RESULTS = "results.json"
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import rich
 from rich.console import Console
 
-from examples.moonlight.files import write_atomically
-from examples.moonlight.training.board import Board
+from examples.moonlight.common.files import write_atomically
+from examples.moonlight.run_folder.board import Board
 
 FILE = "metrics.jsonl"
 UNREADABLE = "metrics.unreadable.jsonl"

@@ -11,8 +11,8 @@ name, it takes the last and says nothing.
 from pathlib import Path
 from typing import Any
 
-from examples.moonlight.json_text import check_plain, parse_json
-from examples.moonlight.untrusted import check_file, shown, shown_name
+from examples.moonlight.common.json_text import check_plain, parse_json
+from examples.moonlight.common.untrusted import check_file, shown, shown_name
 
 # Of a header, in bytes: the format's own limit. That of a published shard has some 100 kB.
 MAX_HEADER = 100_000_000

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from examples.moonlight.training.schedule import Curve, Plan, Segment, Shape
+from examples.moonlight.schedule.plan import Curve, Plan, Segment, Shape
 
 _INT32_MAX = 2**31 - 1
 

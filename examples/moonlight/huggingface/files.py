@@ -13,9 +13,15 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from examples.moonlight.files import read_json
-from examples.moonlight.huggingface.hf_header import check_header
-from examples.moonlight.untrusted import check_file, check_inside, is_there, shown, shown_name
+from examples.moonlight.common.files import read_json
+from examples.moonlight.common.untrusted import (
+    check_file,
+    check_inside,
+    is_there,
+    shown,
+    shown_name,
+)
+from examples.moonlight.huggingface.header import check_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-_OURS = Path(__file__).parent
+_OURS = Path(__file__).parents[1]
 
 
 class ThreadsLeft(OSError):

@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from examples.moonlight.huggingface.hf_config import ModelConfig
+from examples.moonlight.huggingface.config import ModelConfig
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig
 

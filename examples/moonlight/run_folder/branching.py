@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from examples.moonlight.common.files import read_json
 from examples.moonlight.data.batches import Span, windows_read
-from examples.moonlight.files import read_json
-from examples.moonlight.training import metrics
-from examples.moonlight.training.checkpoint import (
+from examples.moonlight.run_folder import metrics
+from examples.moonlight.run_folder.checkpoint import (
     CHECKPOINTS,
     Checkpoints,
     check_checkpoint,
@@ -18,8 +18,7 @@ from examples.moonlight.training.checkpoint import (
     kept_steps,
     read_progress,
 )
-from examples.moonlight.training.results import RESULTS
-from examples.moonlight.training.run_folder import SETTINGS
+from examples.moonlight.run_folder.folder import RESULTS, SETTINGS
 
 # What the weights, the optimizer's state and the place in the data mean something under.
 _SHARED_SETTINGS = (

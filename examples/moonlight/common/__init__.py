@@ -1,0 +1,1 @@
+"""What every room of the example uses: files, text, processes, terminals."""

@@ -1,0 +1,1 @@
+"""How a model is computed: devices, blocks, and tokens sent to experts."""

@@ -1,0 +1,1 @@
+"""What a run trains with, step by step."""

@@ -1,0 +1,37 @@
+"""The sizes and rates of a run, and those of each preset."""
+
+from typing import Literal, NamedTuple
+
+
+class Recipe(NamedTuple):
+    """What a preset trains with where the command line is silent; the names are those of `Args`."""
+
+    schedule: Literal["cosine", "moonlight"]
+    learning_rate: float
+    total_tokens: int
+    batch_size: int
+    sequence_length: int
+    gradient_accumulation: int
+    warmup_steps: int | None = None
+    cooldown_at: int | None = None
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of the largest optimizer step."""
+        return self.gradient_accumulation * self.batch_size * self.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, if all are the largest."""
+        return self.total_tokens // self.tokens_per_step
+
+
+RECIPES = {
+    # About three minutes on two CPU cores: 1,200 steps. The rate is AdamW's best of `compare.py`'s
+    # grid.
+    "tiny": Recipe("cosine", 4e-3, 1_228_800, 8, 128, 1),
+    # A starting point for one accelerator: 10,000 steps.
+    "small": Recipe("cosine", 1e-3, 163_840_000, 16, 1024, 1),
+    # As published; without sharding it fits no single device.
+    "moonlight-16b-a3b": Recipe("moonlight", 4.2e-4, 5_700_000_000_000, 4, 8192, 1024),
+}
