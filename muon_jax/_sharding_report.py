@@ -174,9 +174,9 @@ def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingRe
 
 
 def _report(record: Record, params: PyTree) -> ShardingReport:
-    zero1 = record.zero1
-    assert zero1 is not None
-    sizes = zero1.sizes
+    mesh = record.mesh
+    assert mesh is not None
+    sizes = dict(mesh.shape)
     devices = math.prod(sizes.values())
     rows, flops, share = [], 0, 0.0
     if record.plan is not None:
@@ -192,11 +192,11 @@ def _report(record: Record, params: PyTree) -> ShardingReport:
             LeafRow(
                 show(path),
                 entry.group,
-                partition_spec(layout.param, zero1.mesh),
-                partition_spec(layout.state, zero1.mesh),
+                partition_spec(layout.param, mesh),
+                partition_spec(layout.state, mesh),
                 entry.bytes,
                 math.prod(sizes[axis] for axis in unused),
-                any(axis in zero1.axes for axis in unused),
+                any(axis in record.zero1_axes for axis in unused),
             )
         )
     balance = flops * devices / share if share else 1.0
