@@ -77,11 +77,12 @@ def main(steps=300, batch=32, length=64, width=96, on_mesh=False, output=Path("r
     roles = by_use(loss_of, model, batches[0])  # read from the loss: matrices, embeddings, head
     update = muon(rate, muon_weight_dimension_numbers=roles, mesh=mesh)
     tx = optax.chain(optax.clip_by_global_norm(1.0), update)
-    optimizer, losses = nnx.Optimizer(model, tx, wrt=nnx.Param), []
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     print(roles)
+    losses = []
     for step in range(steps):
         losses.append(float(train_step(model, optimizer, batches[step])))
-        if step % 20 == 0 or step == steps - 1:
+        if step % 20 == 0 or step + 1 == steps:
             print(f"step {step:3}: {losses[-1]:.3f} nats per character", flush=True)
     figure = Figure(layout="constrained")
     figure.subplots(subplot_kw={"xlabel": "step", "ylabel": "nats per character"}).plot(losses)
