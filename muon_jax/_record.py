@@ -15,7 +15,7 @@ from muon_jax._specs import AnyMesh, local_shape
 
 
 class StateEntry(NamedTuple):
-    """What one device keeps for one parameter."""
+    """The optimizer that updates one parameter, and the bytes that one device keeps for it."""
 
     group: Literal["muon", "adam"]
     bytes: int
@@ -29,8 +29,8 @@ class Record:
       zero1_axes: the mesh axes that it shards the state over.
       param_specs: the specs of the parameters that it was given.
       layouts: the layout of each parameter that an optimizer on this mesh updates.
-      state: what is kept for it on one device.
-      plan: that of the last update, with the leaves it was made for.
+      state: the arrays that one device keeps for each parameter, by their group and bytes.
+      plan: the plan of the last update, with the leaves it was made for.
       adam_gather: bytes that one device sends to gather AdamW's updates.
     """
 
