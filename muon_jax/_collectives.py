@@ -13,7 +13,7 @@ from jaxtyping import Array, Inexact, Num
 def all_to_all(
     x: Num[Array, "devices *shape"], axes: Sequence[str]
 ) -> Num[Array, "devices *shape"]:
-    """Send `x[i]` to device `i` along `axes` (row-major); what comes has its sender's place."""
+    """Send `x[i]` to device `i` along `axes` (row-major), and get its piece in that place."""
     if not axes:
         return x
     return _moved(x, lambda bits: lax.all_to_all(bits, tuple(axes), 0, 0, tiled=True))
@@ -39,8 +39,8 @@ class RowShare(NamedTuple):
 
     Attributes:
       axis: the mesh axis along which they are neighbours.
-      size: its length.
-      ways: how many of them share; divides `size` and the rows.
+      size: the length of that axis.
+      ways: the number of neighbours that share a matrix; it divides `size` and the rows.
     """
 
     axis: str

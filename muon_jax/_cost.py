@@ -20,11 +20,11 @@ class Traffic(NamedTuple):
     """Bytes that one device sends in one step, by purpose, and the number of collectives.
 
     Attributes:
-      exchange: pieces of the momentum, on their way to the owners.
-      split: inside the iteration, between the devices that share a matrix.
-      returned: pieces of the update, on their way back from the owners.
-      gather: the update, to the devices that hold the same parameters.
-      collectives: how many collectives carry them.
+      exchange: bytes of the momentum's pieces, on their way to the owners.
+      split: bytes that the devices which share a matrix send each other inside the iteration.
+      returned: bytes of the update's pieces, on their way back from the owners.
+      gather: bytes of the update, on its way to all devices that hold the same parameters.
+      collectives: the number of collectives that carry these bytes.
     """
 
     exchange: float = 0.0
@@ -49,16 +49,16 @@ class Traffic(NamedTuple):
 
 
 def newton_schulz_flops(rows: int, cols: int, steps: int, *, is_complex: bool = False) -> int:
-    """FLOPs of the products of `steps` on one wide matrix: ``4 m^2 n + 2 m^3`` each."""
+    """FLOPs of `steps` steps on one wide matrix: the products of each take ``4 m^2 n + 2 m^3``."""
     per_step = 4 * rows * rows * cols + 2 * rows**3
     return steps * per_step * (4 if is_complex else 1)
 
 
 def others(count: int) -> float:
-    """The part of a buffer that comes from other devices, of `count` that share it evenly."""
+    """The share of a buffer that other devices send, where `count` devices hold equal parts."""
     return (count - 1) / count
 
 
 def cost(traffic: Traffic, flops: float | int) -> float:
-    """The planner's unit: bytes on the wire, or what would take as long."""
+    """The cost of a route in bytes on the wire, or in what takes as long as so many bytes."""
     return traffic.total + flops / FLOPS_PER_BYTE + LATENCY_BYTES * traffic.collectives

@@ -37,7 +37,7 @@ class PartRunner:
         self.update = update
         self.sources = [m.source for m in group.members for _ in range(m.matrices)]
         self.targets = [m.target for m in group.members for _ in range(m.matrices)]
-        # While a run of parts is in hand: which of them is at work, and where each begins.
+        # While a run of parts is in hand: the part that is at work, and where each part begins.
         self.chunk: jax.Array | int = 0
         self.starts: tuple[int, ...] = ()
         self.source_piece = _common_shape([m.source for m in group.members])
@@ -46,7 +46,7 @@ class PartRunner:
     def run(
         self, run: Sequence[Part], pieces: Inexact[Array, "count *piece"]
     ) -> tuple[Inexact[Array, "stacked count *_"], Float[Array, "stacked count"] | None]:
-        """The outcome of parts that are alike and follow each other, as of one part of them all."""
+        """Run parts that are alike and follow each other, with the outcome of one large part."""
         part, chunks = run[0], len(run)
         self.starts = tuple(one.start for one in run)
 
@@ -100,14 +100,14 @@ class PartRunner:
     def addressed(
         self, part: Part, pieces: Inexact[Array, "count *piece"]
     ) -> Inexact[Array, "devices slots *piece"]:
-        """For each coordinate along `pieces`, what goes there from this copy's point of view."""
+        """The pieces that this copy sends to each coordinate along `pieces`, slot by slot."""
         axes = self.shape.pieces
         copies = [axis for axis in self.shape.team if axis not in axes]
         table = self.arrange(part.owners, self.shape.team, [*copies, *axes], rest=1)
         table = table.reshape(self.length(copies), self.length(axes), part.slots)
         if not copies and np.array_equal(table.ravel(), np.arange(part.matrices)):
             return pieces.reshape(*table.shape[1:], *pieces.shape[1:])
-        # The last is what empty slots hold.
+        # The last piece, of zeros, is what empty slots hold.
         padded = jnp.pad(pieces, ((0, 1), *[(0, 0)] * (pieces.ndim - 1)))
         index = jnp.asarray(np.where(table < 0, part.matrices, table))
         return padded[index[axes_index(copies)]]
@@ -191,7 +191,7 @@ class PartRunner:
     def join_rows(
         self, part: Part, out: Inexact[Array, "*devices slots own cols"]
     ) -> Inexact[Array, "..."]:
-        """Put each matrix's rows together, which neighbours along `part.axis` hold."""
+        """Put together the rows of each matrix, which neighbours along `part.axis` hold."""
         assert part.axis is not None
         *devices, slots, own, cols = out.shape
         where = len(self.shape.stacked) + self.shape.team.index(part.axis)
@@ -202,7 +202,7 @@ class PartRunner:
     def in_order(
         self, part: Part, slots: Inexact[Array, "stacked slots *_"]
     ) -> Inexact[Array, "stacked count *_"]:
-        """From all slots of all devices to the matrices in the group's order."""
+        """Take the matrices out of the slots of all devices, in the group's order."""
         assert part.owners is not None
         owners = part.owners
         if self.returns_rows(part):
@@ -291,6 +291,6 @@ class PartRunner:
 
 
 def _common_shape(cuts: Sequence[Cut]) -> tuple[int, ...]:
-    """The rows and columns of the pieces of all these cuts; if they differ, that of flat ones."""
+    """The shape of a piece, where all these cuts make it the same; else the shape of a flat one."""
     shapes = {cut.local for cut in cuts}
     return shapes.pop() if len(shapes) == 1 else (-1,)

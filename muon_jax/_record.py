@@ -4,21 +4,18 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 
 from muon_jax._layout import Layout
 from muon_jax._paths import Path
 from muon_jax._plan import Plan, PlannedLeaf
-from muon_jax._specs import local_shape
-
-if TYPE_CHECKING:
-    from muon_jax._zero1 import Zero1
+from muon_jax._specs import AnyMesh, local_shape
 
 
 class StateEntry(NamedTuple):
-    """What one device keeps for one parameter."""
+    """The optimizer that updates one parameter, and the bytes that one device keeps for it."""
 
     group: Literal["muon", "adam"]
     bytes: int
@@ -28,15 +25,19 @@ class Record:
     """What was decided.
 
     Attributes:
-      zero1: the mesh of the optimizer, None until one is met.
+      mesh: the mesh of the optimizer, None until one is met.
+      zero1_axes: the mesh axes that it shards the state over.
+      param_specs: the specs of the parameters that it was given.
       layouts: the layout of each parameter that an optimizer on this mesh updates.
-      state: what is kept for it on one device.
-      plan: that of the last update, with the leaves it was made for.
+      state: the arrays that one device keeps for each parameter, by their group and bytes.
+      plan: the plan of the last update, with the leaves it was made for.
       adam_gather: bytes that one device sends to gather AdamW's updates.
     """
 
     def __init__(self) -> None:
-        self.zero1: Zero1 | None = None
+        self.mesh: AnyMesh | None = None
+        self.zero1_axes: tuple[str, ...] = ()
+        self.param_specs: Any = None
         self.layouts: dict[Path, Layout] = {}
         self.state: dict[Path, StateEntry] = {}
         self.plan: tuple[Plan, Sequence[PlannedLeaf]] | None = None
@@ -67,11 +68,17 @@ def recording() -> Iterator[Record]:
         _LISTENING.reset(token)
 
 
-def note_layouts(zero1: "Zero1", paths: Sequence[Path], layouts: Sequence[Layout]) -> None:
+def note_mesh(mesh: AnyMesh, zero1_axes: tuple[str, ...], param_specs: Any) -> None:
+    """Write down what the optimizer was told of its mesh."""
+    record = _LISTENING.get()
+    if record is not None:
+        record.mesh, record.zero1_axes, record.param_specs = mesh, zero1_axes, param_specs
+
+
+def note_layouts(paths: Sequence[Path], layouts: Sequence[Layout]) -> None:
     """Write down where parameters and their states lie."""
     record = _LISTENING.get()
     if record is not None:
-        record.zero1 = zero1
         record.layouts.update(zip(paths, layouts, strict=True))
 
 
@@ -83,9 +90,9 @@ def note_state(
 ) -> None:
     """Write down the arrays, one for each dtype, that a group keeps for its parameters."""
     record = _LISTENING.get()
-    if record is None or record.zero1 is None:
+    if record is None or record.mesh is None:
         return
-    sizes = record.zero1.sizes
+    sizes = dict(record.mesh.shape)
     for path, layout, kept in zip(paths, layouts, dtypes, strict=True):
         elements = math.prod(local_shape(layout.shape, layout.state, sizes))
         record.state[path] = StateEntry(group, elements * sum(d.itemsize for d in kept))

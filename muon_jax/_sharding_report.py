@@ -23,17 +23,17 @@ class ShardingRow:
     """One shape group: matrices of one shape that are cut over the same mesh axes.
 
     Attributes:
-      shape: `(rows, cols)`, turned wide.
-      matrices: how many, in the whole model.
-      route: what is done with them; several parts are joined by "+".
-      owners: devices that orthogonalize some of them.
-      padding: empty slots, which travel as zeros and are not computed.
-      bytes_in: bytes that one device sends so that the owners have their matrices, and between
-        sharers.
+      shape: `(rows, cols)` of each matrix, turned wide.
+      matrices: the number of such matrices in the whole model.
+      route: the route that the matrices take; the routes of several parts are joined by "+".
+      owners: the number of devices that orthogonalize some of the matrices.
+      padding: the number of empty slots, which travel as zeros and are not computed.
+      bytes_in: bytes that one device sends so that the owners have their matrices, and bytes that
+        it sends to the devices with which it shares a matrix.
       bytes_out: bytes that one device sends so that all have the update.
-      flops: of Newton-Schulz on the busiest device.
-      balance: the busiest device's FLOPs to an even share of the group's.
-      state_bytes: momentum on one device.
+      flops: FLOPs of Newton-Schulz on the busiest device.
+      balance: the busiest device's FLOPs, divided by an even share of the group's FLOPs.
+      state_bytes: bytes of the momentum on one device.
     """
 
     shape: tuple[int, int]
@@ -56,10 +56,11 @@ class LeafRow:
       path: the parameter's path.
       group: ``"muon"`` or ``"adam"``.
       param: the parameter's own PartitionSpec.
-      state: its state's.
-      state_bytes: bytes of its state on one device.
-      replicas: devices that hold the same piece of it.
-      indivisible: whether an axis is left that would divide it, if its shape allowed.
+      state: the PartitionSpec of the parameter's state.
+      state_bytes: bytes of the state on one device.
+      replicas: the number of devices that hold the same piece of the state.
+      indivisible: whether a mesh axis is left that would divide the state further, if the
+        parameter's shape allowed.
     """
 
     path: str
@@ -76,11 +77,11 @@ class ShardingReport:
     """The rows of `sharding_report`; printed, or shown by a notebook, they are a table.
 
     Attributes:
-      rows: one for each shape group.
-      leaves: one for each parameter, in the order of ``jax.tree.leaves(params)``.
-      devices: in the mesh.
-      flops: of Newton-Schulz on the busiest device, all groups together.
-      balance: that to an even share.
+      rows: one row for each shape group.
+      leaves: one row for each parameter, in the order of ``jax.tree.leaves(params)``.
+      devices: the number of devices in the mesh.
+      flops: FLOPs of Newton-Schulz on the busiest device, all groups together.
+      balance: the busiest device's FLOPs, divided by an even share of all FLOPs.
       adam_gather_bytes: bytes that one device sends to gather AdamW's updates.
     """
 
@@ -144,7 +145,7 @@ def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingRe
 
     Args:
       params: arrays or `jax.ShapeDtypeStruct`s.
-      mesh: as given to `muon`.
+      mesh: the mesh, as given to `muon`.
       **keywords: any other keywords as given to `muon`: `param_specs`, `zero1_axes`, `ns_steps`,
         `max_group_bytes` and so on.
 
@@ -174,9 +175,9 @@ def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingRe
 
 
 def _report(record: Record, params: PyTree) -> ShardingReport:
-    zero1 = record.zero1
-    assert zero1 is not None
-    sizes = zero1.sizes
+    mesh = record.mesh
+    assert mesh is not None
+    sizes = dict(mesh.shape)
     devices = math.prod(sizes.values())
     rows, flops, share = [], 0, 0.0
     if record.plan is not None:
@@ -192,11 +193,11 @@ def _report(record: Record, params: PyTree) -> ShardingReport:
             LeafRow(
                 show(path),
                 entry.group,
-                partition_spec(layout.param, zero1.mesh),
-                partition_spec(layout.state, zero1.mesh),
+                partition_spec(layout.param, mesh),
+                partition_spec(layout.state, mesh),
                 entry.bytes,
                 math.prod(sizes[axis] for axis in unused),
-                any(axis in zero1.axes for axis in unused),
+                any(axis in record.zero1_axes for axis in unused),
             )
         )
     balance = flops * devices / share if share else 1.0

@@ -66,14 +66,14 @@ def opt_state_shardings(tx: Any, params: PyTree) -> PyTree:
 def _beside(record: Record, path: Path, shape: tuple[int, ...], params: PyTree) -> Spec | None:
     """Where the parameter lies whose path ends `path`, for the state of another transformation."""
     layout = record.layout_of(path, shape)
-    if layout is not None or record.zero1 is None:
+    if layout is not None or record.mesh is None:
         return layout and layout.param
     # A parameter that muon_jax does not update: its own word, or that of the given specs.
     for start in range(len(path) + 1):
         for name, leaf in flatten_with_names(params)[0]:
             if name == path[start:] and tuple(jnp.shape(leaf)) == shape:
                 named = _nested(name, leaf)
-                specs, mesh = record.zero1.param_specs, record.zero1.mesh
+                specs, mesh = record.param_specs, record.mesh
                 return param_layouts(named, specs, mesh, whole=False)[0]
     return None
 

@@ -17,7 +17,7 @@ from muon_jax._injectable import unheld
 from muon_jax._layout import Layout, Sizes, zero1_layout
 from muon_jax._matrices import LeafViews
 from muon_jax._paths import is_absent, show
-from muon_jax._record import note_adam_gather, note_layouts
+from muon_jax._record import note_adam_gather, note_layouts, note_mesh
 from muon_jax._routing import Route
 from muon_jax._specs import (
     AnyMesh,
@@ -56,7 +56,8 @@ class Zero1(NamedTuple):
         for route, spec in zip(routes, specs, strict=True):
             _check_blocks(route, spec, self.mesh)
             layouts.append(zero1_layout(route.shape, spec, self.axes, self.sizes, route.views))
-        note_layouts(self, [route.path for route in routes], layouts)
+        note_mesh(*self)
+        note_layouts([route.path for route in routes], layouts)
         return layouts
 
     def layouts_in_update(

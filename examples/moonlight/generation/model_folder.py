@@ -31,7 +31,7 @@ from examples.moonlight.run_folder.folder import SETTINGS
 GENERATION_CONFIG = "generation_config.json"
 
 # Tokens that end a text by their name, whether or not a configuration says so: Moonlight's, and
-# that of the corpora that `data.py` tokenizes.
+# that of the corpora that `tokenized.py` makes.
 STOP_TOKENS = (END, "[EOS]", END_OF_TEXT)
 
 

@@ -7,7 +7,7 @@
 Each behind a norm and beside a residual stream, in layers that are one stack of parameters. Linear
 layers, norms and attention's inner part are in `layers.py`, how layers become a model with a loss
 and a cache is in `language_model.py`, and both are Moonlight's too. Shapes are suffixes, see
-`model.py`; here g is the heads of keys and values.
+`moonlight.py`; here g is the heads of keys and values.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """What every language model here is: an embedding, residual layers, a norm and a head.
 
-A family (`model.py`, `dense.py`) builds the parts and brings an attention with its cache. This is
-how the parts are run: forward, with a cache, and to a loss, with what training watches measured on
-the way. Shapes are suffixes, see `model.py`.
+A family (`moonlight.py`, `dense.py`) builds the parts and brings an attention with its cache. Here
+the parts are run: forward, with a cache, and to a loss, with what training watches measured on
+the way. Shapes are suffixes, see `moonlight.py`.
 """
 
 from collections.abc import Callable

@@ -5,7 +5,7 @@ gradient is then a plain matrix product, which XLA:CPU runs up to three times fa
 `[b, t, d]`. Parameters are float32 whatever the compute dtype: at a learning rate times weight
 decay of 3e-5, decay would vanish in a bfloat16 weight.
 
-Shapes are suffixes, see `model.py`.
+Shapes are suffixes, see `moonlight.py`.
 """
 
 import functools

@@ -1,0 +1,110 @@
+"""Who imports whom, read from the sources: nothing in a circle, and no arrow up."""
+
+import ast
+import functools
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("muon_jax", "examples", "benchmarks")
+
+# Lowest first: a module imports from its own layer and those before it. A name stands for itself
+# and for what is below it; the longest that fits counts.
+LAYERS = (
+    ("muon_jax",),
+    ("examples", "examples.xla_flags", "examples.one_thread"),
+    ("examples.moonlight",),  # text, JSON and files, a program's end: in no folder of their own
+    ("examples.moonlight.model", "examples.moonlight.data"),
+    ("examples.moonlight.huggingface",),
+    ("examples.moonlight.training",),
+    ("examples.moonlight.generation",),
+    tuple(
+        f"examples.moonlight.{program}"
+        for program in ("train", "stages", "compare", "generate", "hf_check", "hf_export")
+    ),
+    ("examples.scaling_law", "examples.colab", "examples.minimal"),
+    ("benchmarks",),
+)
+LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
+
+# What goes up today. No other may; one that is gone goes from here, too.
+UP = {
+    "examples.moonlight.data.batches -> examples.moonlight.training.schedule",
+    "examples.moonlight.training.job -> examples.moonlight.stages",
+    "examples.moonlight.training.texts -> examples.moonlight.generation.texts",
+}
+
+# The first part of the library's story, one matrix after the other, knows of no mesh.
+KERNEL = ("_polynomials", "_orthogonalize", "_scaling", "_momentum", "_matrix_update", "_batching")
+MESH = (
+    *("_specs", "_layout", "_cost", "_plan", "_planner", "_parts", "_distributed", "_zero1"),
+    *("_record", "_sharding_report", "_state_shardings"),
+)
+
+
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """Each module, with those of ours that it names anywhere, for types alone as well."""
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    return {
+        module: {name for name in _named(path, set(paths)) if name in paths} - {module}
+        for module, path in paths.items()
+    }
+
+
+def _named(path: Path, modules: set[str]) -> set[str]:
+    named = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            named |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None, f"{path}: a relative import"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            named |= (inner & modules) or {node.module}
+    return named
+
+
+def layer(module: str) -> int:
+    """The layer of a module: that of its longest parent that has one."""
+    while module not in LAYER_OF:
+        module = module.rpartition(".")[0]
+    return LAYER_OF[module]
+
+
+def test_nothing_imports_itself_by_a_detour():
+    # Raises CycleError, which shows the circle.
+    assert len(list(graphlib.TopologicalSorter(imports()).static_order())) == len(imports())
+
+
+def test_no_other_arrow_goes_up():
+    up = {f"{a} -> {b}" for a, bs in imports().items() for b in bs if layer(b) > layer(a)}
+    assert up == UP
+
+
+def test_every_layer_is_there():
+    assert LAYER_OF.keys() <= imports().keys()
+
+
+@pytest.mark.parametrize("module", KERNEL)
+def test_the_kernel_imports_nothing_of_the_mesh(module):
+    seen, waiting = set(), {f"muon_jax.{module}"}
+    while waiting:
+        seen |= waiting
+        waiting = set().union(*(imports()[name] for name in waiting)) - seen
+    assert not seen & {f"muon_jax.{name}" for name in MESH}
+
+
+def test_examples_use_what_the_library_exports():
+    inside = {
+        f"{module} -> {name}"
+        for module, names in imports().items()
+        for name in names
+        if module.startswith("examples.") and name.startswith("muon_jax.")
+    }
+    assert not inside
