@@ -21,8 +21,8 @@ from flax import nnx
 from examples.moonlight.data.batches import Span, train_batches, validation_windows
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.language_model import ModelStats, next_token_loss
-from examples.moonlight.model.moonlight import update_router_bias
 from examples.moonlight.training.monitors import layer_rms, svd_entropies
+from examples.moonlight.training.steps import TrainState, apply_gradients
 from examples.scaling_law import protocol
 from examples.scaling_law.corpus import Corpus
 from examples.scaling_law.models import flops_of, make_model, muon_leaves, parameters_of
@@ -41,18 +41,12 @@ _CURVE_POINTS = 50
 _ROUTER_BIAS_RATE = 1e-3
 
 
-class _State(NamedTuple):
-    params: nnx.State
-    bias: nnx.State
-    opt_state: Any
-
-
 class _Programs(NamedTuple):
     """What is compiled once per size, batch and optimizer."""
 
-    init: Callable[[jax.Array], _State]
-    train: Callable[..., tuple[_State, Any]]
-    validate: Callable[[_State, np.ndarray], jax.Array]
+    init: Callable[[jax.Array], TrainState]
+    train: Callable[..., tuple[TrainState, Any]]
+    validate: Callable[[TrainState, np.ndarray], jax.Array]
 
 
 def train(run: Run, corpus: Corpus) -> Record:
@@ -197,36 +191,32 @@ def _programs(run: Run) -> _Programs:
     )
     optimizer = make_optimizer(run)
 
-    def init(seed: jax.Array) -> _State:
+    def init(seed: jax.Array) -> TrainState:
         _, params, bias = nnx.split(
             make_model(run, jax.random.key(seed), unroll=unroll), nnx.Param, RouterBias
         )
-        return _State(params, bias, optimizer.init(params))
+        return TrainState(params, bias, optimizer.init(params))
 
     def loss_fn(params: nnx.State, bias: nnx.State, tokens_bt: jax.Array):
         return next_token_loss(nnx.merge(graphdef, params, bias), tokens_bt)
 
     rms_of = functools.partial(group_rms, muon_weight_dimension_numbers=muon_leaves(run))
 
-    def step(state: _State, xs: tuple[jax.Array, jax.Array]):
+    def step(state: TrainState, xs: tuple[jax.Array, jax.Array]):
         tokens_bt, rate = xs
         (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
             state.params, state.bias, tokens_bt
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params: Any = jax.tree.map(lambda w, u: w + rate * u, state.params, updates)
-        bias = state.bias
-        if stats.load_le is not None:
-            load_le = stats.load_le
-            bias = jax.tree.map(lambda b: update_router_bias(b, load_le, _ROUTER_BIAS_RATE), bias)
-        measured = (loss, rms_of(updates, params), stats if run.watch else None)
-        return _State(params, bias, opt_state), measured
+        after, updates = apply_gradients(
+            state, grads, stats.load_le, optimizer, bias_rate=_ROUTER_BIAS_RATE, rate=rate
+        )
+        return after, (loss, rms_of(updates, state.params), stats if run.watch else None)
 
-    def steps(state: _State, tokens_sbt: jax.Array, rate_s: jax.Array):
+    def steps(state: TrainState, tokens_sbt: jax.Array, rate_s: jax.Array):
         state, (loss_s, rms_s, stats) = jax.lax.scan(step, state, (tokens_sbt, rate_s))
         return state, (loss_s, rms_s, jax.tree.map(lambda x_s: x_s[-1], stats))
 
-    def validate(state: _State, windows_kbt: jax.Array) -> jax.Array:
+    def validate(state: TrainState, windows_kbt: jax.Array) -> jax.Array:
         def loss(tokens_bt: jax.Array) -> jax.Array:
             return loss_fn(state.params, state.bias, tokens_bt)[0]
 

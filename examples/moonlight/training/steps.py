@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import PyTree
 
 from examples.moonlight.model.language_model import ModelStats, merge_stats, next_token_loss
 from examples.moonlight.model.moonlight import max_violation, update_router_bias
@@ -32,6 +33,40 @@ class TrainState(NamedTuple):
     params: nnx.State
     bias: nnx.State
     opt_state: Any
+
+
+def apply_gradients(
+    state: TrainState,
+    grads: PyTree,
+    load_le: jax.Array | None,
+    optimizer: optax.GradientTransformation,
+    *,
+    bias_rate: float | jax.Array,
+    rate: jax.Array | None = None,
+    **extra_args: Any,
+) -> tuple[TrainState, PyTree]:
+    """One optimizer step from its gradients; the router biases follow the experts' load.
+
+    Args:
+        state: Before the step.
+        grads: Of the loss, like the parameters.
+        load_le: The tokens that each layer's experts were chosen by; None without experts.
+        optimizer: What turns gradients into updates.
+        bias_rate: How far a router bias goes.
+        rate: Multiplies the updates; None, where the optimizer has its learning rate itself.
+        **extra_args: What else the optimizer takes, such as `max_logits`.
+
+    Returns:
+        The state after the step, and the optimizer's updates, before `rate`.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra_args)
+    scaled = updates if rate is None else jax.tree.map(lambda u: rate * u, updates)
+    params: Any = optax.apply_updates(state.params, scaled)
+    bias = state.bias
+    if load_le is not None:
+        bias = jax.tree.map(lambda bias_le: update_router_bias(bias_le, load_le, bias_rate), bias)
+    return TrainState(params, bias, opt_state), updates
 
 
 class StepMetrics(NamedTuple):
@@ -108,8 +143,6 @@ def make_train_steps(
     def loss_fn(params: nnx.State, bias: nnx.State, tokens_bt: jax.Array):
         return next_token_loss(nnx.merge(graphdef, params, bias), tokens_bt)
 
-    optimizer = optax.with_extra_args_support(optimizer)
-
     def one_step(
         state: TrainState,
         tokens_abt: jax.Array,
@@ -134,20 +167,15 @@ def make_train_steps(
         load_le = stats.load_le
 
         max_logits = logits_by_module(state.params, stats.max_logit_lh)
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, max_logits=max_logits
+        grads_finite = all_finite((grads, loss))
+        bias_rate = jnp.asarray(bias_schedule(step))
+        if on_nonfinite == "skip":
+            bias_rate = jnp.where(grads_finite, bias_rate, 0.0)
+        after, updates = apply_gradients(
+            state, grads, load_le, optimizer, bias_rate=bias_rate, max_logits=max_logits
         )
         learning_rate = jnp.asarray(schedule(step), jnp.float32)
         update_rms = group_rms(updates, state.params, muon_weight_dimension_numbers=roles)
-        grads_finite = all_finite((grads, loss))
-        bias = state.bias
-        if load_le is not None:
-            rate = jnp.asarray(bias_schedule(step))
-            if on_nonfinite == "skip":
-                rate = jnp.where(grads_finite, rate, 0.0)
-            bias = jax.tree.map(lambda bias_le: update_router_bias(bias_le, load_le, rate), bias)
-        params: Any = optax.apply_updates(state.params, updates)
-        after = TrainState(params, bias, opt_state)
         measured = StepMetrics(
             loss=loss,
             learning_rate=learning_rate,
@@ -165,7 +193,9 @@ def make_train_steps(
 
             def take_rms() -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
                 of_updates = layer_rms(updates)
-                return layer_rms(params), jax.tree.map(lambda x: x / learning_rate, of_updates)
+                return layer_rms(after.params), jax.tree.map(
+                    lambda x: x / learning_rate, of_updates
+                )
 
             none_taken = jax.tree.map(jnp.zeros_like, jax.eval_shape(take_rms))
             watched = Watched(stats, *jax.lax.cond(last, take_rms, lambda: none_taken))
