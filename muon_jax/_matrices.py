@@ -1,8 +1,8 @@
 """See a parameter as batches of matrices, and put the matrices back.
 
 `optax.contrib.MuonDimensionNumbers` says which axes of a leaf are reduced (fan-in) and which are
-outputs (fan-out); all others are a batch. `FusedBlocks` and `SplitAxis` add what it cannot say: that
-an axis holds several matrices side by side, such as Q, K and V, or equal ones, such as heads.
+outputs (fan-out); all others are a batch. `FusedBlocks` and `SplitAxis` add what it cannot say:
+that an axis holds several matrices side by side, such as Q, K and V, or equal ones, such as heads.
 """
 
 import dataclasses
@@ -153,7 +153,7 @@ class LeafViews:
     """All the matrices of one leaf: one view, or one for each fused block.
 
     Attributes:
-      views: of the leaf; where an axis is split, of the leaf with axes `[parts, rest]` in its place.
+      views: of the leaf; where an axis is split, of the leaf with `[parts, rest]` in its place.
       split: that axis, which is also where its parts are in the views.
     """
 
