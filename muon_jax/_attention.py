@@ -35,13 +35,13 @@ class KernelHeads(NamedTuple):
     """How one projection's kernel holds heads.
 
     Attributes:
-      count: the number of heads.
+      heads: the number of heads.
       width: the width of one.
       per_group: how many consecutive heads form one matrix.
       on_output: whether the heads lie along the output; along the input in an output projection.
     """
 
-    count: int
+    heads: int
     width: int
     per_group: int
     on_output: bool = True
@@ -49,11 +49,11 @@ class KernelHeads(NamedTuple):
     @property
     def groups(self) -> int:
         """The number of matrices."""
-        return self.count // self.per_group
+        return self.heads // self.per_group
 
     def __str__(self) -> str:
         if self.per_group == 1:
-            return f"{self.count} head{'s' * (self.count > 1)}"
+            return f"{self.heads} head{'s' * (self.heads > 1)}"
         return f"{self.groups} group{'s' * (self.groups > 1)} of {self.per_group} heads"
 
 

@@ -84,7 +84,7 @@ def _no_kernel(module: Path, paths: Sequence[Path], structure: AttentionHeads) -
 def _in_heads(route: Route, held: KernelHeads, structure: AttentionHeads, sure: bool) -> Route:
     """One kernel's route, split."""
     where = f"heads: {show(route.path)}, shape {route.shape}"
-    by = f"{held.count} heads of width {held.width}, by {type(structure).__name__}"
+    by = f"{held.heads} heads of width {held.width}, by {type(structure).__name__}"
     if route.views is None:
         raise ValueError(
             f"{where}, belongs to AdamW ({route.reason}); expected a matrix that holds {by}. "
@@ -122,17 +122,17 @@ def _split(route: Route, held: KernelHeads, where: str, by: str) -> MatrixSpec:
     name, other = ("output", "reduction") if held.on_output else ("reduction", "output")
     lengths = _lengths(route, sides[name])
     before = sides[name][0] - 1
-    if lengths == (held.width,) and before in view.batch_axes and route.shape[before] == held.count:
+    if lengths == (held.width,) and before in view.batch_axes and route.shape[before] == held.heads:
         sides[name] = (before, *sides[name])  # heads that count as a stack already
-        lengths = (held.count, held.width)
+        lengths = (held.heads, held.width)
     axis = sides[name][0]
-    if lengths == (held.count, held.width) and held.per_group == 1:
+    if lengths == (held.heads, held.width) and held.per_group == 1:
         sides[name] = sides[name][1:]
         return MuonDimensionNumbers(sides["reduction"], sides["output"])
     numbers = MuonDimensionNumbers(sides["reduction"], sides["output"])
-    if lengths in ((held.count * held.width,), (held.count, held.width)):
+    if lengths in ((held.heads * held.width,), (held.heads, held.width)):
         return numbers if held.groups == 1 else SplitAxis(axis, held.groups, numbers)
-    turned = _lengths(route, sides[other]) == (held.count * held.width,)
+    turned = _lengths(route, sides[other]) == (held.heads * held.width,)
     remedy = (
         "Its other side would hold them: say which axes are its input and its output with "
         "muon_weight_dimension_numbers"
@@ -142,7 +142,7 @@ def _split(route: Route, held: KernelHeads, where: str, by: str) -> MatrixSpec:
     )
     raise ValueError(
         f"{where} axes {sides[name]} have the lengths {lengths}; expected "
-        f"{held.count * held.width}, or {held.count} and {held.width}: {by}. {remedy}."
+        f"{held.heads * held.width}, or {held.heads} and {held.width}: {by}. {remedy}."
     )
 
 
