@@ -320,6 +320,13 @@ def test_where_heads_lie(param, parts, seen, gathered):
     assert layout.state[0][: len(param[0])] == param[0]
 
 
+def test_the_state_cuts_no_heads():
+    """Ten heads over four devices: no fifth of what each has is whole, and "d" takes other axes."""
+    views = leaf_views((80, 16), SplitAxis(0, 10, MuonDimensionNumbers(0, 1)), "o")
+    layout = zero1_layout((80, 16), (("t",), ()), ("d",), {"t": 4, "d": 2}, views)
+    assert layout.state == (("t",), ("d",))
+
+
 def test_whole_heads_stay_where_they_are_and_cut_ones_travel():
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     heads, specs = {}, {}
@@ -339,5 +346,7 @@ def test_whole_heads_stay_where_they_are_and_cut_ones_travel():
         }
     assert rows["whole"].route == "owned" and rows["whole"].bytes_in == 0
     assert (rows["whole"].shape, rows["whole"].matrices) == ((16, 64), 16)
-    # Two heads over four devices: three quarters of 32 rows of both leaves are gathered, at least.
-    assert rows["cut"].bytes_in >= 2 * 32 * 32 * 2 * 3 / 4
+    # Two heads over four devices: three quarters of half a leaf are gathered for both leaves, and the
+    # pieces of four small matrices then go to everyone along "data".
+    assert rows["cut"].route == "replicated"
+    assert rows["cut"].bytes_in == 2 * (32 * 32 * 2) * 3 / 4 + 4 * (64 * 16 * 2) / 2
