@@ -20,6 +20,7 @@ from muon_jax._routing import by_path
 from muon_jax._scale_by_muon import MuonState, scale_by_muon
 from muon_jax._scaling import AdjustedLR, FixedScale, UpdateNorm
 from muon_jax._sharding_report import LeafRow, ShardingReport, ShardingRow, sharding_report
+from muon_jax._split_heads import split_heads
 from muon_jax._state_shardings import opt_state_shardings
 from muon_jax._use.by_use import by_use
 from muon_jax._use.readings import Reading, UseRoles
@@ -55,6 +56,7 @@ __all__ = [
     "routing_report",
     "scale_by_muon",
     "sharding_report",
+    "split_heads",
     "svd_entropy",
     "update_rms",
 ]

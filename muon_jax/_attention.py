@@ -1,5 +1,7 @@
 """How an attention module's kernels hold its heads, and what QK-Clip multiplies them by.
 
+Muon splits kernels into heads by the same structures (`split_heads`).
+
 A head's logits are ``q . k``: bilinear in the two projections, so that factors on their columns
 whose product is gamma scale the logits by exactly gamma, through biases and rotary embeddings too
 (both are linear, head by head). Each structure splits gamma over its columns such that no other
@@ -17,7 +19,7 @@ so that a head below the threshold keeps its queries and keys, and its logits, b
 
 import abc
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,32 @@ from muon_jax._checks import check_bool, check_pattern, is_positive_integer
 
 Factors = dict[str, jax.Array]
 """From a projection's name to the factors of its columns, `[*stack, heads, width]`."""
+
+
+class KernelHeads(NamedTuple):
+    """How one projection's kernel holds heads.
+
+    Attributes:
+      heads: the number of heads.
+      width: the width of one.
+      per_group: how many consecutive heads form one matrix.
+      on_output: whether the heads lie along the output; along the input in an output projection.
+    """
+
+    heads: int
+    width: int
+    per_group: int
+    on_output: bool = True
+
+    @property
+    def groups(self) -> int:
+        """The number of matrices."""
+        return self.heads // self.per_group
+
+    def __str__(self) -> str:
+        if self.per_group == 1:
+            return f"{self.heads} head{'s' * (self.heads > 1)}"
+        return f"{self.groups} group{'s' * (self.groups > 1)} of {self.per_group} heads"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +76,10 @@ class AttentionHeads(abc.ABC):
         return {*self.projections.values()}
 
     @abc.abstractmethod
+    def kernels(self, heads_per_group: int) -> dict[str, KernelHeads]:
+        """How Muon splits each projection's kernel, where so many query heads form a matrix."""
+
+    @abc.abstractmethod
     def factors(self, gamma: Float[Array, "*stack heads"]) -> Factors:
         """The factors of each projection's columns, where head h's logits shall scale by gamma."""
 
@@ -56,13 +88,16 @@ class AttentionHeads(abc.ABC):
         for name, value in vars(self).items():
             if name.endswith(("heads", "_dim")) and not is_positive_integer(value):
                 raise ValueError(f"{kind}.{name} must be a positive whole number; got {value!r}.")
-        fields = [name for name in ("query", "key", "key_value") if name in vars(self)]
-        names = [vars(self)[field] for field in fields]
-        for field, name in zip(fields, names, strict=True):
+        fields: dict[str, str] = {}
+        for field in ("query", "key", "key_value", "value", "output"):
+            name = vars(self).get(field)
+            if field not in vars(self) or (name is None and field in ("value", "output")):
+                continue
             if not isinstance(name, str) or not name:
                 raise TypeError(f"{kind}.{field} must be the name of a projection; got {name!r}.")
-        if len({*names}) < len(names):
-            raise ValueError(f"{kind}: {' and '.join(fields)} are both {names[0]!r}; name two.")
+            if name in fields:
+                raise ValueError(f"{kind}: {fields[name]} and {field} are both {name!r}; name two.")
+            fields[name] = field
         if self.logit_soft_cap is not None:
             raise ValueError(
                 f"{kind}.logit_soft_cap={self.logit_soft_cap!r}: logits under a soft cap are not "
@@ -91,6 +126,8 @@ class MultiHead(AttentionHeads):
       head_dim: the width of a head of queries and keys.
       query: the name of the query projection in the module; Flax's own attention has "query".
       key: the name of the key projection; Flax's own attention has "key".
+      value: the name of the value projection, which Muon splits too; None leaves it whole.
+      output: the name of the output projection `[..., heads * head_dim, out]`, likewise.
       logit_soft_cap: the model's own, to be passed on: any but None raises ValueError.
       qk_norm: whether the model normalises queries or keys: True raises ValueError, and so does
         None where a gain in the module is as long as a head or as all heads. False is your word
@@ -98,17 +135,27 @@ class MultiHead(AttentionHeads):
 
     Example:
       >>> llama_2 = MultiHead(heads=32, head_dim=128)
-      >>> flax = MultiHead(heads=8, head_dim=64, query="query", key="key")
+      >>> flax = MultiHead(8, 64, query="query", key="key", value="value", output="out")
     """
 
     head_dim: int
     query: str = "q_proj"
     key: str = "k_proj"
+    value: str | None = "v_proj"
+    output: str | None = "o_proj"
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
         """See `AttentionHeads`."""
         return dict.fromkeys((self.query, self.key), (self.heads, self.head_dim))
+
+    def kernels(self, heads_per_group: int) -> dict[str, KernelHeads]:
+        """See `AttentionHeads`."""
+        held = KernelHeads(self.heads, self.head_dim, heads_per_group)
+        return _named(
+            {self.query: held, self.key: held, self.value: held},
+            {self.output: held._replace(on_output=False)},
+        )
 
     def factors(self, gamma: Float[Array, "*stack heads"]) -> Factors:
         """See `AttentionHeads`."""
@@ -127,6 +174,8 @@ class GroupedQuery(AttentionHeads):
       head_dim: see `MultiHead`.
       query: see `MultiHead`.
       key: see `MultiHead`.
+      value: see `MultiHead`.
+      output: see `MultiHead`.
       logit_soft_cap: see `MultiHead`.
       qk_norm: see `MultiHead`.
 
@@ -138,6 +187,8 @@ class GroupedQuery(AttentionHeads):
     head_dim: int
     query: str = "q_proj"
     key: str = "k_proj"
+    value: str | None = "v_proj"
+    output: str | None = "o_proj"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,6 +202,23 @@ class GroupedQuery(AttentionHeads):
     def projections(self) -> dict[str, tuple[int, int]]:
         """See `AttentionHeads`."""
         return {self.query: (self.heads, self.head_dim), self.key: (self.kv_heads, self.head_dim)}
+
+    def kernels(self, heads_per_group: int) -> dict[str, KernelHeads]:
+        """See `AttentionHeads`."""
+        shared, left = divmod(heads_per_group * self.kv_heads, self.heads)
+        if shared and (left or self.kv_heads % shared):
+            raise ValueError(
+                f"split_heads: {heads_per_group} of {self.heads} query heads share "
+                f"{heads_per_group * self.kv_heads / self.heads:g} of {self.kv_heads} key heads, "
+                "which is no whole part of them; take a multiple or a divisor of "
+                f"{self.heads // self.kv_heads}, the query heads of one key head."
+            )
+        queries = KernelHeads(self.heads, self.head_dim, heads_per_group)
+        keys = KernelHeads(self.kv_heads, self.head_dim, max(1, shared))
+        return _named(
+            {self.query: queries, self.key: keys, self.value: keys},
+            {self.output: queries._replace(on_output=False)},
+        )
 
     def factors(self, gamma: Float[Array, "*stack heads"]) -> Factors:
         """See `AttentionHeads`."""
@@ -179,6 +247,7 @@ class MultiHeadLatent(AttentionHeads):
       query: the name of the query projection in the module; with a low-rank query it is the second
         one, "q_b_proj".
       key_value: the name of the projection from the latent vector to keys and values.
+      output: the name of the output projection `[..., heads * v_dim, out]`; see `MultiHead`.
       logit_soft_cap: see `MultiHead`.
       qk_norm: see `MultiHead`. Norms of latent vectors, before the projections, are none.
 
@@ -191,6 +260,7 @@ class MultiHeadLatent(AttentionHeads):
     v_dim: int
     query: str = "q_proj"
     key_value: str = "kv_b_proj"
+    output: str | None = "o_proj"
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
@@ -199,6 +269,15 @@ class MultiHeadLatent(AttentionHeads):
             self.query: (self.heads, self.nope_dim + self.rope_dim),
             self.key_value: (self.heads, self.nope_dim + self.v_dim),
         }
+
+    def kernels(self, heads_per_group: int) -> dict[str, KernelHeads]:
+        """See `AttentionHeads`; a head's keys and values are one matrix."""
+        inputs = {
+            name: KernelHeads(count, width, heads_per_group)
+            for name, (count, width) in self.projections.items()
+        }
+        output = KernelHeads(self.heads, self.v_dim, heads_per_group, on_output=False)
+        return _named(inputs, {self.output: output})
 
     @property
     def normed(self) -> set[tuple[int, int]]:
@@ -216,14 +295,19 @@ class MultiHeadLatent(AttentionHeads):
         }
 
 
-def check_rule(pattern: Any, heads: Any) -> None:
-    """Raise where a pattern is no regular expression, or `heads` no structure known to QK-Clip."""
-    check_pattern("qk_clip", pattern)
+def check_rule(argument: str, pattern: Any, heads: Any, remedy: str) -> None:
+    """Raise where a pattern is no regular expression, or `heads` no structure of attention."""
+    check_pattern(argument, pattern)
     if not isinstance(heads, AttentionHeads):
         raise TypeError(
-            f"qk_clip: {pattern!r} maps to {heads!r}; use MultiHead, GroupedQuery or "
-            "MultiHeadLatent. Attention of another structure cannot be clipped."
+            f"{argument}: {pattern!r} maps to {heads!r}; use MultiHead, GroupedQuery or "
+            f"MultiHeadLatent. {remedy}"
         )
+
+
+def _named(*kernels: dict[Any, KernelHeads]) -> dict[str, KernelHeads]:
+    """Those of them that have a name."""
+    return {name: held for some in kernels for name, held in some.items() if name is not None}
 
 
 def _columns(of_head: Float[Array, "*stack heads"], width: int) -> Float[Array, "*stack heads w"]:

@@ -7,7 +7,7 @@ a factor on the wrong axis, or on half of a head's weights, would change a model
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -78,34 +78,10 @@ def find_attention(
       TypeError: for kernels that are not floating-point.
     """
     named, structure = flatten_with_names(params)
-    # Flat trees hold whole paths in one key: "layers/0/kernel", "layers.0.weight".
-    leaves = [
-        (tuple(part for name in path for part in re.split(r"[/.]", name)), tuple(jnp.shape(leaf)))
-        for path, leaf in named
-    ]
+    leaves = [(unflattened(path), tuple(jnp.shape(leaf))) for path, leaf in named]
     dtypes = [jnp.result_type(leaf) for _, leaf in named]
-    children: dict[Path, set[str]] = {}
-    for path, _ in leaves:
-        for depth, name in enumerate(path):
-            children.setdefault(path[:depth], set()).add(name)
-    modules, found = [], set()
-    for node, names in children.items():
-        for pattern, heads in attention.items():
-            if _query(heads) in names and re.search(pattern, "/".join(node)):
-                found.add(pattern)
-                modules.append(_module(node, names, heads, leaves))
-                break
-    for pattern, heads in attention.items():
-        if pattern not in found:
-            seen = [node for node, names in children.items() if _query(heads) in names]
-            kind = "modules that have one" if seen else "parameters"
-            listed = ", ".join(map(show, (seen or [path for path, _ in leaves])[:8]))
-            raise ValueError(
-                f"qk_clip: the pattern {pattern!r} finds no module with a projection "
-                f"{_query(heads)!r} that earlier patterns left; the {kind} are {listed}"
-                f"{', ...' if len(seen or leaves) > 8 else ''}. Mend the pattern, or name the "
-                f"projection: {type(heads).__name__}(query=...)."
-            )
+    found = match_modules("qk_clip", [path for path, _ in leaves], attention)
+    modules = [_module(node, names, heads, leaves) for node, names, heads in found]
     for leaf in (leaf for module in modules for leaf in module.leaves):
         if not jnp.issubdtype(dtypes[leaf.index], jnp.inexact):
             raise TypeError(
@@ -113,6 +89,76 @@ def find_attention(
                 "weights can be scaled."
             )
     return modules, structure
+
+
+def unflattened(path: Path) -> Path:
+    """A path by its names, where flat trees hold it in one key: "layers/0/w", "layers.0.w"."""
+    return tuple(part for name in path for part in re.split(r"[/.]", name))
+
+
+def match_modules(
+    argument: str, paths: Iterable[Path], attention: Mapping[str, AttentionHeads]
+) -> list[tuple[Path, set[str], AttentionHeads]]:
+    """The modules that patterns find, by their query projection.
+
+    Args:
+      argument: its name, for errors.
+      paths: those of the leaves.
+      attention: see `find_attention`.
+
+    Returns:
+      The path of each module, the names in it, and its structure.
+
+    Raises:
+      ValueError: for a pattern that is found in no module.
+    """
+    paths = [*paths]
+    children: dict[Path, set[str]] = {}
+    for path in paths:
+        for depth, name in enumerate(path):
+            children.setdefault(path[:depth], set()).add(name)
+    modules, found = [], set()
+    for node, names in children.items():
+        for pattern, heads in attention.items():
+            if _query(heads) in names and re.search(pattern, "/".join(node)):
+                found.add(pattern)
+                modules.append((node, names, heads))
+                break
+    for pattern, heads in attention.items():
+        if pattern not in found:
+            seen = [node for node, names in children.items() if _query(heads) in names]
+            kind = "modules that have one" if seen else "parameters"
+            listed = ", ".join(map(show, (seen or paths)[:8]))
+            raise ValueError(
+                f"{argument}: the pattern {pattern!r} finds no module with a projection "
+                f"{_query(heads)!r} that earlier patterns left; the {kind} are {listed}"
+                f"{', ...' if len(seen or paths) > 8 else ''}. Mend the pattern, or name the "
+                f"projection: {type(heads).__name__}(query=...)."
+            )
+    return modules
+
+
+def check_projection(
+    argument: str, node: Path, names: set[str], projection: str, heads: AttentionHeads
+) -> None:
+    """Raise where a module lacks a projection of its structure."""
+    if projection not in names:
+        raise ValueError(
+            f"{argument}: {show(node)} has no projection {projection!r} beside "
+            f"{_query(heads)!r}; it has {', '.join(sorted(names))}. Tell {type(heads).__name__} "
+            "the name."
+        )
+
+
+def leaves_of(paths: Iterable[Path], module: Path) -> list[tuple[int, Path]]:
+    """The places of the leaves below a module, and the rest of their paths."""
+    depth = len(module)
+    return [(i, path[depth:]) for i, path in enumerate(paths) if path[:depth] == module]
+
+
+def is_bias(rest: Path) -> bool:
+    """Whether what is left of a path below a projection names its bias."""
+    return _is(_BIAS, rest)
 
 
 def _query(heads: AttentionHeads) -> str:
@@ -125,18 +171,13 @@ def _module(node: Path, names: set[str], heads: AttentionHeads, leaves: Leaves) 
     stacks: dict[str, tuple[int, ...]] = {}
     kernel_indices = []
     for projection, (count, width) in heads.projections.items():
-        if projection not in names:
-            raise ValueError(
-                f"qk_clip: {show(node)} has no projection {projection!r} beside {_query(heads)!r}; "
-                f"it has {', '.join(sorted(names))}. Tell {kind} the name."
-            )
+        check_projection("qk_clip", node, names, projection, heads)
         own = [
-            (index, path[len(node) + 1 :], path, shape)
-            for index, (path, shape) in enumerate(leaves)
-            if path[: len(node) + 1] == (*node, projection)
+            (index, rest, *leaves[index])
+            for index, rest in leaves_of((path for path, _ in leaves), (*node, projection))
         ]
         kernels = [leaf for leaf in own if _is(_KERNEL, leaf[1]) or not leaf[1]]
-        biases = [leaf for leaf in own if _is(_BIAS, leaf[1])]
+        biases = [leaf for leaf in own if is_bias(leaf[1])]
         unknown = [show(leaf[2]) for leaf in own if leaf not in kernels + biases]
         if unknown or len(kernels) != 1:
             raise ValueError(

@@ -14,7 +14,9 @@ from jaxtyping import Array, Float, Inexact, PyTree
 from muon_jax._checks import as_array
 from muon_jax._dtypes import promote
 from muon_jax._paths import flatten_with_names, is_absent, show
-from muon_jax._routing import DimensionNumbers, Heads, Route, route_leaves
+from muon_jax._routes import Route
+from muon_jax._routing import DimensionNumbers, route_leaves
+from muon_jax._split_heads import Heads
 
 
 def update_rms(updates: PyTree) -> PyTree:

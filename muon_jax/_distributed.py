@@ -84,6 +84,8 @@ def distributed_update(
             new, nudged = heavy_ball(m, g, update.beta, update.nesterov)
             new_momenta.append(new.astype(m.dtype))
             narrow = update.iteration.cast(nudged)
+            if leaf.layout.split is not None:
+                narrow = leaf.layout.split.gather(narrow)
             local = _local_views(leaf.views, leaf.layout, sizes, state=True)
             for number, (view, stack) in enumerate(
                 zip(leaf.views.views, local.take(narrow), strict=True)
@@ -106,7 +108,10 @@ def distributed_update(
                 scaled.get((index, number), jnp.zeros(view.matrices, g.dtype))
                 for number, view in enumerate(local.views)
             ]
-            updates.append(local.put(parts).astype(g.dtype))
+            done = local.put(parts)
+            if leaf.layout.split is not None:
+                done = leaf.layout.split.own(done)
+            updates.append(done.astype(g.dtype))
         return updates, new_momenta
 
     state = [partition_spec(leaf.layout.state, zero1.mesh) for leaf in leaves]
@@ -119,8 +124,8 @@ def distributed_update(
 
 
 def _local_views(views: LeafViews, layout: Layout, sizes: Sizes, *, state: bool) -> LeafViews:
-    spec = layout.state if state else layout.param
-    return LeafViews(tuple(local_view(view, spec, sizes) for view in views.views))
+    spec = layout.of_views.state if state else layout.of_views.param
+    return LeafViews(tuple(local_view(view, spec, sizes) for view in views.views), views.split)
 
 
 def _is_tall(view: MatrixView) -> bool:
@@ -149,11 +154,11 @@ def _run_group(
         stop = start + member.matrices
         leaf = leaves[member.leaf]
         view = leaf.views.views[member.view]
-        _, fan_in, fan_out = local_view(view, leaf.layout.param, sizes).matrices
+        _, fan_in, fan_out = local_view(view, leaf.layout.of_views.param, sizes).matrices
         piece = (fan_out, fan_in) if _is_tall(view) else (fan_in, fan_out)
         results = _cut_out([result for result, _ in outcomes], bounds, start, stop)
         results = results.reshape(-1, member.matrices, *piece)
-        unstack = _Unstack(view, leaf.layout, group.shape, sizes)
+        unstack = _Unstack(view, leaf.layout.of_views, group.shape, sizes)
         factor = None
         if update.is_measured:
             factors = [factor for _, factor in outcomes if factor is not None]

@@ -11,24 +11,37 @@ sends twice the bytes: more than exchanging the momentum costs.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from jaxtyping import Array, Inexact
 
 from muon_jax._matrices import LeafViews, MatrixView
-from muon_jax._specs import Spec, local_shape, spec_axes
-
-Sizes = Mapping[str, int]
-"""The mesh: the length of each axis, in its order."""
+from muon_jax._specs import Sizes, Spec, local_shape, spec_axes
+from muon_jax._split_layout import SplitLayout, split_layout, whole_parts
 
 
 class Layout(NamedTuple):
-    """Where one leaf lies: the parameter, and the optimizer's state of it."""
+    """Where one leaf lies: the parameter, and the optimizer's state of it.
+
+    Attributes:
+      shape: the leaf's shape.
+      param: the parameter's spec.
+      state: its state's.
+      split: the same where an axis is split into heads; None without.
+    """
 
     shape: tuple[int, ...]
     param: Spec
     state: Spec
+    split: SplitLayout | None = None
+
+    @property
+    def of_views(self) -> "Layout":
+        """Where the leaf lies as its views see it."""
+        if self.split is None:
+            return self
+        return Layout(self.split.shape, self.split.param, self.split.state)
 
 
 def zero1_layout(
@@ -53,6 +66,8 @@ def zero1_layout(
     free.sort(key=lambda axis: -sizes[axis])  # the longest is the first stage of a reduction
     state = list(param)
     local = list(local_shape(shape, param, sizes))
+    if views is not None and views.split is not None:
+        local[views.split] = whole_parts(param, views, sizes)
     order = _dimension_order(shape, views)
 
     def shard(axes: Sequence[str]) -> bool:
@@ -67,7 +82,10 @@ def zero1_layout(
     if free and not shard(free):
         for axis in free:
             shard([axis])
-    return Layout(shape, param, tuple(state))
+    split = None
+    if views is not None and views.split is not None:
+        split = split_layout(param, tuple(state), views, sizes)
+    return Layout(shape, param, tuple(state), split)
 
 
 def _dimension_order(shape: tuple[int, ...], views: LeafViews | None) -> list[int]:
@@ -75,12 +93,19 @@ def _dimension_order(shape: tuple[int, ...], views: LeafViews | None) -> list[in
     if views is None:
         return [*reversed(range(len(shape)))]  # stacks come first in a shape
     view = views.views[0]
-    fan_in, fan_out = (math.prod(shape[d] for d in dims) for dims in (view.reduction, view.output))
+    fan_in, fan_out = (
+        math.prod(view.shape[d] for d in dims) for dims in (view.reduction, view.output)
+    )
     # Along the longer side all matrices of one shape are cut alike once they are turned wide.
     sides = (view.output, view.reduction) if fan_in <= fan_out else (view.reduction, view.output)
     # Blocks that lie side by side cannot be cut out of shards of their common axis.
     fused = {view.block.axis for view in views.views if view.block is not None}
-    return [d for d in (*sides[0], *sides[1], *view.batch_axes) if d not in fused]
+    order = [d for d in (*sides[0], *sides[1], *view.batch_axes) if d not in fused]
+    if views.split is None:
+        return order
+    # Whole heads first: the axis that holds them is none that a loop over layers slices, and each
+    # device then orthogonalizes what it has.
+    return [views.split, *views.own_axes(order)]
 
 
 class Cut(NamedTuple):

@@ -1,8 +1,8 @@
 """See a parameter as batches of matrices, and put the matrices back.
 
 `optax.contrib.MuonDimensionNumbers` says which axes of a leaf are reduced (fan-in) and which are
-outputs (fan-out); all others are a batch. `FusedBlocks` adds the one thing it cannot say: that an
-axis holds several matrices side by side, such as Q, K and V.
+outputs (fan-out); all others are a batch. `FusedBlocks` and `SplitAxis` add what it cannot say:
+that an axis holds several matrices side by side, such as Q, K and V, or equal ones, such as heads.
 """
 
 import dataclasses
@@ -58,7 +58,24 @@ class FusedBlocks:
         object.__setattr__(self, "sizes", tuple(map(int, sizes)))
 
 
-MatrixSpec = MuonDimensionNumbers | FusedBlocks
+@dataclasses.dataclass(frozen=True)
+class SplitAxis:
+    """Equal matrices side by side along one axis: what ``heads=`` makes of a projection's kernel.
+
+    One reshape takes them apart, and the axis of `parts` that it adds is a batch.
+
+    Attributes:
+      axis: the axis, one of the matrix axes, counted from 0.
+      parts: how many lie along it.
+      dimension_numbers: the matrix axes of the whole leaf.
+    """
+
+    axis: int
+    parts: int
+    dimension_numbers: MuonDimensionNumbers
+
+
+MatrixSpec = MuonDimensionNumbers | FusedBlocks | SplitAxis
 """What says which axes of a leaf form its matrices."""
 
 
@@ -133,19 +150,44 @@ class MatrixView:
 
 @dataclasses.dataclass(frozen=True)
 class LeafViews:
-    """All the matrices of one leaf: one view, or one for each fused block."""
+    """All the matrices of one leaf: one view, or one for each fused block.
+
+    Attributes:
+      views: of the leaf; where an axis is split, of the leaf with `[parts, rest]` in its place.
+      split: that axis, which is also where its parts are in the views.
+    """
 
     views: tuple[MatrixView, ...]
+    split: int | None = None
+
+    @property
+    def batch_axes(self) -> tuple[int, ...]:
+        """The axes of the leaf itself along which nothing but stacks lie."""
+        axes = self.views[0].batch_axes
+        return axes if self.split is None else self.own_axes(axes)
+
+    def own_axes(self, axes: Sequence[int]) -> tuple[int, ...]:
+        """Axes of the views as axes of the leaf, without the one that is split."""
+        if self.split is None:
+            return (*axes,)
+        both = (self.split, self.split + 1)
+        return tuple(axis - (axis > self.split) for axis in axes if axis not in both)
 
     def take(self, leaf: Inexact[Array, "*shape"]) -> list[Inexact[Array, "_ _ _"]]:
         """The matrices of each view."""
+        if self.split is not None:
+            leaf = leaf.reshape(self.views[0].shape)
         return [view.take(leaf) for view in self.views]
 
     def put(self, stacks: Sequence[Inexact[Array, "_ _ _"]]) -> Inexact[Array, "*shape"]:
         """The leaf made of the matrices of each view."""
         parts = [view.put(stack) for view, stack in zip(self.views, stacks, strict=True)]
         block = self.views[0].block
-        return parts[0] if block is None else jnp.concatenate(parts, axis=block.axis)
+        leaf = parts[0] if block is None else jnp.concatenate(parts, axis=block.axis)
+        if self.split is None:
+            return leaf
+        before, (count, rest), after = _around(leaf.shape, self.split)
+        return leaf.reshape(*before, count * rest, *after)
 
 
 def leaf_views(shape: Sequence[int], spec: MatrixSpec, where: str) -> LeafViews:
@@ -163,7 +205,9 @@ def leaf_views(shape: Sequence[int], spec: MatrixSpec, where: str) -> LeafViews:
       TypeError: for axes that are no integers.
     """
     shape = tuple(shape)
-    numbers = _numbers_of_blocks(shape, spec, where) if isinstance(spec, FusedBlocks) else spec
+    numbers: Any = spec if isinstance(spec, MuonDimensionNumbers) else spec.dimension_numbers
+    if isinstance(spec, FusedBlocks):
+        numbers = _numbers_of_blocks(shape, spec, where)
     reduction = _axes(numbers.reduction_axis, shape, where, "reduction_axis")
     output = _axes(numbers.output_axis, shape, where, "output_axis")
     shared = sorted({*reduction} & {*output})
@@ -173,6 +217,8 @@ def leaf_views(shape: Sequence[int], spec: MatrixSpec, where: str) -> LeafViews:
             f"{numbers}; each axis belongs to one of them, or to neither (a batch)."
         )
     whole = MatrixView(shape, reduction, output)
+    if isinstance(spec, SplitAxis):
+        return _split_views(whole, spec)
     if not isinstance(spec, FusedBlocks):
         return LeafViews((whole,))
 
@@ -200,6 +246,29 @@ def leaf_views(shape: Sequence[int], spec: MatrixSpec, where: str) -> LeafViews:
             for start, size in zip(starts, spec.sizes, strict=True)
         )
     )
+
+
+def _split_views(whole: MatrixView, spec: SplitAxis) -> LeafViews:
+    before, after = whole.shape[: spec.axis], whole.shape[spec.axis + 1 :]
+    rest, left = divmod(whole.shape[spec.axis], spec.parts)
+    assert not left and spec.axis not in whole.batch_axes, (whole, spec)
+
+    def behind_parts(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(axis + (axis >= spec.axis) for axis in axes)
+
+    view = MatrixView(
+        (*before, spec.parts, rest, *after),
+        behind_parts(whole.reduction),
+        behind_parts(whole.output),
+    )
+    return LeafViews((view,), spec.axis)
+
+
+def _around(
+    shape: tuple[int, ...], split: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """The axes before a split one, its two, and those behind."""
+    return shape[:split], shape[split : split + 2], shape[split + 2 :]
 
 
 def _numbers_of_blocks(

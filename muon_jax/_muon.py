@@ -19,11 +19,13 @@ from muon_jax._gradients import gradient_leaves
 from muon_jax._injectable import Held, injectable, unheld
 from muon_jax._orthogonalize import Preconditioning
 from muon_jax._prefix import resolve_mask
-from muon_jax._routing import DimensionNumbers, Heads, Route, route_leaves, warn_of_tables
+from muon_jax._routes import Route
+from muon_jax._routing import DimensionNumbers, route_leaves, warn_of_tables
 from muon_jax._scale_by_adam import scale_by_adam
 from muon_jax._scale_by_muon import scale_by_muon
 from muon_jax._scaling import DEFAULT_RMS, DefaultRMS, ShapeFunction, UpdateScale
 from muon_jax._specs import AnyMesh, partition_spec
+from muon_jax._split_heads import Heads
 from muon_jax._state_checks import check_state_of
 from muon_jax._zero1 import resolve_zero1
 
@@ -184,7 +186,8 @@ def muon(
         return optax.partition(
             {
                 "muon": optax.chain(
-                    make_muon(weight_dimension_numbers=numbers, param_specs=where),
+                    # The routes have the heads apart already.
+                    make_muon(weight_dimension_numbers=numbers, heads="joint", param_specs=where),
                     optax.add_decayed_weights(weight_decay, mask),
                     optax.scale_by_learning_rate(learning_rate),
                 ),

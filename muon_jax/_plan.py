@@ -160,7 +160,8 @@ class Group(NamedTuple):
       shape: what they have in common.
       members: where they come from.
       parts: runs of them, one after the other.
-      traffic: what one device sends for each part.
+      traffic: what one device sends for each part; behind these, what it sends for each leaf whose
+        heads are cut over devices.
       flops: of Newton-Schulz on each device, an array shaped like the mesh.
       flops_of_one: of one matrix.
     """

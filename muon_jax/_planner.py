@@ -7,7 +7,7 @@ together, so that one group's remainder fills the devices that another's leaves 
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -56,7 +56,10 @@ def make_plan(
             shape,
             tuple(group),
             tuple(parts[shape]),
-            tuple(planner.traffic(shape, part) for part in parts[shape]),
+            (
+                *(planner.traffic(shape, part) for part in parts[shape]),
+                *_gathers(leaves, group, sizes),
+            ),
             planner.flops(shape, parts[shape]),
             planner.flops_of_one(shape),
         )
@@ -69,7 +72,8 @@ def _group(
     leaves: Sequence[PlannedLeaf], sizes: Sizes, zero1_axes: Sequence[str]
 ) -> dict[Shape, list[Member]]:
     groups = defaultdict(list)
-    for index, (views, layout, dtype, _) in enumerate(leaves):
+    for index, (views, where, dtype, _) in enumerate(leaves):
+        layout = where.of_views
         for number, view in enumerate(views.views):
             batch, fan_in, fan_out = view.matrices
             if not batch * fan_in * fan_out:
@@ -100,6 +104,17 @@ def _group(
                 )
             )
     return groups
+
+
+def _gathers(
+    leaves: Sequence[PlannedLeaf], members: Sequence[Member], sizes: Sizes
+) -> Iterator[Traffic]:
+    """What is sent before a group's matrices are whole heads, which no choice changes."""
+    for leaf in (leaves[member.leaf] for member in members):
+        split = leaf.layout.split
+        if split is not None and split.gathered:
+            sent = split.sent(leaf.dtype.itemsize, sizes)
+            yield Traffic(exchange=sent, collectives=len(split.gathered))
 
 
 class _Choice(NamedTuple):

@@ -109,7 +109,7 @@ def qk_clip(
             f"paths to it; got {attention!r}."
         )
     for pattern, heads in rules.items():
-        check_rule(pattern, heads)
+        check_rule("qk_clip", pattern, heads, "Attention of another structure cannot be clipped.")
     check_scalar("threshold", threshold)
     if not isinstance(threshold, Tracer) and float(threshold) == 0:
         raise ValueError("threshold must be positive; got 0, which would set the weights to 0.")

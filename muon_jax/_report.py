@@ -6,7 +6,8 @@ from typing import Any
 
 from muon_jax._checks import Scalar
 from muon_jax._paths import show
-from muon_jax._routing import DimensionNumbers, Heads, Route, route_leaves
+from muon_jax._routes import Route
+from muon_jax._routing import DimensionNumbers, route_leaves
 from muon_jax._scaling import (
     DEFAULT_RMS,
     DefaultRMS,
@@ -15,6 +16,7 @@ from muon_jax._scaling import (
     describe_update_scale,
     resolve_update_scale,
 )
+from muon_jax._split_heads import Heads
 from muon_jax._tables import table
 from muon_jax._use.against_names import note_names
 from muon_jax._use.readings import UseRoles

@@ -8,22 +8,23 @@ wrong guess would train a wrong model without a word.
 import dataclasses
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import jax
 
 from muon_jax._checks import check_pattern
-from muon_jax._matrices import LeafViews, MatrixSpec, is_matrix_spec, leaf_views
+from muon_jax._head_axes import split_routes
+from muon_jax._matrices import MatrixSpec, is_matrix_spec, leaf_views
 from muon_jax._parameters import check_tree, parameter_shape
 from muon_jax._paths import Path, flatten_with_names, is_absent, show
 from muon_jax._prefix import match_prefix
 from muon_jax._readings import read_leaves
 from muon_jax._remedies import code_pattern, how_to_declare, pattern_for
 from muon_jax._roles import Question, Role
+from muon_jax._routes import Route
+from muon_jax._split_heads import Heads, OneWord, SplitHeads, resolve_heads
 from muon_jax._use.readings import Reading, UseRoles
-
-Heads = Literal["joint", "per_head"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,33 +70,6 @@ DimensionNumbers = MatrixSpec | PathRules | UseRoles | Callable[[Any], Any] | An
 `by_use`."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Route:
-    """Where one leaf goes.
-
-    Attributes:
-      path: the leaf's normalised path.
-      shape: the leaf's shape.
-      reason: why it goes there.
-      spec: which axes form its matrices; None sends it to AdamW.
-      views: its matrices; None where `spec` is.
-      maybe_table: whether nothing but its two axes says that it is a matrix, and its sides are
-        those of a table.
-    """
-
-    path: Path
-    shape: tuple[int, ...]
-    reason: str
-    spec: MatrixSpec | None = None
-    views: LeafViews | None = None
-    maybe_table: bool = False
-
-    @property
-    def group(self) -> Literal["muon", "adam"]:
-        """The optimizer that updates this leaf."""
-        return "adam" if self.views is None else "muon"
-
-
 def route_leaves(
     params: Any, dimension_numbers: DimensionNumbers = None, heads: Heads = "joint"
 ) -> tuple[list[Route], Any]:
@@ -105,7 +79,8 @@ def route_leaves(
       params: a pytree of arrays or `jax.ShapeDtypeStruct`s; None and `optax.MaskedNode` are
         absent leaves.
       dimension_numbers: as `muon_weight_dimension_numbers` of `muon`.
-      heads: whether the heads of an attention kernel form one matrix or one each.
+      heads: whether the heads of an attention kernel form one matrix or one each, or which modules
+        are split into heads.
 
     Returns:
       One `Route` for each leaf, in the order of `jax.tree.leaves(params)`, and the structure.
@@ -116,13 +91,31 @@ def route_leaves(
       TypeError: for a leaf that is no array of a real or complex floating-point dtype of 16 bits or
         more.
     """
-    check_heads(heads)
+    known = resolve_heads(heads)
     leaves, structure = flatten_with_names(params)
     check_tree(params, [path for path, _ in leaves])
     shapes = [(path, parameter_shape(path, leaf)) for path, leaf in leaves]
+    word = "joint" if isinstance(known, SplitHeads) else known
     if isinstance(dimension_numbers, UseRoles):
         readings = [dimension_numbers.of(path, shape) for path, shape in shapes]
-        return [_route_by_use(reading, heads) for reading in readings], structure
+        routes, sure = [_route_by_use(reading, word) for reading in readings], range(len(shapes))
+    else:
+        routes, sure = _routes_by_word(params, leaves, shapes, dimension_numbers, word)
+    if isinstance(known, SplitHeads):
+        nodes, _ = flatten_with_names(params, is_absent)
+        hidden = [path for path, node in nodes if is_absent(node)]
+        routes = split_routes(routes, known, sure, hidden)
+    return routes, structure
+
+
+def _routes_by_word(
+    params: Any,
+    leaves: list[tuple[Path, Any]],
+    shapes: list[tuple[Path, tuple[int, ...]]],
+    dimension_numbers: DimensionNumbers,
+    heads: OneWord,
+) -> tuple[list[Route], Collection[int]]:
+    """The routes by the user's word, then by names, and the places of those by the former."""
     declared = _declared(params, leaves, dimension_numbers)
     declared_routes = {
         i: _route_declared(path, shape, declared[path])
@@ -143,7 +136,7 @@ def route_leaves(
                 by_name.append((path, shape, role.reason))
     if asked:
         raise ValueError(how_to_declare(asked, [route.path for route in routes], by_name))
-    return routes, structure
+    return routes, declared_routes.keys()
 
 
 def routes_by_name(
@@ -155,7 +148,7 @@ def routes_by_name(
       shapes: the path and the shape of every leaf.
       heads: as in `route_leaves`.
     """
-    read = read_leaves(_named(shapes), heads == "per_head")
+    read = read_leaves(_named(shapes), resolve_heads(heads) == "per_head")
     return [
         None if isinstance(role, Question) else _route_by_role(path, shape, role)
         for (path, shape), role in zip(shapes, read, strict=True)
@@ -173,12 +166,6 @@ def _named(
         (tuple(part.lower() for name in path for part in re.split(r"[/.]", name)), shape)
         for path, shape in shapes
     ]
-
-
-def check_heads(heads: str) -> None:
-    """Raise ValueError unless `heads` is a known choice."""
-    if heads not in get_args(Heads):
-        raise ValueError(f'heads must be "joint" or "per_head"; got {heads!r}.')
 
 
 def warn_of_tables(routes: list[Route]) -> None:
@@ -206,7 +193,7 @@ def _batch_axes(route: Route) -> set[int]:
     """The axes of a declared leaf that its matrices are stacked along; all, for AdamW's."""
     if route.views is None:
         return {*range(len(route.shape))}
-    return {*route.views.views[0].batch_axes}
+    return {*route.views.batch_axes}
 
 
 def _route_by_role(path: Path, shape: tuple[int, ...], role: Role) -> Route:
@@ -219,7 +206,7 @@ def _route_by_role(path: Path, shape: tuple[int, ...], role: Role) -> Route:
     return Route(path, shape, role.reason, role.spec, views, role.maybe_table)
 
 
-def _route_by_use(reading: Reading, heads: Heads) -> Route:
+def _route_by_use(reading: Reading, heads: OneWord) -> Route:
     spec, reason = reading.spec, reading.because
     if spec is None:
         return Route(reading.path, reading.shape, reason)

@@ -33,7 +33,8 @@ from muon_jax._plan import PlannedLeaf
 from muon_jax._planner import make_plan
 from muon_jax._polynomials import resolve_schedule
 from muon_jax._record import note_plan, note_state
-from muon_jax._routing import DimensionNumbers, Heads, Route, check_heads, route_leaves
+from muon_jax._routes import Route
+from muon_jax._routing import DimensionNumbers, route_leaves
 from muon_jax._scaling import (
     DEFAULT_RMS,
     DefaultRMS,
@@ -43,6 +44,7 @@ from muon_jax._scaling import (
     resolve_update_scale,
 )
 from muon_jax._specs import AnyMesh
+from muon_jax._split_heads import Heads, resolve_heads
 from muon_jax._zero1 import resolve_zero1
 
 
@@ -102,7 +104,10 @@ def scale_by_muon(
       update_scale: another scale: `UpdateNorm` (Eq. 6), `FixedScale` (Eq. 5), `AdjustedLR`, or a
         function of ``(fan_in, fan_out)``.
       weight_dimension_numbers: which axes form the matrices; see `muon`.
-      heads: whether the heads of a Flax attention kernel form one matrix or one each.
+      heads: whether the heads of a Flax attention kernel `[d, heads, head_dim]` form one matrix,
+        ``"joint"``, or one each, ``"per_head"``; or a mapping from patterns of modules' paths to
+        the structure of their attention, as `qk_clip` takes, whose kernels of two axes are split
+        too, each head to be a matrix; or `split_heads`, for groups of heads.
       max_group_bytes: the largest batch of matrices orthogonalized at once, in bytes of
         `ns_dtype`; None means 1 GiB. It bounds the buffers of the iteration; larger batches go
         through in a loop. All matrices of one shape are held in `ns_dtype` besides, and on a mesh
@@ -138,7 +143,7 @@ def scale_by_muon(
     matrix_update = MatrixUpdate(
         iteration, scale, check_bool("adaptive", adaptive), beta, check_bool("nesterov", nesterov)
     )
-    check_heads(heads)
+    resolve_heads(heads)
     group_bytes = check_group_bytes(max_group_bytes, DEFAULT_MAX_GROUP_BYTES)
     mu_dtype = check_mu_dtype(mu_dtype)
     zero1 = resolve_zero1(mesh, zero1_axes, param_specs)

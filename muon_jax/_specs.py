@@ -30,6 +30,9 @@ AnyMesh = Mesh | AbstractMesh
 Spec = tuple[tuple[str, ...], ...]
 """The mesh axes that shard each dimension, major first."""
 
+Sizes = Mapping[str, int]
+"""The mesh: the length of each axis, in its order."""
+
 
 def check_mesh(mesh: Any) -> AnyMesh:
     """Return `mesh`, or raise where it is none, or has axes that a program cannot be written for.

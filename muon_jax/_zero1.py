@@ -18,7 +18,7 @@ from muon_jax._layout import Layout, Sizes, zero1_layout
 from muon_jax._matrices import LeafViews
 from muon_jax._paths import is_absent, show
 from muon_jax._record import note_adam_gather, note_layouts, note_mesh
-from muon_jax._routing import Route
+from muon_jax._routes import Route
 from muon_jax._specs import (
     AnyMesh,
     Spec,

@@ -424,7 +424,7 @@ def test_integer_leaves_raise(dtype):
 
 
 def test_unknown_heads_raise(untyped):
-    with pytest.raises(ValueError, match=r"or .per_head.; got .each."):
+    with pytest.raises(ValueError, match=r"or .per_head., or declare (.*); got .each."):
         route_leaves(PARAMS, by_path({"mixer": None}), heads="each")
 
 

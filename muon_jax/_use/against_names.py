@@ -3,7 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from muon_jax._routing import Heads, Route, routes_by_name
+from muon_jax._routes import Route
+from muon_jax._routing import routes_by_name
+from muon_jax._split_heads import Heads
 
 
 def note_names(routes: Sequence[Route], heads: Heads) -> list[Route]:
@@ -13,7 +15,7 @@ def note_names(routes: Sequence[Route], heads: Heads) -> list[Route]:
 
 
 def _noted(route: Route, named: Route | None) -> Route:
-    if route.reason.startswith("declared"):
+    if route.reason.startswith("declared") or route.in_heads:
         return route
     if named is None:
         return dataclasses.replace(route, reason=f"{route.reason} [the names do not tell]")

@@ -24,15 +24,19 @@ from muon_jax._matrices import FusedBlocks, MatrixSpec
 from muon_jax._roles import Question
 from muon_jax._use.doubts import Doubt
 from muon_jax._use.events import equations, is_added_up, is_attention, is_made, roles_in
-from muon_jax._use.hints import hints_of
+from muon_jax._use.hints import heads_of, hints_of
 from muon_jax._use.labels import Label
 from muon_jax._use.places import Places
 from muon_jax._use.reader import Meeting, Reader, Use
 from muon_jax._use.values import Value
 from muon_jax._use.words import describe
 
-Verdict = tuple[str, str, MatrixSpec | None, tuple[str, ...], tuple[int, ...]]
-"""Role, reason, spec, hints and head axes, as in `Reading`."""
+_Seen = tuple[str, str, MatrixSpec | None, tuple[str, ...], tuple[int, ...]]
+Verdict = (
+    _Seen
+    | tuple[str, str, MatrixSpec | None, tuple[str, ...], tuple[int, ...], tuple[int, int] | None]
+)
+"""Role, reason, spec, hints, head axes and what a matrix's output becomes, as in `Reading`."""
 
 
 RAVELLED = "one axis, which the program cuts into matrices"
@@ -130,9 +134,12 @@ class Judge:
         if groups != {1}:
             spec = _grouped(shape, ins, outs, groups)
             reason += f", {max(groups)} feature groups"
+        becomes = None
         if len(outs) == 1:
-            hints += hints_of(self.labels[leaf][outs[0]].root, outs[0], uses, self.attention)
-        return "matrix", reason, spec, tuple(hints), heads
+            label = self.labels[leaf][outs[0]].root
+            hints += hints_of(label, outs[0], uses, self.attention)
+            becomes = heads_of(label, self.attention)
+        return "matrix", reason, spec, tuple(hints), heads, becomes
 
     def _is_followed(self, use: Use) -> bool:
         return bool(self.reader.followers[use.product] & self.live)

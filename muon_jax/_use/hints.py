@@ -18,16 +18,22 @@ def hints_of(label: Label, axis: int, uses: Sequence[Use], attention: Collection
       attention: the equations that are attention.
     """
     hints = []
-    for factors in label.factors:
-        if len(factors) == 2 and _are_heads(*factors, attention):
-            hints.append(f"{factors[0].size} heads of {factors[1].size}")
-            break
+    if (held := heads_of(label, attention)) is not None:
+        hints.append(f"{held[0]} heads of {held[1]}")
     blocks = _blocks(label)
     if blocks:
         hints.append(f"cut along axis {axis}: maybe FusedBlocks({blocks}, axis={axis})")
     elif any(axis in use.partly for use in uses):
         hints.append(f"used in pieces of axis {axis}: maybe fused blocks")
     return hints
+
+
+def heads_of(label: Label, attention: Collection[Any]) -> tuple[int, int] | None:
+    """The number and the width of the heads that an output axis becomes."""
+    for factors in label.factors:
+        if len(factors) == 2 and _are_heads(*factors, attention):
+            return factors[0].size, factors[1].size
+    return None
 
 
 def _are_heads(many: Label, width: Label, attention: Collection[Any]) -> bool:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 from optax.contrib import MuonDimensionNumbers
 
+from muon_jax._attention import AttentionHeads
 from muon_jax._matrices import MatrixSpec
 from muon_jax._paths import Path, show
 from muon_jax._tables import table
+from muon_jax._use.proposed_heads import latent_modules, propose_heads
 
 Role = Literal["matrix", "head", "embedding", "elementwise", "vector", "declared"]
 
@@ -25,6 +28,8 @@ class Reading:
       spec: which axes form its matrices; None sends it to AdamW.
       hints: evidence that decides nothing, such as the number of heads.
       head_axes: the axes of `spec` that hold attention's heads, for ``heads="per_head"``.
+      becomes: the number and the width of the heads that its one output axis becomes; None where it
+        was not seen to become any.
     """
 
     path: Path
@@ -34,11 +39,30 @@ class Reading:
     spec: MatrixSpec | None = None
     hints: tuple[str, ...] = ()
     head_axes: tuple[int, ...] = ()
+    becomes: tuple[int, int] | None = None
 
     @property
     def because(self) -> str:
         """The reason with the hints."""
         return "; ".join((self.reason, *self.hints))
+
+    @property
+    def heads(self) -> tuple[int, int] | None:
+        """The number and the width of the heads in its output; None where none were seen."""
+        numbers: Any = self.spec
+        if len(self.head_axes) == 1 and self.head_axes == numbers.output_axis[:1]:
+            count, *widths = (self.shape[axis] for axis in numbers.output_axis)
+            return count, math.prod(widths)
+        return self.becomes
+
+    @property
+    def fan_in(self) -> int:
+        """How many entries its matrices sum over."""
+        numbers: Any = self.spec
+        axes = numbers.reduction_axis
+        return math.prod(
+            self.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,))
+        )
 
     def per_head(self) -> MuonDimensionNumbers:
         """The matrices with each of attention's heads as one of its own."""
@@ -70,11 +94,26 @@ class UseRoles:
             )
             for reading in self.readings
         ]
-        return "\n".join(table(("path", "shape", "role", "what was seen"), cells))
+        lines = table(("path", "shape", "role", "what was seen"), cells)
+        return "\n".join([*lines, *latent_modules(self.readings)])
 
     def __repr__(self) -> str:
         muon = sum(reading.spec is not None for reading in self.readings)
         return f"<UseRoles: {muon} of {len(self.readings)} parameters are matrices>\n{self}"
+
+    def heads(self) -> dict[str, AttentionHeads]:
+        """The attention modules whose heads were all seen, a value for `heads` of `muon`.
+
+        Those whose query, key and value projections, by their names, were seen to become heads. Of
+        latent attention the widths inside a head are not seen; what is, is printed instead.
+
+        Returns:
+          From patterns of modules to `MultiHead` or `GroupedQuery`; empty where nothing was seen.
+
+        Example:
+          >>> tx = muon(3e-4, muon_weight_dimension_numbers=roles, heads=roles.heads())
+        """
+        return propose_heads(self.readings)
 
     def of(self, path: Path, shape: tuple[int, ...]) -> Reading:
         """The reading of one parameter.

@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 from use_programs import arrays, data, mean_square, read
 
-from muon_jax import by_use, muon, routing_report
+from muon_jax import GroupedQuery, MultiHead, by_use, muon, routing_report
 
 D, H, W, KV = 12, 4, 6, 2
 
@@ -82,6 +82,12 @@ def test_heads_of_two_axes_name_their_number(kv):
     assert read(loss, params, data(2, 7, D)) == TWO
     hints = {r.path[0]: r.hints for r in by_use(loss, params, data(2, 7, D)).readings}
     assert f"{H} heads of {W}" in hints["q"]
+    # One key head shows no number of heads.
+    proposed = {
+        H: {"^$": MultiHead(H, W, "q", "k", "v", "o")},
+        KV: {"^$": GroupedQuery(H, KV, W, "q", "k", "v", "o")},
+    }
+    assert by_use(loss, params, data(2, 7, D)).heads() == proposed.get(kv, {})
     if kv > 1:
         assert f"{kv} heads of {W}" in hints["k"]
 
@@ -178,6 +184,46 @@ def test_latent_attention():
         **dict.fromkeys(("q", "kv_a", "kv_b", "o"), ((0,), (1,))),
         "head": "head",
     }
+
+
+def test_heads_are_proposed_by_module_and_latent_ones_are_printed():
+    def attention(p, x):
+        q = (x @ p["q_proj"]["kernel"]).reshape(2, 7, H, W)
+        if "kv_b_proj" in p:
+            both = (x @ p["kv_b_proj"]["kernel"]).reshape(2, 7, H, 2 * W)
+            k, v = both[..., :W], both[..., W:]
+        else:
+            k, v = ((x @ p[n]["kernel"]).reshape(2, 7, -1, W) for n in ("k_proj", "v_proj"))
+        k, v = (jnp.repeat(y, H // y.shape[2], axis=2) for y in (k, v))
+        out = softmax_attention(rope(q), rope(k), v).reshape(2, 7, H * W)
+        return x + out @ p["o_proj"]["kernel"]
+
+    def loss(p, x):
+        for name in ("0", "1", "2", "latent"):
+            x = attention(p[name]["attn"], x)
+        return finish(p, x)
+
+    def module(**inputs):
+        shapes = {"q_proj": (D, H * W), **inputs, "o_proj": (H * W, D)}
+        return {"attn": {name: arrays(kernel=shape) for name, shape in shapes.items()}}
+
+    params = {
+        "0": module(k_proj=(D, H * W), v_proj=(D, H * W)),
+        "1": module(k_proj=(D, H * W), v_proj=(D, H * W)),
+        "2": module(k_proj=(D, KV * W), v_proj=(D, KV * W)),
+        "latent": module(kv_b_proj=(D, 2 * H * W)),
+        **arrays(head=(D, 5)),
+    }
+    roles = by_use(loss, params, data(2, 7, D))
+    proposed = roles.heads()
+    assert {*proposed.values()} == {GroupedQuery(H, KV, W), MultiHead(H, W)}
+    report = routing_report(params, muon_weight_dimension_numbers=roles, heads=proposed)
+    rows = {row.path: row.matrices for row in report.rows}
+    assert rows["1/attn/k_proj/kernel"] == rows["1/attn/q_proj/kernel"] == ((H, D, W),)
+    assert rows["2/attn/k_proj/kernel"] == ((KV, D, W),)
+    assert rows["2/attn/o_proj/kernel"] == ((H, W, D),)
+    assert rows["latent/attn/q_proj/kernel"] == ((1, D, H * W),)
+    assert f"latent/attn: kv_b_proj becomes {H} heads of {2 * W}" in str(roles)
 
 
 def test_keys_in_a_cache_are_followed():

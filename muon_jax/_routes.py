@@ -1,0 +1,36 @@
+"""Where a leaf goes: the outcome of routing."""
+
+import dataclasses
+from typing import Literal
+
+from muon_jax._matrices import LeafViews, MatrixSpec
+from muon_jax._paths import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """Where one leaf goes.
+
+    Attributes:
+      path: the leaf's normalised path.
+      shape: the leaf's shape.
+      reason: why it goes there.
+      spec: which axes form its matrices; None sends it to AdamW.
+      views: its matrices; None where `spec` is.
+      maybe_table: whether nothing but its two axes says that it is a matrix, and its sides are
+        those of a table.
+      in_heads: whether a structure that the user declared split it into heads.
+    """
+
+    path: Path
+    shape: tuple[int, ...]
+    reason: str
+    spec: MatrixSpec | None = None
+    views: LeafViews | None = None
+    maybe_table: bool = False
+    in_heads: bool = False
+
+    @property
+    def group(self) -> Literal["muon", "adam"]:
+        """The optimizer that updates this leaf."""
+        return "adam" if self.views is None else "muon"
