@@ -198,12 +198,10 @@ def test_flat_keys_and_several_structures():
     assert rows["layers.1.attn.k_proj.w"] == ((H, D, W),)
 
 
-def test_the_report_names_heads_and_groups(capsys):
-    params = attention_of("two")
-    routing_report(params, heads=HEADS)
-    assert f"linear kernel, {H} heads [{D}, {W}]" in capsys.readouterr().out
-    routing_report(attention_of("three"), heads=split_heads(HEADS, 3))
-    printed = capsys.readouterr().out
+def test_the_report_names_heads_and_groups():
+    printed = str(routing_report(attention_of("two"), heads=HEADS))
+    assert f"linear kernel, {H} heads [{D}, {W}]" in printed
+    printed = str(routing_report(attention_of("three"), heads=split_heads(HEADS, 3)))
     assert f"[d, heads, head_dim], 2 groups of 3 heads [{D}, {3 * W}]" in printed
     assert "joint" not in printed
 
@@ -346,7 +344,7 @@ def test_whole_heads_stay_where_they_are_and_cut_ones_travel():
         }
     assert rows["whole"].route == "owned" and rows["whole"].bytes_in == 0
     assert (rows["whole"].shape, rows["whole"].matrices) == ((16, 64), 16)
-    # Two heads over four devices: three quarters of half a leaf are gathered for both leaves, and the
-    # pieces of four small matrices then go to everyone along "data".
+    # Two heads over four devices: three quarters of half a leaf are gathered for both leaves, and
+    # the pieces of four small matrices then go to everyone along "data".
     assert rows["cut"].route == "replicated"
     assert rows["cut"].bytes_in == 2 * (32 * 32 * 2) * 3 / 4 + 4 * (64 * 16 * 2) / 2
