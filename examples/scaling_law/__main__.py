@@ -26,7 +26,7 @@ from rich.table import Table
 
 from examples.one_thread import available_cores
 from examples.scaling_law import tables
-from examples.scaling_law.ablations import SIZE, ablations
+from examples.scaling_law.ablations import ablations
 from examples.scaling_law.models import flops_of
 from examples.scaling_law.pool import Pool, estimate
 from examples.scaling_law.protocol import Run
@@ -89,8 +89,8 @@ def run(args: Args) -> None:
             console.print(f"[bold]{size} layers: the best cell is at an edge of its grid[/bold]")
     law = study.tuned(records)
     if preset == "ablations":
-        muon = study.run(law, SIZE, "muon", 0)
-        runs = [run for ablation in ablations(muon).values() for run in ablation.runs]
+        declared = ablations(lambda size: study.run(law, size, "muon", 0))
+        runs = [run for ablation in declared.values() for run in ablation.runs]
         pool.finish(runs, "ablations")
     else:
         pool.finish(study.runs(law), "both optimizers")
@@ -113,8 +113,8 @@ def plan_table(pool: Pool, study: Study, preset: str, jobs: int) -> Table:
     law = fit_law(_middles(study)) if untuned else study.tuned(pool.finish(tuning_runs, ""))
     stages: dict[str, list[Run]] = {"tuning AdamW": tuning_runs}
     if preset == "ablations":
-        muon = study.run(law, SIZE, "muon", 0)
-        stages |= {name: ablation.runs for name, ablation in ablations(muon).items()}
+        declared = ablations(lambda size: study.run(law, size, "muon", 0))
+        stages |= {name: ablation.runs for name, ablation in declared.items()}
     else:
         for size in study.sizes:
             runs = [run for run in study.runs(law) if run.layers == size]

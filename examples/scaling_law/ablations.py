@@ -4,12 +4,15 @@ Everything but the factor is the tuned Muon run of one size. All are read on the
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from examples.scaling_law.protocol import Run
 
 SIZE = 3
 SEEDS = (0, 1)
+
+# Of heads: at a size whose number of heads has a divisor, as the main study's own runs have it.
+HEADS_SIZE, HEADS_SEEDS = 4, (0, 1, 2)
 
 UPDATE_RMS = (0.05, 0.1, 0.2, 0.4, 0.8)
 RATE_FACTORS = (0.25, 0.5, 1, 2, 4, 8)
@@ -38,13 +41,14 @@ class Ablation:
         return list(dict.fromkeys(run for runs in self.variants.values() for run in runs))
 
 
-def ablations(muon: Run, seeds: tuple[int, ...] = SEEDS) -> dict[str, Ablation]:
+def ablations(muon_of: Callable[[int], Run]) -> dict[str, Ablation]:
     """The declared ablations, by name.
 
     Args:
-        muon: The run to which they are changes, tuned and compute-optimal.
-        seeds: Of every variant.
+        muon_of: From a number of layers to the run to which they are changes, tuned and
+            compute-optimal.
     """
+    muon, heads = muon_of(SIZE), muon_of(HEADS_SIZE)
     adamw = muon.replace(optimizer="adamw")
     both = (adamw, muon)
     two_layer = muon.replace(family="two_layer")
@@ -53,7 +57,9 @@ def ablations(muon: Run, seeds: tuple[int, ...] = SEEDS) -> dict[str, Ablation]:
     )
     watched = [run.replace(watch=WATCH) for run in both]
 
-    def over(runs: Iterable[tuple[str, Run]]) -> dict[str, tuple[Run, ...]]:
+    def over(
+        runs: Iterable[tuple[str, Run]], seeds: tuple[int, ...] = SEEDS
+    ) -> dict[str, tuple[Run, ...]]:
         return {name: tuple(run.replace(seed=seed) for seed in seeds) for name, run in runs}
 
     declared = [
@@ -138,6 +144,18 @@ def ablations(muon: Run, seeds: tuple[int, ...] = SEEDS) -> dict[str, Ablation]:
                 (f"{run.optimizer}, {family}", run.replace(family=family))
                 for run in watched
                 for family in ("dense", "moe")
+            ),
+        ),
+        Ablation(
+            "heads",
+            "Is attention a matrix for all heads, for two, or for each? (GLM-5, Kimi K3: each)",
+            over(
+                [
+                    ("all heads", heads),
+                    ("groups of two", heads.replace(heads_per_group=2)),
+                    ("each head", heads.replace(heads_per_group=1)),
+                ],
+                HEADS_SEEDS,
             ),
         ),
     ]

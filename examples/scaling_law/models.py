@@ -17,9 +17,10 @@ from examples.moonlight.model.language_model import (
 )
 from examples.moonlight.model.layers import Linear
 from examples.moonlight.model.moonlight import Moonlight
+from examples.moonlight.training.attention import attention_heads
 from examples.scaling_law.flops import Flops, newton_schulz, per_token
 from examples.scaling_law.protocol import TOKENS_PER_PARAMETER, VOCABULARY, Run
-from muon_jax import MuonDimensionNumbers, by_path, map_matrices
+from muon_jax import MuonDimensionNumbers, by_path, map_matrices, split_heads
 
 # Queries at a time: skips most products behind the diagonal, which on CPU halves attention's time.
 ATTENTION_BLOCK = 64
@@ -147,6 +148,14 @@ def flops_of(run: Run) -> Flops:
     return Flops(body * run.trained_tokens, whole * run.trained_tokens, per_step * run.steps)
 
 
+def muon_heads(run: Run) -> Any:
+    """A run's `heads`: what Muon takes for a matrix in attention's projections."""
+    if run.heads_per_group is None:
+        return "joint"
+    config = moe_config(run) if run.family == "moe" else dense_config(run)
+    return split_heads({"self_attn$": attention_heads(config)}, run.heads_per_group)
+
+
 def muon_leaves(run: Run) -> Any:
     """A run's `muon_weight_dimension_numbers`: the usual leaves, and those given to it besides."""
     rules = {f"^{name}/": MuonDimensionNumbers() for name in run.muon_too}
@@ -161,7 +170,11 @@ def _matrices(run: Run) -> list[tuple[int, int]]:
     params = nnx.state(_abstract(_architecture(run)), nnx.Param)
     views = jax.eval_shape(
         lambda tree: map_matrices(
-            lambda x: x, tree, tree, muon_weight_dimension_numbers=muon_leaves(run)
+            lambda x: x,
+            tree,
+            tree,
+            muon_weight_dimension_numbers=muon_leaves(run),
+            heads=muon_heads(run),
         ),
         params,
     )

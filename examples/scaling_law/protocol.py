@@ -57,6 +57,8 @@ class Run:
         ns_coeffs: Newton-Schulz schedule by name.
         ns_steps: Its steps; None is the schedule's own number, 5 where it leaves that open.
         muon_too: Leaves given to Muon that belong to AdamW: "embed", "lm_head".
+        heads_per_group: Heads whose part of attention's projections is one matrix to Muon; None
+            takes all of them together.
         watch: How often, evenly spread, weights, outputs and spectra are measured on the way.
     """
 
@@ -78,6 +80,7 @@ class Run:
     ns_steps: int | None = None
     muon_too: tuple[str, ...] = ()
     watch: int = 0
+    heads_per_group: int | None = None
 
     def __post_init__(self):
         """Raises ValueError for numbers out of range, or options of Muon's in a run of AdamW."""
@@ -88,7 +91,8 @@ class Run:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {known}")
-        for name in ("layers", "tokens", "batch", "head_dim", "sequence_length", "ns_steps"):
+        whole = ("layers", "tokens", "batch", "head_dim", "sequence_length")
+        for name in (*whole, "ns_steps", "heads_per_group"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "update_rms"):
@@ -99,8 +103,19 @@ class Run:
                 raise ValueError(
                     f"{name} must be finite and not negative, got {getattr(self, name)}"
                 )
+        if self.heads_per_group is not None and self.layers % self.heads_per_group:
+            raise ValueError(
+                f"heads_per_group={self.heads_per_group} does not divide the {self.layers} heads"
+            )
         if self.optimizer == "adamw":
-            for name in ("scale", "update_rms", "ns_coeffs", "ns_steps", "muon_too"):
+            for name in (
+                "scale",
+                "update_rms",
+                "ns_coeffs",
+                "ns_steps",
+                "muon_too",
+                "heads_per_group",
+            ):
                 default = self.__dataclass_fields__[name].default
                 if getattr(self, name) != default:
                     raise ValueError(
@@ -151,8 +166,14 @@ PROTOCOL = {
 
 
 def to_json(run: Run) -> dict[str, Any]:
-    """A run as JSON holds it: plain values by field name."""
-    return json.loads(json.dumps(dataclasses.asdict(run)))
+    """A run as JSON holds it: plain values by field name.
+
+    A field that came later is left out where it says nothing, so that older runs keep their names.
+    """
+    fields = json.loads(json.dumps(dataclasses.asdict(run)))
+    if run.heads_per_group is None:
+        del fields["heads_per_group"]
+    return fields
 
 
 def from_json(fields: dict[str, Any]) -> Run:

@@ -19,7 +19,7 @@ import tyro
 
 from examples.moonlight.common.files import write_atomically
 from examples.scaling_law import figures, tables
-from examples.scaling_law.ablations import SIZE, ablations
+from examples.scaling_law.ablations import ablations
 from examples.scaling_law.analysis import summarize, summarize_ablation
 from examples.scaling_law.protocol import Run
 from examples.scaling_law.store import RUNS, Record, read_runs
@@ -69,10 +69,11 @@ def report(
             summary[name] = summarize(study, records)
     main_study = studies.get("main")
     if main_study is not None and is_tuned(main_study, records):
-        muon = main_study.run(main_study.tuned(records), SIZE, "muon", 0)
+        law = main_study.tuned(records)
+        declared = ablations(lambda size: main_study.run(law, size, "muon", 0))
         summary["ablations"] = {
             name: summarize_ablation(ablation, records)
-            for name, ablation in ablations(muon).items()
+            for name, ablation in declared.items()
             if all(run in records for run in ablation.runs)
         }
     if not any(name in summary for name in studies) and not summary.get("ablations"):

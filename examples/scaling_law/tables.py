@@ -214,7 +214,7 @@ def _extra_columns(name: str) -> Iterator[tuple[str, Any]]:
         yield "update RMS", update_rms
         yield "query RMS", measured("weight_rms", "self_attn/q_proj", 4)
         yield "MLP RMS", measured("weight_rms", "mlp/up_proj", 4)
-    elif name in ("update_rms", "newton_schulz"):
+    elif name in ("update_rms", "newton_schulz", "heads"):
         yield "update RMS", update_rms
     elif name == "weight_decay":
         yield "down_proj RMS", measured("weight_rms", "mlp/down_proj", 4)
@@ -228,7 +228,7 @@ def _extra_columns(name: str) -> Iterator[tuple[str, Any]]:
                 f"{group} {value:.3f}" for group, value in s["svd_entropy"].items()
             ),
         )
-    if name == "newton_schulz":
+    if name in ("newton_schulz", "heads"):
         yield "share of the model's FLOPs", lambda s: f"{s['newton_schulz_share']:.1%}"
 
 

@@ -25,7 +25,7 @@ from examples.moonlight.training.monitors import layer_rms, svd_entropies
 from examples.moonlight.training.steps import TrainState, apply_gradients
 from examples.scaling_law import protocol
 from examples.scaling_law.corpus import Corpus
-from examples.scaling_law.models import flops_of, make_model, muon_leaves, parameters_of
+from examples.scaling_law.models import flops_of, make_model, muon_heads, muon_leaves, parameters_of
 from examples.scaling_law.protocol import STEPS_PER_CALL, Run
 from muon_jax import FixedScale, UpdateNorm, group_rms, muon
 
@@ -173,6 +173,7 @@ def make_optimizer(run: Run) -> optax.GradientTransformation:
             adam_b2=protocol.ADAM_B2,
             eps=protocol.ADAM_EPS,
             muon_weight_dimension_numbers=muon_leaves(run),
+            heads=muon_heads(run),
             **scales[run.scale],
         )
     return optax.chain(optax.clip_by_global_norm(protocol.GRADIENT_CLIP), optimizer)

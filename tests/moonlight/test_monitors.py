@@ -18,7 +18,8 @@ from examples.moonlight.model.moonlight import Moonlight
 from examples.moonlight.run_folder import metrics
 from examples.moonlight.train import train
 from examples.moonlight.training import monitors
-from examples.moonlight.training.muonclip import attention_heads, logits_by_module
+from examples.moonlight.training.attention import attention_heads
+from examples.moonlight.training.muonclip import logits_by_module
 from examples.moonlight.training.results import STABILITY
 from examples.moonlight.training.stability_plot import draw_stability
 from examples.moonlight.training.steps import TrainState, make_train_steps

@@ -127,10 +127,11 @@ def test_a_study_that_uses_the_main_one_s_grids_has_no_tuning_of_its_own():
 
 
 def test_ablations_change_one_thing_each():
-    base = small.RUN
-    for ablation in ablations.ablations(base).values():
+    declared = ablations.ablations(lambda layers: small.RUN.replace(layers=layers))
+    for ablation in declared.values():
+        seeds = ablations.HEADS_SEEDS if ablation.name == "heads" else ablations.SEEDS
         for runs in ablation.variants.values():
-            assert [run.seed for run in runs] == list(ablations.SEEDS)
+            assert [run.seed for run in runs] == list(seeds)
         fields = [dataclasses.asdict(runs[0]) for runs in ablation.variants.values()]
         changed = {name for name in fields[0] if len({str(f[name]) for f in fields}) > 1}
         allowed = {
@@ -142,6 +143,7 @@ def test_ablations_change_one_thing_each():
             "routing": {"muon_too"},
             "weight_decay": {"weight_decay", "optimizer"},
             "entropy": {"family", "optimizer"},
+            "heads": {"heads_per_group"},
         }
         assert changed == allowed[ablation.name]
 

@@ -26,6 +26,11 @@ class Args:
     qk_clip_threshold: float | None = None
     """Largest attention logit that muonclip allows, 100 where nothing else is said; a head above it
     has its weights scaled."""
+    muon_heads: Literal["joint", "per_head", "groups"] = "joint"
+    """What Muon takes for a matrix in attention's projections: the kernel with all its heads, each
+    head by itself, or each group of heads."""
+    muon_heads_per_group: int | None = None
+    """Query heads of a group, of --muon-heads groups; a divisor of their number."""
     schedule: Literal["cosine", "moonlight"] | None = None
     """Warmup and cosine; or the paper's three stages, with its batch ramp, at any size. See
     `stages.py`, which prints them."""
@@ -165,6 +170,15 @@ def resolve(args: Args) -> Recipe:
     if args.init_from is not None and args.branch_from is not None:
         raise ValueError(
             "--init-from and --branch-from both say with which weights to begin: give one"
+        )
+    if args.muon_heads != "joint" and args.optimizer == "adamw":
+        raise ValueError(
+            f"--muon-heads {args.muon_heads} says what Muon takes for a matrix, and --optimizer "
+            "adamw trains without Muon: leave it out, or choose muon or muonclip"
+        )
+    if (args.muon_heads == "groups") != (args.muon_heads_per_group is not None):
+        raise ValueError(
+            "--muon-heads groups and --muon-heads-per-group N go together: give both, or neither"
         )
     if args.qk_clip_threshold is not None and args.optimizer != "muonclip":
         raise ValueError(

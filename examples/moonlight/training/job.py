@@ -19,6 +19,7 @@ from examples.moonlight.schedule.plan import Plan
 from examples.moonlight.schedule.recipe import Recipe
 from examples.moonlight.schedule.stages import make_plan
 from examples.moonlight.training.args import Args, resolve, settings_of
+from examples.moonlight.training.attention import muon_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,4 +132,6 @@ def make_job(args: Args, config: ModelConfig | None = None) -> Job:
         loss_block=args.loss_block,
         monitor=args.monitor_every > 0,
     )
+    # Raises where the groups do not divide the heads.
+    muon_heads(config, args.muon_heads, args.muon_heads_per_group)
     return Job(args, recipe, plan, sources, pretrained, config, execution)
