@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from muon_jax._paths import is_absent, show
-from muon_jax._routing import Route
+from muon_jax._routes import Route
 
 
 def gradient_leaves(

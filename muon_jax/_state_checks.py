@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from muon_jax._paths import flatten_with_names, show
-from muon_jax._routing import Route
+from muon_jax._routes import Route
 
 
 def check_state_of(state: Any, routes: Sequence[Route]) -> None:

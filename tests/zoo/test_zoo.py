@@ -7,7 +7,7 @@ import pytest
 
 from muon_jax import MuonDimensionNumbers, routing_report
 from muon_jax._matrices import leaf_views
-from muon_jax._routing import Route
+from muon_jax._routes import Route
 from tests.zoo import entries
 from tests.zoo.cases import CASES
 from tests.zoo.checker import counts, outcome, outcomes, params_of, patterns_of, read
