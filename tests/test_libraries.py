@@ -1,7 +1,7 @@
 """The optimizer in training loops of the libraries that people build models with.
 
-Dicts, lists, bare arrays and NNX are in `test_laws`: here are whole models, their own gradients, and
-the chain that most people write.
+Dicts, lists and bare arrays are in `test_laws`. Here are whole models, their own gradients, and the
+chain that most people write.
 """
 
 import equinox as eqx

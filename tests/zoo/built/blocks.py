@@ -1,12 +1,11 @@
 """What the models written on the zoo's leaves share: a place in their tree, and common layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-
 
 IDS = (jax.ShapeDtypeStruct((2, 8), jnp.int32),)
 IMAGES = (
@@ -22,13 +21,16 @@ class Built(NamedTuple):
       loss: a function of the parameters and the batch.
       batch: the batch's shapes.
       params: the parameters' shapes, as the loss takes them; None for a `Part` of the zoo's leaves.
-      last: patterns of the matrices behind which no other comes, which names take for hidden ones.
+      otherwise: verdicts that differ from the zoo's, by patterns: what names can't tell, or tell by
+        convention, as of a loss whose last matrix is no head by name.
+      depth: of layers in a numbered list, how many are built, as all are alike; None for all.
     """
 
     loss: Callable[..., Any]
     batch: tuple[Any, ...] = IDS
     params: Any = None
-    last: str = "$^"
+    otherwise: Mapping[str, str] = {}
+    depth: int | None = 4
 
 
 class Part:

@@ -7,11 +7,14 @@ from tests.zoo.built.blocks import (
     IDS,
     IMAGES,
     Built,
+    along_last,
+    attend,
     attention,
     convolve,
     cross_entropy,
     linear,
     norm,
+    split,
 )
 from tests.zoo.built.decoders import positions, through
 
@@ -103,6 +106,34 @@ def distilbert_cls(p, ids, labels):
     x = through((d / "transformer/layer").many(), block, embedded(d / "embeddings", ids))
     x = jax.nn.relu(linear(p / "pre_classifier", x[:, 0]))
     return cross_entropy(linear(p / "classifier", x), labels)
+
+
+def deberta(p, ids, heads=12):
+    """Attention to words and to distances, which have vectors, and keys and queries of the same."""
+    d = p / "deberta"
+    table = norm(d / "encoder/LayerNorm", d["encoder/rel_embeddings/weight"])
+    at = jnp.arange(8)[:, None] - jnp.arange(8)[None] + 256
+
+    def block(part, x):
+        own = part / "attention/self"
+        q, k, v = (split(linear(own / f"{n}_proj", x), heads) for n in ("query", "key", "value"))
+        far_q, far_k = (linear(own / f"{n}_proj", table) for n in ("query", "key"))
+        far_q, far_k = (z.reshape(512, heads, -1) for z in (far_q, far_k))
+        by_key = jnp.einsum("bqhd,rhd->bhqr", q, far_k)
+        by_query = jnp.einsum("bkhd,rhd->bhkr", k, far_q)
+        there = jnp.broadcast_to(at[None, None], (2, heads, 8, 8))
+        bias = jnp.take_along_axis(by_key, there, axis=-1)
+        bias = bias + jnp.take_along_axis(by_query, there, axis=-1).swapaxes(2, 3)
+        y = linear(part / "attention/output/dense", attend(q, k, v, bias))
+        x = norm(part / "attention/output/LayerNorm", x + y)
+        y = linear(part / "output/dense", jax.nn.gelu(linear(part / "intermediate/dense", x)))
+        return norm(part / "output/LayerNorm", x + y)
+
+    words = d["embeddings/word_embeddings/weight"]
+    x = through((d / "encoder/layer").many(), block, norm(d / "embeddings/LayerNorm", words[ids]))
+    t = p / "cls/predictions/transform"
+    y = norm(t / "LayerNorm", jax.nn.gelu(linear(t / "dense", x)))
+    return cross_entropy(along_last(y @ words.T, p["cls/predictions/bias"]), ids)
 
 
 # --- Vision ---------------------------------------------------------------------------------------
@@ -214,9 +245,10 @@ BUILT = {
     "roberta_mlm": Built(roberta_mlm),
     "electra": Built(electra, REPLACED),
     "albert": Built(albert, LABELS),
+    "deberta": Built(deberta),
     "distilbert_cls": Built(distilbert_cls, LABELS),
     "vit": Built(vit, IMAGES),
     "beit": Built(beit, _masked(196)),
     "dinov2": Built(dinov2, _masked(256)),
-    "clip": Built(clip, (IMAGES[0], *IDS), last="_projection/kernel$"),
+    "clip": Built(clip, (IMAGES[0], *IDS), otherwise={r"_projection/kernel$": "adam"}),
 }

@@ -103,7 +103,8 @@ def _switch(part, x, capacity=4):
         return linear(part / "wo", jax.nn.relu(linear(part / "wi", x)))
     gates = jax.nn.softmax(linear(part / "router/router_weights/w", x))
     chosen = jax.nn.one_hot(gates.argmax(-1), gates.shape[-1])
-    place = jax.nn.one_hot(jnp.cumsum(chosen, axis=1) * chosen - 1, capacity)
+    place = (jnp.cumsum(chosen, axis=1) * chosen - 1).astype(jnp.int32)
+    place = jax.nn.one_hot(place, capacity)
     h = jnp.einsum("btd,btec->ebcd", x, place)
     h = jax.nn.relu(jnp.einsum("ebcd,edf->ebcf", h, part["expert/wi/kernel"]))
     y = jnp.einsum("ebcf,efd->ebcd", h, part["expert/wo/kernel"])
@@ -201,5 +202,5 @@ BUILT = {
     "t5x_switch": Built(t5x_switch, (*IDS, OTHER)),
     "bart_cls": Built(bart_cls, LABELS),
     "whisper": Built(whisper, (SOUND, *IDS)),
-    "wav2vec2": Built(wav2vec2, WAVES),
+    "wav2vec2": Built(wav2vec2, WAVES, otherwise={r"conv_layers/0/conv/kernel": "muon 0>2"}),
 }
