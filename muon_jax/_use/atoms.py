@@ -303,13 +303,13 @@ def _same(a: Atom, b: Atom) -> Atom:
     return a
 
 
+def _strides(sizes: list[int]) -> set[int]:
+    return {math.prod(sizes[i:]) for i in range(len(sizes) + 1)}
+
+
 def _common_cuts(a: list[int], b: list[int]) -> list[int]:
     """The sizes of the coarsest grid that has the cuts of both, major first."""
-
-    def strides(sizes: list[int]) -> set[int]:
-        return {math.prod(sizes[i:]) for i in range(len(sizes) + 1)}
-
-    cuts = sorted(strides(a) | strides(b), reverse=True)
+    cuts = sorted(_strides(a) | _strides(b), reverse=True)
     for big, small in itertools.pairwise(cuts):
         if big % small:
             raise CannotFollow

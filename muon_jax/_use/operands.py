@@ -134,24 +134,28 @@ def _spread_rows(values: Sequence[Value]) -> frozenset[int]:
 
 def spread(value: Value, shape: tuple[int, ...]) -> Value:
     """A scalar, or a value with axes of length 1, as one of `shape`, along which it is the same."""
-
-    def widened(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
-        if not axes:
-            return gaps(shape)
-        return tuple(
-            axis if old == new else (Gap(new),)
-            for axis, old, new in zip(axes, value.shape, shape, strict=True)
-        )
-
     kept = {i for i, size in enumerate(value.shape) if size == shape[i]}
     return dataclasses.replace(
         value,
         shape=shape,
-        axes=widened(value.axes),
-        views=tuple(view.replace_axes(widened(view.axes)) for view in value.views),
+        axes=_widened(value.axes, value.shape, shape),
+        views=tuple(
+            view.replace_axes(_widened(view.axes, value.shape, shape)) for view in value.views
+        ),
         onehot=value.onehot & kept,
         counts=value.counts & kept,
         codes=value.codes & kept,
+    )
+
+
+def _widened(
+    axes: tuple[Axis, ...], before: tuple[int, ...], shape: tuple[int, ...]
+) -> tuple[Axis, ...]:
+    if not axes:
+        return gaps(shape)
+    return tuple(
+        axis if old == new else (Gap(new),)
+        for axis, old, new in zip(axes, before, shape, strict=True)
     )
 
 

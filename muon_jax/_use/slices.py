@@ -38,20 +38,20 @@ def static_slice(
     steps: Sequence[int],
 ) -> Value:
     """The slice of `shape` from `starts`."""
-
-    def cut(axes: tuple[Axis, ...]) -> list[Axis]:
-        return [
-            take(axis, int(start), size, step)
-            for axis, start, size, step in zip(axes, starts, shape, steps, strict=True)
-        ]
-
+    places = [*zip(map(int, starts), shape, steps, strict=True)]
     moved = {i: i for i, size in enumerate(shape) if size == value.shape[i]}
     # Labels that cannot be cut in one axis are cut in the others all the same.
     labels = tuple(
-        _label_slice(axis, int(start), size, step)
-        for axis, start, size, step in zip(value.axes, starts, shape, steps, strict=True)
+        _label_slice(axis, *place) for axis, place in zip(value.axes, places, strict=True)
     )
-    out = restructure(reader, value, shape, cut, moved, "a slice")
+    out = restructure(
+        reader,
+        value,
+        shape,
+        lambda axes: [take(axis, *place) for axis, place in zip(axes, places, strict=True)],
+        moved,
+        "a slice",
+    )
     return dataclasses.replace(out, axes=labels)
 
 
@@ -143,12 +143,15 @@ def _chosen_at(view: View, axes: set[int]) -> View:
 
 def window(reader: Reader, value: Value, shape: Sequence[int], indices: Sequence[Value]) -> Value:
     """A slice of `shape` from a place that is not known."""
-
-    def somewhere(axes: tuple[Axis, ...]) -> list[Axis]:
-        return [_anywhere(axis, size) for axis, size in zip(axes, shape, strict=True)]
-
     moved = {i: i for i, size in enumerate(shape) if size == value.shape[i]}
-    out = restructure(reader, value, shape, somewhere, moved, "a slice of computed place")
+    out = restructure(
+        reader,
+        value,
+        shape,
+        lambda axes: [_anywhere(axis, size) for axis, size in zip(axes, shape, strict=True)],
+        moved,
+        "a slice of computed place",
+    )
     return chosen(reader, out, indices)
 
 

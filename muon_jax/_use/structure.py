@@ -60,16 +60,15 @@ def broadcast_in_dim(reader: Reader, eqn: Any, values: list[Value]) -> Value:
 
 def broadcast(reader: Reader, value: Value, shape: Sequence[int], where: Sequence[int]) -> Value:
     """A value of `shape`, whose axes go `where`."""
-
-    def spread(axes: tuple[Axis, ...]) -> list[Axis]:
-        out: list[Axis] = [(Gap(size),) for size in shape]
-        for old, new in enumerate(where):
-            if value.shape[old] == shape[new]:
-                out[new] = axes[old]
-        return out
-
     moved = {old: new for old, new in enumerate(where) if value.shape[old] == shape[new]}
-    return restructure(reader, value, shape, spread, moved)
+    return restructure(reader, value, shape, lambda axes: _spread(axes, shape, moved), moved)
+
+
+def _spread(axes: Sequence[Axis], shape: Sequence[int], moved: dict[int, int]) -> list[Axis]:
+    out: list[Axis] = [(Gap(size),) for size in shape]
+    for old, new in moved.items():
+        out[new] = axes[old]
+    return out
 
 
 @rule("tile")

@@ -16,12 +16,9 @@ def describe(
     kind: str = "product",
 ) -> str:
     """What was seen of the axes, in words."""
-
-    def some(axes: tuple[int, ...]) -> str:
-        word = "axis" if len(axes) == 1 else "axes"
-        return f"{word} {', '.join(map(str, axes))}"
-
-    words = [f"{'window and input' if kind == 'convolution' else 'contracted over'} {some(ins)}"]
+    verb = "window and input" if kind == "convolution" else "contracted over"
+    noun = "axis" if len(ins) == 1 else "axes"
+    words = [f"{verb} {noun} {', '.join(map(str, ins))}"]
     if outs:
         words.append(f"out {', '.join(map(str, outs))}")
     for axis in stack:

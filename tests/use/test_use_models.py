@@ -1,6 +1,8 @@
 """Whole models, by the libraries that people build them with: a golden table for each."""
 
+import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import pytest
@@ -230,11 +232,10 @@ def test_linen_transformer(axis, remat):
     assert rest == {"vector", "elementwise"}
 
 
-# --- Equinox and Haiku, where they are installed --------------------------------------------------
+# --- Equinox and Haiku ----------------------------------------------------------------------------
 
 
 def test_equinox():
-    eqx = pytest.importorskip("equinox")
     model = eqx.nn.MLP(D, 5, 8, 2, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
 
@@ -247,7 +248,6 @@ def test_equinox():
 
 
 def test_haiku():
-    hk = pytest.importorskip("haiku")
     model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([8, 5])(x)))
     params = model.init(jax.random.key(0), jnp.ones((B, D)))
     found = read(lambda p, x: mean_square(model.apply(p, x)), params, data(B, D))

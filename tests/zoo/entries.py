@@ -17,6 +17,7 @@ verdict: names and shapes leave it open, so the library must raise, and must pro
 """
 
 import dataclasses
+import functools
 import itertools
 import pathlib
 import re
@@ -54,7 +55,13 @@ class Family:
 
 def families() -> list[Family]:
     """All entries, by name."""
-    return [read_family(path.stem, path.read_text()) for path in sorted(FAMILIES.glob("*.txt"))]
+    return [family(path.stem) for path in sorted(FAMILIES.glob("*.txt"))]
+
+
+@functools.cache
+def family(name: str) -> Family:
+    """One entry."""
+    return read_family(name, (FAMILIES / f"{name}.txt").read_text())
 
 
 def read_family(name: str, text: str) -> Family:

@@ -4,6 +4,8 @@ import pathlib
 
 from tests.zoo.checker import counts, outcomes, patterns_of, read
 from tests.zoo.entries import Family, families
+from tests.zoo.use_checker import all_built, outcomes_of
+from tests.zoo.use_table import section
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "routing_zoo.md"
 
@@ -12,7 +14,9 @@ _TOP = """\
 
 Names, shapes and the right verdict of every leaf of {models} models lie in
 [`tests/zoo/families`](../tests/zoo/families), each with its source; a test holds the library's
-verdict against them, leaf by leaf. This page is what `python -m tests.zoo.table` makes of them.
+verdict by names and shapes against them, leaf by leaf. What `by_use` reads of their losses
+[stands below](#read-from-their-programs). This page is what `python -m tests.zoo.table` makes of
+them.
 They are published, but for a few made up of a library's layers or names: their sources say so.
 
 - **right**: the group is right, and for Muon the reduced and the output axes.
@@ -61,10 +65,10 @@ def page(
 if __name__ == "__main__":
     everything = families()
     read_all = {family.name: read(family) for family in everything}
-    PAGE.write_text(
-        page(
-            everything,
-            {family.name: counts(outcomes(family, read_all[family.name])) for family in everything},
-            {name: len(patterns_of(result[2] or "")) for name, result in read_all.items()},
-        )
+    by_names = page(
+        everything,
+        {family.name: counts(outcomes(family, read_all[family.name])) for family in everything},
+        {name: len(patterns_of(result[2] or "")) for name, result in read_all.items()},
     )
+    by_use = {name: counts(outcomes_of(name)) for name in all_built()}
+    PAGE.write_text(by_names + section(everything, by_use))
