@@ -39,6 +39,12 @@ _FLOPS_PER_SECOND = 35e9
 _SECONDS_PER_STEP = 1e-3
 _SECONDS_PER_RUN = 3.0
 
+# Fields that a run's description names where they are not the default.
+_NAMED = (
+    *("family", "scale", "update_rms", "weight_decay", "ns_coeffs", "ns_steps"),
+    "heads_per_group",
+)
+
 # How often runs are asked for that other processes have claimed.
 _POLL_SECONDS = 1.0
 
@@ -200,7 +206,7 @@ def describe(run: Run) -> str:
         f"{run.tokens:,} bytes",
         f"seed {run.seed}",
     ]
-    for name in ("family", "scale", "update_rms", "weight_decay", "ns_coeffs", "ns_steps"):
+    for name in _NAMED:
         if getattr(run, name) != Run.__dataclass_fields__[name].default:
             words.append(f"{name} {getattr(run, name)}")
     return ", ".join([*words, *(f"{name} to Muon" for name in run.muon_too)])

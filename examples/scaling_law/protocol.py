@@ -57,8 +57,7 @@ class Run:
         ns_coeffs: Newton-Schulz schedule by name.
         ns_steps: Its steps; None is the schedule's own number, 5 where it leaves that open.
         muon_too: Leaves given to Muon that belong to AdamW: "embed", "lm_head".
-        heads_per_group: Heads whose part of attention's projections is one matrix to Muon; None
-            takes all of them together.
+        heads_per_group: How many heads of attention form one matrix of Muon's; None, all of them.
         watch: How often, evenly spread, weights, outputs and spectra are measured on the way.
     """
 
@@ -91,8 +90,7 @@ class Run:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {known}")
-        whole = ("layers", "tokens", "batch", "head_dim", "sequence_length")
-        for name in (*whole, "ns_steps", "heads_per_group"):
+        for name in _COUNTS:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("learning_rate", "update_rms"):
@@ -103,25 +101,18 @@ class Run:
                 raise ValueError(
                     f"{name} must be finite and not negative, got {getattr(self, name)}"
                 )
-        if self.heads_per_group is not None and self.layers % self.heads_per_group:
-            raise ValueError(
-                f"heads_per_group={self.heads_per_group} does not divide the {self.layers} heads"
-            )
         if self.optimizer == "adamw":
-            for name in (
-                "scale",
-                "update_rms",
-                "ns_coeffs",
-                "ns_steps",
-                "muon_too",
-                "heads_per_group",
-            ):
+            for name in _OF_MUON:
                 default = self.__dataclass_fields__[name].default
                 if getattr(self, name) != default:
                     raise ValueError(
                         f"{name}={getattr(self, name)!r} is Muon's, and the optimizer is AdamW: "
                         "leave it out, or two runs would differ in name only"
                     )
+        if self.heads_per_group is not None and self.layers % self.heads_per_group:
+            raise ValueError(
+                f"heads_per_group must divide the {self.layers} heads, got {self.heads_per_group}"
+            )
 
     @property
     def steps(self) -> int:
@@ -140,9 +131,25 @@ class Run:
 
     def key(self, corpus: str) -> str:
         """Name by content: the same for the same training on the same corpus, and no other."""
-        content = {"run": to_json(self), "corpus": corpus, "protocol": PROTOCOL}
+        fields = to_json(self)
+        run = {k: x for k, x in fields.items() if k not in _LATER or x != _LATER[k]}
+        content = {"run": run, "corpus": corpus, "protocol": PROTOCOL}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
+
+# Fields younger than the first results, with what those had: runs of before keep their keys.
+_LATER = {"heads_per_group": None}
+
+_COUNTS = (
+    "layers",
+    "tokens",
+    "batch",
+    "head_dim",
+    "sequence_length",
+    "ns_steps",
+    "heads_per_group",
+)
+_OF_MUON = ("scale", "update_rms", "ns_coeffs", "ns_steps", "muon_too", "heads_per_group")
 
 _CHOICES = {
     "part": ("tuning", "study", "distinct"),
@@ -166,14 +173,8 @@ PROTOCOL = {
 
 
 def to_json(run: Run) -> dict[str, Any]:
-    """A run as JSON holds it: plain values by field name.
-
-    A field that came later is left out where it says nothing, so that older runs keep their names.
-    """
-    fields = json.loads(json.dumps(dataclasses.asdict(run)))
-    if run.heads_per_group is None:
-        del fields["heads_per_group"]
-    return fields
+    """A run as JSON holds it: plain values by field name."""
+    return json.loads(json.dumps(dataclasses.asdict(run)))
 
 
 def from_json(fields: dict[str, Any]) -> Run:

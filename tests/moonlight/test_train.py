@@ -315,6 +315,16 @@ def test_a_run_resumes_only_with_its_own_settings(finished: Path, changes: dict,
         train(toy.arguments(finished, resume=True, **changes), toy.CONFIG)
 
 
+def test_a_run_from_before_heads_had_a_setting_is_resumed(finished: Path, tmp_path: Path):
+    shutil.copytree(finished, tmp_path / "older")
+    path = tmp_path / "older" / "run" / "settings.json"
+    settings = json.loads(path.read_text())
+    assert settings.pop("muon_heads") == "joint" and settings.pop("muon_heads_per_group") is None
+    path.write_text(json.dumps(settings))
+    again = train(toy.arguments(tmp_path / "older", resume=True), toy.CONFIG)
+    assert again == json.loads((finished / "run" / "results.json").read_text())
+
+
 def test_a_run_resumes_only_with_its_own_text_and_model(finished: Path, tmp_path: Path):
     corpus = tmp_path / "other.txt"
     corpus.write_text((finished / "corpus.txt").read_text() + "one line more\n")
