@@ -102,6 +102,7 @@ def test_it_tells_what_the_reader_is_to_see(finished: Finished):
     said = {name: "".join(map(shown, out)) for name, out in finished.outputs.items()}
     assert "2 x cpu, mesh data=2, preset tiny" in said["devices"]
     assert "muon: 103 matrices" in said["routing"]
+    assert "contracted over axis" in said["routing"]  # as read from the loss
     assert "on 2 devices:" in said["optimizer"]
     assert "first half: 100%" in said["train"] and "loss=" in said["train"]
     assert said["sample"].startswith("    def __init__(self, ") and "tokens/s" in said["sample"]

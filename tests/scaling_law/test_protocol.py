@@ -30,6 +30,7 @@ CHANGES = {
     "ns_steps": 5,
     "muon_too": ("embed",),
     "watch": 1,
+    "heads_per_group": 1,
 }
 
 
@@ -61,6 +62,11 @@ def test_the_key_differs_with_what_all_runs_share(monkeypatch, name):
     before = RUN.key("corpus")
     monkeypatch.setitem(protocol.PROTOCOL, name, "another")
     assert RUN.key("corpus") != before
+
+
+def test_the_key_is_that_of_before_a_field_was_added():
+    # A key that moves leaves all finished runs behind.
+    assert RUN.key("corpus") == "ca507572e649f1e0"
 
 
 def test_equal_runs_have_one_key_of_16_digits():
@@ -141,6 +147,8 @@ def test_steps_of_one_example():
         ({"weight_decay": -0.1}, r"weight_decay must be finite and not negative, got -0\.1"),
         ({"seed": -1}, "seed must be finite and not negative, got -1"),
         ({"watch": -1}, "watch must be finite and not negative, got -1"),
+        ({"heads_per_group": 0}, "heads_per_group must be at least 1, got 0"),
+        ({"heads_per_group": 4}, "heads_per_group must divide the 2 heads, got 4"),
     ],
 )
 def test_numbers_out_of_range_raise(change, message):
@@ -148,7 +156,7 @@ def test_numbers_out_of_range_raise(change, message):
         RUN.replace(**change)
 
 
-@pytest.mark.parametrize("name", ["scale", "update_rms", "ns_coeffs", "ns_steps", "muon_too"])
+@pytest.mark.parametrize("name", protocol._OF_MUON)
 def test_options_of_muon_in_a_run_of_adamw_raise(name):
     adamw = RUN.replace(optimizer="adamw")
     with pytest.raises(ValueError, match=rf"^{name}=.* is Muon's, and the optimizer is AdamW"):

@@ -15,7 +15,7 @@ from examples.moonlight.model.language_model import next_token_loss
 from examples.scaling_law.models import make_model
 from examples.scaling_law.protocol import STEPS_PER_CALL, VALIDATION_WINDOWS, Run
 from examples.scaling_law.training import learning_rates, train
-from muon_jax import muon
+from muon_jax import MultiHead, muon
 
 CORPUS = make_corpus()
 
@@ -59,13 +59,16 @@ def ordinary_loss(run: Run, optimizer: optax.GradientTransformation) -> float:
     return float(np.mean([jax.jit(loss_fn)(params, tokens_bt) for tokens_bt in windows]))
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_a_run_is_an_ordinary_training_with_a_schedule(name: str):
-    run = RUN.replace(optimizer=name)
+@pytest.mark.parametrize(
+    ("name", "per_group"), [("adamw", None), ("muon", None), ("muon", 1)], ids=str
+)
+def test_a_run_is_an_ordinary_training_with_a_schedule(name: str, per_group: int | None):
+    run = RUN.replace(optimizer=name, heads_per_group=per_group)
+    heads = "joint" if per_group is None else {"self_attn": MultiHead(heads=2, head_dim=4)}
     rates = jnp.asarray(learning_rates(run))
     optimizers = {
         "adamw": optax.adamw(lambda step: rates[step], b1=0.9, b2=0.95, weight_decay=0.1),
-        "muon": muon(lambda step: rates[step], weight_decay=0.1),
+        "muon": muon(lambda step: rates[step], weight_decay=0.1, heads=heads),
     }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optimizers[name])
     record = train(run, CORPUS)
