@@ -51,9 +51,9 @@ ONE_MATRIX = f"{MESH} -k 'same_bits_in_any_layout'"
 MUTANTS: dict[str, Mutant] = {
     # --- Newton-Schulz
     "sign of b flipped": Mutant(
-        "_orthogonalize.py",
-        "poly = store(b * own(gram)",
-        "poly = store(-b * own(gram)",
+        "_newton_schulz.py",
+        "polynomial = store(b * ",
+        "polynomial = store(-b * ",
         f"{ORTHOGONALIZE} -k singular_basis",
     ),
     "no transposition back": Mutant(
@@ -63,15 +63,15 @@ MUTANTS: dict[str, Mutant] = {
         f"{ORTHOGONALIZE} -k 'transposition or exact_laws or singular_basis'",
     ),
     "polynomial left unrounded": Mutant(
-        "_orthogonalize.py",
-        "poly = store(b * own(gram).astype(arithmetic.wide) + c * product(own(gram), gram))",
-        "poly = b * own(gram).astype(arithmetic.wide) + c * product(own(gram), gram)",
+        "_newton_schulz.py",
+        "polynomial = store(b * widen(own_gram) + c * product(own_gram, gram))",
+        "polynomial = b * widen(own_gram) + c * product(own_gram, gram)",
         f"{ORTHOGONALIZE} -k polynomial_is_rounded",
     ),
     "Gram matrix left unrounded": Mutant(
-        "_orthogonalize.py",
-        "gram = whole(store(product(own(x), _adjoint(x)))) if",
-        "gram = whole(product(own(x), _adjoint(x))) if",
+        "_newton_schulz.py",
+        "gram = rows.gather(store(product(rows.own(x), adjoint(x))))",
+        "gram = rows.gather(product(rows.own(x), adjoint(x)))",
         f"{ORTHOGONALIZE} -k 'is_rounded'",
     ),
     "narrow without its clip": Mutant(
@@ -87,31 +87,31 @@ MUTANTS: dict[str, Mutant] = {
         f"{ORTHOGONALIZE} -k 'largest_float32 or not_hidden'",
     ),
     "norm of the whole stack": Mutant(
-        "_orthogonalize.py",
+        "_preconditioning.py",
         "return x / jnp.sqrt(_safe(jnp.sum(jnp.square(jnp.abs(x)), axis=(-2, -1), keepdims=True)))",
         "return x / jnp.sqrt(_safe(jnp.sum(jnp.square(jnp.abs(x)), axis=-1, keepdims=True)))",
         f"{ORTHOGONALIZE} -k singular_basis",
     ),
     "zero matrix without a guard": Mutant(
-        "_orthogonalize.py",
+        "_preconditioning.py",
         "x = jnp.where(peak == 0, jnp.zeros((), x.dtype), x)",
         "pass",
         f"{STATE} -k derivative",
     ),
     "norm not of the largest first": Mutant(
-        "_orthogonalize.py",
+        "_preconditioning.py",
         "x = (x * quarter) / _safe(peak * quarter)",
         "pass",
         f"{ORTHOGONALIZE} -k 'exact_laws or factor'",
     ),
     "adjoint without conjugation": Mutant(
-        "_orthogonalize.py",
+        "_arithmetic.py",
         "return x.mT.conj() if jnp.iscomplexobj(x) else x.mT",
         "return x.mT",
         f"{ORTHOGONALIZE} -k complex_equals",
     ),
     "norm in the pieces' order": Mutant(
-        "_orthogonalize.py", "x = lax.optimization_barrier(x)", "pass", ONE_MATRIX
+        "_newton_schulz.py", "x = lax.optimization_barrier(x)", "pass", ONE_MATRIX
     ),
     # --- Momentum
     "momentum not updated": Mutant(

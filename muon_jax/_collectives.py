@@ -37,15 +37,20 @@ def all_gather(x: Num[Array, "*shape"], axes: Sequence[str]) -> Num[Array, "devi
 class RowShare(NamedTuple):
     """Neighbours that hold the same matrices and divide the work on them by rows.
 
+    The `Rows` of Newton-Schulz (`_newton_schulz`), inside a `shard_map`.
+
     Attributes:
       axis: the mesh axis along which they are neighbours.
       size: the length of that axis.
       ways: the number of neighbours that share a matrix; it divides `size` and the rows.
+      dtype: the dtype in which rows travel. It holds them without loss, as they are rounded to it,
+        also where the CPU keeps them in a wider one.
     """
 
     axis: str
     size: int
     ways: int
+    dtype: jnp.dtype
 
     def own(self, x: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batch _ cols"]:
         """The rows that this device computes."""
@@ -68,7 +73,7 @@ class RowShare(NamedTuple):
             )
 
         with jax.named_scope("muon.split"):
-            return _moved(x, gather)
+            return _moved(x.astype(self.dtype), gather).astype(x.dtype)
 
 
 def axes_index(axes: Sequence[str]) -> jax.Array | int:

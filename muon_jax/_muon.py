@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 from muon_jax._checks import Scalar, ScalarOrSchedule, check_scalar, check_schedule
 from muon_jax._gradients import gradient_leaves
 from muon_jax._injectable import Held, injectable, unheld
-from muon_jax._orthogonalize import Preconditioning
+from muon_jax._preconditioning import Preconditioning
 from muon_jax._prefix import resolve_mask
 from muon_jax._routes import Route
 from muon_jax._routing import DimensionNumbers, route_leaves, warn_of_tables

@@ -120,7 +120,7 @@ class PartRunner:
         iteration = self.update.iteration
         if part.ways > 1:
             assert part.axis is not None
-            share = RowShare(part.axis, self.sizes[part.axis], part.ways)
+            share = RowShare(part.axis, self.sizes[part.axis], part.ways, self.shape.dtype)
             rows = iteration(matrices, share)
             return rows if self.returns_rows(part) else share.gather(rows)
         if part.is_full:

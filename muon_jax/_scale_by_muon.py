@@ -22,16 +22,12 @@ from muon_jax._gradients import gradient_leaves
 from muon_jax._injectable import Held, injectable, unheld
 from muon_jax._matrix_update import MatrixUpdate
 from muon_jax._momentum import check_mu_dtype, momentum_dtype
-from muon_jax._orthogonalize import (
-    Iteration,
-    Preconditioning,
-    check_ns_dtype,
-    check_preconditioning,
-)
+from muon_jax._orthogonalize import Iteration, check_ns_dtype
 from muon_jax._paths import is_absent, show
 from muon_jax._plan import PlannedLeaf
 from muon_jax._planner import make_plan
 from muon_jax._polynomials import resolve_schedule
+from muon_jax._preconditioning import Preconditioning, check_preconditioning
 from muon_jax._record import note_plan, note_state
 from muon_jax._routes import Route
 from muon_jax._routing import DimensionNumbers, route_leaves

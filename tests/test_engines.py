@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 
 from muon_jax import SCHEDULES
-from muon_jax import _orthogonalize as engines
+from muon_jax._arithmetic import Arithmetic, bfloat16_product, to_bfloat16
+from muon_jax._newton_schulz import ALL_ROWS, iterate
+from muon_jax._orthogonalize import Iteration
 from muon_jax._polynomials import resolve_schedule
 
 # Both round every product once, but sum it in another order; measured: 2.2e-3 at most.
 ORDER_OF_SUMS = 1e-2
 
 
-def batched(iteration, x, wide=jnp.float32, product=engines._bfloat16_product):
-    mixed = engines._Arithmetic(wide, engines._to_bfloat16, product, unroll=True)
-    return jax.jit(functools.partial(engines._iterate, mixed, iteration, None))(x)
+def batched(iteration, x, wide=jnp.float32, product=bfloat16_product):
+    mixed = Arithmetic(wide, to_bfloat16, product, unroll=True)
+    schedule, preconditioning, _ = iteration
+    return jax.jit(functools.partial(iterate, schedule, preconditioning, ALL_ROWS, mixed))(x)
 
 
 def distance(a, b):
@@ -32,7 +35,7 @@ CASES += [("standard", name) for name in ("spectral", "aol", "schatten")]
 @pytest.mark.parametrize("shape", [(2, 16, 32), (3, 48, 200)])
 @pytest.mark.parametrize(("schedule", "preconditioning"), CASES)
 def test_both_engines_agree(shape, schedule, preconditioning):
-    iteration = engines.Iteration(resolve_schedule(schedule), preconditioning, "bfloat16")
+    iteration = Iteration(resolve_schedule(schedule), preconditioning, "bfloat16")
     x = iteration.cast(jax.random.normal(jax.random.key(0), shape))
     one_by_one = iteration(x)
     assert one_by_one.dtype == jnp.bfloat16
@@ -40,7 +43,7 @@ def test_both_engines_agree(shape, schedule, preconditioning):
 
 
 def test_sums_in_bfloat16_are_noticed():
-    iteration = engines.Iteration(resolve_schedule("standard"), "frobenius", "bfloat16")
+    iteration = Iteration(resolve_schedule("standard"), "frobenius", "bfloat16")
     x = iteration.cast(jax.random.normal(jax.random.key(0), (3, 48, 200)))
     wrong = batched(iteration, x, wide=jnp.bfloat16, product=jnp.matmul)
     assert distance(wrong, iteration(x)) > 3 * ORDER_OF_SUMS  # measured: 7.2e-2

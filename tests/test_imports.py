@@ -31,9 +31,12 @@ LAYERS = (
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
 # The first part of the library's story, one matrix after the other, knows of no mesh.
-KERNEL = ("_polynomials", "_orthogonalize", "_scaling", "_momentum", "_matrix_update", "_batching")
+KERNEL = (
+    *("_polynomials", "_arithmetic", "_preconditioning", "_newton_schulz", "_orthogonalize"),
+    *("_scaling", "_momentum", "_matrix_update", "_batching"),
+)
 MESH = (
-    *("_specs", "_layout", "_cost", "_plan", "_planner", "_parts", "_distributed", "_zero1"),
+    *("_collectives", "_specs", "_layout", "_cost", "_plan", "_planner", "_parts", "_distributed", "_zero1"),
     *("_record", "_sharding_report", "_state_shardings"),
 )
 
