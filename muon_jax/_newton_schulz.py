@@ -8,7 +8,7 @@ what divides M is `_preconditioning`'s, how products are rounded `_arithmetic`'s
 """
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from muon_jax._polynomials import Schedule
 from muon_jax._preconditioning import precondition
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Which rows of each product this device computes.
 

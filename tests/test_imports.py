@@ -36,7 +36,17 @@ KERNEL = (
     *("_scaling", "_momentum", "_matrix_update", "_batching"),
 )
 MESH = (
-    *("_collectives", "_specs", "_layout", "_cost", "_plan", "_planner", "_parts", "_distributed", "_zero1"),
+    *(
+        "_collectives",
+        "_specs",
+        "_layout",
+        "_cost",
+        "_plan",
+        "_planner",
+        "_parts",
+        "_distributed",
+        "_zero1",
+    ),
     *("_record", "_sharding_report", "_state_shardings"),
 )
 
