@@ -27,7 +27,7 @@ class Case:
       layout: separate leaves; layers in stacks that a `lax.scan` walks through; or experts in
         stacks, multiplied all at once.
       parameters: replicated; sharded along their rows over the whole mesh, which is also the
-        batch's (fsdp); or sharded along their stacks, each device holding its experts (owned).
+        batch's (fsdp); or sharded along their stacks, each device holding its experts (local).
       optimizers: which are compiled.
       targets: for which machines, by name.
     """
@@ -35,7 +35,7 @@ class Case:
     title: str
     shapes: Shapes
     layout: Literal["separate", "scanned", "experts"] = "separate"
-    parameters: Literal["replicated", "fsdp", "owned"] = "replicated"
+    parameters: Literal["replicated", "fsdp", "local"] = "replicated"
     optimizers: tuple[Optimizer, ...] = ("adamw", "muon_jax")
     targets: tuple[str, ...] = ("cpu-8", "v5e-8", "h100-8")
 
@@ -48,7 +48,7 @@ class Case:
         """Where a parameter lies on a mesh with these axes."""
         if self.parameters == "replicated":
             return P()
-        return P(axes) if self.parameters == "owned" else P(*(None,) * (len(shape) - 2), axes)
+        return P(axes) if self.parameters == "local" else P(*(None,) * (len(shape) - 2), axes)
 
     def state_spec(self, shape: Sequence[int], axes: tuple[str, ...], devices: int) -> P:
         """Where the state of AdamW and of `optax.contrib.muon` lies: the rows over all devices.
@@ -126,7 +126,7 @@ CASES: dict[str, Case] = {
     "few": Case("4 separate layers, d=128", _separate(4, 128)),
     "fsdp": Case("4 separate layers, d=768, FSDP", _separate(4, 768), parameters="fsdp"),
     "experts": Case(
-        "8 experts, d=768, each on its device", _stacked("experts", 8, 768), "experts", "owned"
+        "8 experts, d=768, each on its device", _stacked("experts", 8, 768), "experts", "local"
     ),
     "square": Case(
         "64 matrices of 1024x1024", _same(64, (1024, 1024)), optimizers=_THREE, targets=_LARGE

@@ -3,6 +3,7 @@
 from optax.contrib import MuonDimensionNumbers
 
 from muon_jax._attention import GroupedQuery, MultiHead, MultiHeadLatent
+from muon_jax._cost import MeshCosts
 from muon_jax._diagnostics import (
     group_rms,
     map_matrices,
@@ -32,6 +33,7 @@ __all__ = [
     "FusedBlocks",
     "GroupedQuery",
     "LeafRow",
+    "MeshCosts",
     "MultiHead",
     "MultiHeadLatent",
     "MuonDimensionNumbers",

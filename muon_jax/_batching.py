@@ -86,10 +86,10 @@ def batched_update(
     """
     new_momenta, stacks = [], []
     for leaf, gradient, momentum in zip(views, gradients, momenta, strict=True):
-        new, nudged = heavy_ball(momentum, gradient, update.beta, update.nesterov)
+        new, direction = heavy_ball(momentum, gradient, update.beta, update.nesterov)
         new_momenta.append(new.astype(momentum.dtype))
         # Cast before slicing: a leaf cut into chunks is then kept in the narrow dtype.
-        stacks += leaf.take(update.iteration.cast(nudged))
+        stacks += leaf.take(update.iteration.cast(direction))
     pairs = zip(stacks, map_by_shape(update.iteration, stacks, max_group_bytes), strict=True)
     updates = []
     for leaf, gradient in zip(views, gradients, strict=True):

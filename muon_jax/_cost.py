@@ -2,28 +2,21 @@
 
 The planner compares routes in one unit, bytes on the wire:
 
-    cost = bytes + FLOPs / FLOPS_PER_BYTE + LATENCY_BYTES * collectives
-
-Bytes that cross the network in the time of a FLOP, at half of the peak for small products: a TPU
-v5e (197 TFLOP/s, a ring of 90 GB/s), a v5p and an H100 on NVLink compute about 1,100 FLOPs in the
-time of a byte, a v6e 2,500. A collective's start of 2.5 us is worth 256 KiB. Routes differ by
-factors where it matters: the constants need not be exact.
+    cost = bytes + FLOPs / flops_per_byte + latency_bytes * collectives
 """
 
+import dataclasses
 from typing import NamedTuple
-
-FLOPS_PER_BYTE = 1250
-LATENCY_BYTES = 2**18
 
 
 class Traffic(NamedTuple):
     """Bytes that one device sends in one step, by purpose, and the number of collectives.
 
     Attributes:
-      exchange: bytes of the momentum's pieces, on their way to the owners.
+      exchange: bytes of the directions' pieces, on their way to the owners.
       split: bytes that the devices which share a matrix send each other inside the iteration.
-      returned: bytes of the update's pieces, on their way back from the owners.
-      gather: bytes of the update, on its way to all devices that hold the same parameters.
+      returned: bytes of the results' pieces, on their way back from the owners.
+      gather: bytes of the results, on their way to all devices that hold the same parameters.
       collectives: the number of collectives that carry these bytes.
     """
 
@@ -48,6 +41,40 @@ class Traffic(NamedTuple):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class MeshCosts:
+    """How fast a mesh's network is beside its devices: what routes are chosen by.
+
+    The defaults hold at half of the peak for small products: a TPU v5e (197 TFLOP/s, a ring of
+    90 GB/s), a v5p and an H100 on NVLink compute about 1,100 FLOPs in the time of a byte, a v6e
+    2,500; a collective's start of 2.5 us is worth 256 KiB. Routes differ by factors where it
+    matters: the numbers need not be exact. On a slower network, such as Ethernet between hosts,
+    raise the first.
+
+    Attributes:
+      flops_per_byte: the FLOPs that a device computes in the time in which it sends a byte.
+      latency_bytes: the bytes that a device sends in the time that a collective takes to start.
+
+    Raises:
+      ValueError: for a number that is not positive, or a negative latency.
+    """
+
+    flops_per_byte: float | int = 1250
+    latency_bytes: float | int = 2**18
+
+    def __post_init__(self) -> None:
+        if not self.flops_per_byte > 0 or not self.latency_bytes >= 0:
+            raise ValueError(
+                f"MeshCosts takes flops_per_byte above 0 and latency_bytes from 0; got {self}."
+            )
+
+    def cost(self, traffic: Traffic, flops: float | int) -> float:
+        """The cost of a route in bytes on the wire, or in what takes as long as so many bytes."""
+        return (
+            traffic.total + flops / self.flops_per_byte + self.latency_bytes * traffic.collectives
+        )
+
+
 def newton_schulz_flops(rows: int, cols: int, steps: int, *, is_complex: bool = False) -> int:
     """FLOPs of `steps` steps on one wide matrix: the products of each take ``4 m^2 n + 2 m^3``."""
     per_step = 4 * rows * rows * cols + 2 * rows**3
@@ -57,8 +84,3 @@ def newton_schulz_flops(rows: int, cols: int, steps: int, *, is_complex: bool = 
 def others(count: int) -> float:
     """The share of a buffer that other devices send, where `count` devices hold equal parts."""
     return (count - 1) / count
-
-
-def cost(traffic: Traffic, flops: float | int) -> float:
-    """The cost of a route in bytes on the wire, or in what takes as long as so many bytes."""
-    return traffic.total + flops / FLOPS_PER_BYTE + LATENCY_BYTES * traffic.collectives

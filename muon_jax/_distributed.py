@@ -1,24 +1,25 @@
 """Run a plan on a mesh: ZeRO-1 Muon as a `shard_map` with written collectives.
 
-Liu et al. 2025, Algorithm 1 (Distributed Muon), for one step:
+The phases of a step are those of Liu et al. 2025, Algorithm 1 (Distributed Muon):
 
     1  reduce-scatter the gradients                  by XLA, at the border of the shard_map
     2  momentum on the local shard                   each device, its shard of the state
     3  gather to full matrices, in bfloat16          all_to_all: each matrix to one owner
     4  Newton-Schulz                                 on the owner, or between the sharers
-    5  keep the local part                           (not needed: the whole result is sent on)
+    5  keep the local part                           all_to_all: pieces of the result, where the
+                                                     parameter is cut too; else nothing
     6  update, and gather the parameters             all_gather of the bfloat16 result
 
-Step 3 differs from the paper's: there every device gathers the matrices it has a part of, here each
-matrix goes to one owner, which costs 2/N bytes per parameter instead of 2. In step 6 the result of
-Newton-Schulz travels, not the parameters: it is bfloat16 already, so nothing is lost. Scale, weight
-decay and learning rate follow on each device.
+Phase 3 differs from the paper's: there every device gathers the matrices it has a part of, here
+each matrix goes to one owner, which costs 2/N bytes per parameter instead of 2. In phase 6 the
+result of Newton-Schulz travels, not the parameters: it is bfloat16 already, so nothing is lost.
+Scale, weight decay and learning rate follow on each device.
 
-What lies where is the plan's word (`_plan`): which device owns which matrix, which slots are empty
-(zeros travel there, and nothing is computed), which route each part takes. A bfloat16 collective
-moves two bytes per element on every backend.
+What lies where is the plan's word: `_plan` has its terms, and an example in numbers. Phases 3 to 6
+are run by `_run_group` for one group after the other, by `_part_runner` for one part. A bfloat16
+collective moves two bytes per element on every backend.
 
-What is promised of numbers: owned, exchanged and replicated matrices are orthogonalized whole, by
+What is promised of numbers: local, exchanged and replicated matrices are orthogonalized whole, by
 the code that runs on one device. From the same gradients their momenta and, in bfloat16, their
 orthogonalized matrices have the same bits where ``mu M + G`` is rounded alike: always for a ``mu``
 that is a power of two (tested on CPUs, for jax 0.10 and 0.12). Otherwise a compiler may contract
@@ -33,28 +34,30 @@ the result is right, and slow, which is why concrete arrays are checked against 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Inexact
+from jaxtyping import Array, Inexact
 
-from muon_jax._layout import Layout, Sizes, local_view
-from muon_jax._matrices import LeafViews, MatrixView
+from muon_jax._layout import Layout, local_view
+from muon_jax._matrices import LeafViews
 from muon_jax._matrix_update import MatrixUpdate
 from muon_jax._momentum import heavy_ball
-from muon_jax._parts import PartRunner
-from muon_jax._plan import Group, Member, Plan, PlannedLeaf, Shape, runs_of_equal_parts
-from muon_jax._specs import partition_spec
+from muon_jax._plan import Plan, PlannedLeaf
+from muon_jax._run_group import run_group
+from muon_jax._specs import Sizes, partition_spec
 from muon_jax._zero1 import Zero1, on_shards
+
+Stacks = dict[tuple[int, int], Inexact[Array, "_ _ _"]]
+"""A stack of matrices for each view: by the index of its leaf, and its own in the leaf."""
 
 
 def distributed_update(
     zero1: Zero1,
     plan: Plan,
     leaves: Sequence[PlannedLeaf],
-    given: MatrixUpdate,
+    rule: MatrixUpdate,
     gradients: Sequence[Inexact[Array, "..."]],
     momenta: Sequence[Inexact[Array, "..."]],
 ) -> tuple[list[Inexact[Array, "..."]], list[Inexact[Array, "..."]]]:
@@ -62,138 +65,97 @@ def distributed_update(
 
     Args:
       zero1: the mesh.
-      plan: made for `leaves` on this mesh.
+      plan: the plan, made for `leaves` on this mesh.
       leaves: the matrices of each leaf, and where it lies.
-      given: what is done to each matrix.
-      gradients: one for each leaf, of any layout; unreduced sums become reduce-scatters.
-      momenta: one for each leaf, in the layout of the state.
+      rule: what is done to each matrix.
+      gradients: one gradient for each leaf, of any layout; unreduced sums become reduce-scatters.
+      momenta: one momentum for each leaf, in the layout of the state.
 
     Returns:
       The updates, in the parameters' layout and the gradients' dtypes, and the momenta.
     """
-    sizes = zero1.sizes
-
-    def body(
-        gradients: list[Any], momenta: list[Any], numbers: list[Any]
-    ) -> tuple[list[Any], list[Any]]:
-        # Not by closure, which JAX refuses for arrays on Explicit axes.
-        update = given.with_numbers(numbers)
-        sources: dict[tuple[int, int], jax.Array] = {}
-        new_momenta = []
-        for index, (leaf, g, m) in enumerate(zip(leaves, gradients, momenta, strict=True)):
-            new, nudged = heavy_ball(m, g, update.beta, update.nesterov)
-            new_momenta.append(new.astype(m.dtype))
-            narrow = update.iteration.cast(nudged)
-            if leaf.layout.split is not None:
-                narrow = leaf.layout.split.gather(narrow)
-            local = _local_views(leaf.views, leaf.layout, sizes, state=True)
-            for number, (view, stack) in enumerate(
-                zip(leaf.views.views, local.take(narrow), strict=True)
-            ):
-                sources[index, number] = stack.mT if _is_tall(view) else stack
-
-        scaled: dict[tuple[int, int], jax.Array] = {}
-        for group in plan.groups:
-            stack = [sources[member.leaf, member.view] for member in group.members]
-            for member, result, measured in _run_group(group, leaves, sizes, update, stack):
-                _, *matrix = leaves[member.leaf].views.views[member.view].matrices
-                done = update.finish(result, measured, (matrix[0], matrix[1]))
-                scaled[member.leaf, member.view] = done
-
-        updates = []
-        for index, (leaf, g) in enumerate(zip(leaves, gradients, strict=True)):
-            local = _local_views(leaf.views, leaf.layout, sizes, state=False)
-            # Views without matrices are in no group: nothing is there to update.
-            parts = [
-                scaled.get((index, number), jnp.zeros(view.matrices, g.dtype))
-                for number, view in enumerate(local.views)
-            ]
-            done = local.put(parts)
-            if leaf.layout.split is not None:
-                done = leaf.layout.split.own(done)
-            updates.append(done.astype(g.dtype))
-        return updates, new_momenta
-
+    step = _Step(plan, leaves, rule, zero1.sizes)
     state = [partition_spec(leaf.layout.state, zero1.mesh) for leaf in leaves]
     param = [partition_spec(leaf.layout.param, zero1.mesh) for leaf in leaves]
+    # Phase 1: unreduced sums of gradients arrive in the state's layout.
     gradients = zero1.arrive(gradients, [leaf.layout for leaf in leaves])
-    numbers = given.numbers()
+    # Arrays among the rule's numbers come in as arguments: closed over, JAX refuses them on
+    # Explicit axes.
+    numbers = rule.numbers()
     args = (gradients, list(momenta), numbers)
     in_specs = (state, state, [PartitionSpec()] * len(numbers))
-    return on_shards(body, zero1.mesh, args, in_specs, (param, state))
+    return on_shards(step.on_device, zero1.mesh, args, in_specs, (param, state))
+
+
+class _Step(NamedTuple):
+    """What one device does with its shards, inside the `shard_map`."""
+
+    plan: Plan
+    leaves: Sequence[PlannedLeaf]
+    rule: MatrixUpdate
+    sizes: Sizes
+
+    def on_device(
+        self, gradients: list[Any], momenta: list[Any], numbers: list[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """Phases 2 to 6: the updates of the parameters' shards, and the momenta."""
+        step = self._replace(rule=self.rule.with_numbers(numbers))
+        directions: Stacks = {}
+        new_momenta = []
+        for index, (leaf, g, m) in enumerate(zip(self.leaves, gradients, momenta, strict=True)):
+            new, direction = heavy_ball(m, g, step.rule.beta, step.rule.nesterov)  # phase 2
+            new_momenta.append(new.astype(m.dtype))
+            directions |= step.pieces(index, leaf, direction)
+        scaled = step.orthogonalized(directions)
+        updates = [
+            step.joined(index, leaf, scaled, g.dtype)
+            for index, (leaf, g) in enumerate(zip(self.leaves, gradients, strict=True))
+        ]
+        return updates, new_momenta
+
+    def pieces(self, index: int, leaf: PlannedLeaf, direction: Inexact[Array, "..."]) -> Stacks:
+        """The pieces of a leaf's directions that this device holds, narrow and turned wide."""
+        # Cast before anything travels, and before the norm: every device sees what one would.
+        narrow = self.rule.iteration.cast(direction)
+        if leaf.layout.split is not None:
+            narrow = leaf.layout.split.gather(narrow)
+        stacks = _local_views(leaf.views, leaf.layout, self.sizes, state=True).take(narrow)
+        return {
+            (index, number): stack.mT if view.is_tall else stack
+            for number, (view, stack) in enumerate(zip(leaf.views.views, stacks, strict=True))
+        }
+
+    def orthogonalized(self, directions: Stacks) -> Stacks:
+        """Phases 3 to 6, group by group: the scaled results that the parameters' shards hold."""
+        scaled: Stacks = {}
+        for group in self.plan.groups:
+            stacks = [directions[member.leaf, member.view] for member in group.members]
+            outcome = run_group(group, self.leaves, self.sizes, self.rule, stacks)
+            for member, result, measured in outcome:
+                view = self.leaves[member.leaf].views.views[member.view]
+                _, fan_in, fan_out = view.matrices
+                # Scaled where it arrives, in float32: what travels is the bfloat16 result.
+                done = self.rule.finish(result, measured, (fan_in, fan_out))
+                scaled[member.leaf, member.view] = done
+        return scaled
+
+    def joined(
+        self, index: int, leaf: PlannedLeaf, scaled: Stacks, dtype: jnp.dtype
+    ) -> Inexact[Array, "..."]:
+        """A leaf's update, made of the scaled results of its views."""
+        local = _local_views(leaf.views, leaf.layout, self.sizes, state=False)
+        # Views without matrices are in no group: nothing is there to update.
+        update = local.put(
+            [
+                scaled.get((index, number), jnp.zeros(view.matrices, dtype))
+                for number, view in enumerate(local.views)
+            ]
+        )
+        if leaf.layout.split is not None:
+            update = leaf.layout.split.own(update)
+        return update.astype(dtype)
 
 
 def _local_views(views: LeafViews, layout: Layout, sizes: Sizes, *, state: bool) -> LeafViews:
     spec = layout.of_views.state if state else layout.of_views.param
     return LeafViews(tuple(local_view(view, spec, sizes) for view in views.views), views.split)
-
-
-def _is_tall(view: MatrixView) -> bool:
-    _, fan_in, fan_out = view.matrices
-    return fan_in > fan_out
-
-
-def _run_group(
-    group: Group,
-    leaves: Sequence[PlannedLeaf],
-    sizes: Sizes,
-    update: MatrixUpdate,
-    sources: Sequence[Inexact[Array, "_ _ _"]],
-) -> list[tuple[Member, Inexact[Array, "_ _ _"], Float[Array, "_"] | None]]:
-    """Orthogonalize a group; return each member's results as the parameter's shard holds them."""
-    runner = PartRunner(group, sizes, update)
-    stack = jnp.concatenate(
-        [source.reshape(len(source), *runner.source_piece) for source in sources]
-    )
-    runs = [*runs_of_equal_parts(group.parts)]
-    outcomes = [runner.run(run, stack[run[0].start : run[-1].stop]) for run in runs]
-    bounds = [(run[0].start, run[-1].stop) for run in runs]
-
-    out, start = [], 0
-    for member in group.members:
-        stop = start + member.matrices
-        leaf = leaves[member.leaf]
-        view = leaf.views.views[member.view]
-        _, fan_in, fan_out = local_view(view, leaf.layout.of_views.param, sizes).matrices
-        piece = (fan_out, fan_in) if _is_tall(view) else (fan_in, fan_out)
-        results = _cut_out([result for result, _ in outcomes], bounds, start, stop)
-        results = results.reshape(-1, member.matrices, *piece)
-        unstack = _Unstack(view, leaf.layout.of_views, group.shape, sizes)
-        factor = None
-        if update.is_measured:
-            factors = [factor for _, factor in outcomes if factor is not None]
-            factor = unstack(_cut_out(factors, bounds, start, stop))
-        out.append((member, unstack(results.mT if _is_tall(view) else results), factor))
-        start = stop
-    return out
-
-
-def _cut_out(
-    outcomes: Sequence[jax.Array], bounds: Sequence[tuple[int, int]], start: int, stop: int
-) -> jax.Array:
-    """Matrices `start` to `stop` of a group, out of the runs that hold them."""
-    held = [
-        outcome[:, max(start - first, 0) : stop - first]
-        for outcome, (first, end) in zip(outcomes, bounds, strict=True)
-        if first < stop and start < end
-    ]
-    return jnp.concatenate(held, axis=1) if len(held) > 1 else held[0]
-
-
-class _Unstack:
-    """Put the parts of a stack that was gathered over several axes in their order."""
-
-    def __init__(self, view: MatrixView, layout: Layout, shape: Shape, sizes: Sizes):
-        stacked = shape.stacked
-        local = local_view(view, layout.state, sizes).block_shape
-        self.lengths = [sizes[a] for a in stacked] + [local[d] for d in view.batch_axes]
-        self.order: list[int] = []
-        for number, dim in enumerate(view.batch_axes):
-            self.order += [stacked.index(a) for a in layout.state[dim] if a in stacked]
-            self.order.append(len(stacked) + number)
-
-    def __call__(self, x: Inexact[Array, "coordinates count *rest"]) -> Inexact[Array, "_ *rest"]:
-        rest = x.shape[2:]
-        x = x.reshape(*self.lengths, *rest)
-        kept = range(len(self.lengths), x.ndim)
-        return x.transpose(*self.order, *kept).reshape(-1, *rest)

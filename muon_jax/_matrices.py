@@ -130,6 +130,12 @@ class MatrixView:
         )
         return batch, fan_in, fan_out
 
+    @property
+    def is_tall(self) -> bool:
+        """Whether its matrices have more rows than columns: Newton-Schulz turns them wide."""
+        _, fan_in, fan_out = self.matrices
+        return fan_in > fan_out
+
     def take(self, leaf: Inexact[Array, "*shape"]) -> Inexact[Array, "batch fan_in fan_out"]:
         """The matrices of this view."""
         if self.block is not None:

@@ -16,7 +16,10 @@ def heavy_ball(
     beta: Scalar,
     nesterov: bool,
 ) -> tuple[Inexact[Array, "*shape"], Inexact[Array, "*shape"]]:
-    """``M_t = beta M_{t-1} + G_t`` and what is orthogonalized, in float32 or wider (Eq. 1)."""
+    """The momentum and the direction, what is orthogonalized, in float32 or wider (Eq. 1).
+
+    ``M_t = beta M_{t-1} + G_t``, and ``beta M_t + G_t`` with Nesterov, else ``M_t`` itself.
+    """
     wide = promote(promote(momentum.dtype, gradient.dtype), jnp.float32)
     gradient = gradient.astype(wide)
     beta = jnp.asarray(beta, jnp.finfo(wide).dtype)

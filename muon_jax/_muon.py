@@ -15,6 +15,7 @@ import optax
 from jaxtyping import PyTree
 
 from muon_jax._checks import Scalar, ScalarOrSchedule, check_scalar, check_schedule
+from muon_jax._cost import MeshCosts
 from muon_jax._gradients import gradient_leaves
 from muon_jax._injectable import Held, injectable, unheld
 from muon_jax._preconditioning import Preconditioning
@@ -58,6 +59,7 @@ def muon(
     mesh: AnyMesh | Held | None = None,
     zero1_axes: Sequence[str] | str | None = None,
     param_specs: Any = None,
+    mesh_costs: MeshCosts | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Muon for the matrices, AdamW for the rest, with AdamW's learning rate and weight decay.
 
@@ -123,6 +125,8 @@ def muon(
         and carry none of the optimizer's traffic.
       param_specs: where the parameters lie: a tree of `jax.sharding.PartitionSpec`s, or a prefix of
         one. None: their types on Explicit axes, else replicated.
+      mesh_costs: how fast the mesh's network is beside its devices: routes are chosen by it. None
+        means `MeshCosts()`, the numbers of TPUs and of GPUs on NVLink.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. Its `update` needs `params`; a parameter whose
@@ -165,8 +169,9 @@ def muon(
         max_group_bytes=max_group_bytes,
         mesh=mesh,
         zero1_axes=zero1_axes,
+        mesh_costs=mesh_costs,
     )
-    zero1 = resolve_zero1(mesh, zero1_axes, unheld(param_specs))
+    zero1 = resolve_zero1(mesh, zero1_axes, unheld(param_specs), mesh_costs)
     make_muon()  # so that bad arguments raise here, not at the first init
     route = functools.partial(
         route_leaves, dimension_numbers=unheld(muon_weight_dimension_numbers), heads=heads

@@ -17,6 +17,7 @@ from jaxtyping import Array, Int, PyTree
 
 from muon_jax._batching import DEFAULT_MAX_GROUP_BYTES, batched_update
 from muon_jax._checks import Scalar, check_bool, check_group_bytes, check_scalar
+from muon_jax._cost import MeshCosts
 from muon_jax._distributed import distributed_update
 from muon_jax._gradients import gradient_leaves
 from muon_jax._injectable import Held, injectable, unheld
@@ -75,6 +76,7 @@ def scale_by_muon(
     mesh: AnyMesh | Held | None = None,
     zero1_axes: Sequence[str] | str | None = None,
     param_specs: Any = None,
+    mesh_costs: MeshCosts | None = None,
 ) -> optax.GradientTransformation:
     """Momentum, orthogonalized and scaled: Muon without learning rate and weight decay.
 
@@ -111,6 +113,7 @@ def scale_by_muon(
       mesh: the devices to share the work and the state on, ZeRO-1; see `muon`.
       zero1_axes: the mesh axes to shard the state over; see `muon`.
       param_specs: where the parameters lie on the mesh; see `muon`.
+      mesh_costs: how fast the mesh's network is; see `muon`.
 
     Returns:
       An `optax.GradientTransformation` with state `MuonState`. Updates have the shapes and dtypes
@@ -142,7 +145,7 @@ def scale_by_muon(
     resolve_heads(heads)
     group_bytes = check_group_bytes(max_group_bytes, DEFAULT_MAX_GROUP_BYTES)
     mu_dtype = check_mu_dtype(mu_dtype)
-    zero1 = resolve_zero1(mesh, zero1_axes, param_specs)
+    zero1 = resolve_zero1(mesh, zero1_axes, param_specs, mesh_costs)
 
     def init_fn(params: PyTree) -> MuonState:
         routes, structure = _matrix_routes(params, weight_dimension_numbers, heads)
@@ -193,6 +196,7 @@ def scale_by_muon(
                 steps=len(iteration.schedule),
                 max_group_bytes=group_bytes,
                 whole_result=matrix_update.is_measured,
+                costs=zero1.costs,
             )
             note_plan(plan, leaves)
             new = distributed_update(zero1, plan, leaves, matrix_update, *arrays)

@@ -9,10 +9,9 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
-from muon_jax._cost import Traffic
 from muon_jax._muon import muon
 from muon_jax._paths import flatten_with_names, show
-from muon_jax._plan import Group, Part, PlannedLeaf
+from muon_jax._plan import Group, Part, PlannedLeaf, Split
 from muon_jax._record import Record, recording
 from muon_jax._specs import param_layouts, partition_spec, spec_axes
 from muon_jax._tables import in_units, table
@@ -161,7 +160,7 @@ def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingRe
       per device and step, on 1 devices:
       matrix  matrices  route  owners  padding  in   out  FLOPs       balance  state
       --------------------------------------------------------------------------------
-      64x64   1         owned  1       0        0 B  0 B  7.86 MFLOP  1.00x    16.4 kB
+      64x64   1         local  1       0        0 B  0 B  7.86 MFLOP  1.00x    16.4 kB
       muon: 7.86 MFLOP on the busiest device, 1.00x an even share; state 16.4 kB
       adam: gathers 0 B; state 0 B
     """
@@ -207,16 +206,15 @@ def _report(record: Record, params: PyTree) -> ShardingReport:
 
 
 def _row(group: Group, leaves: Sequence[PlannedLeaf], devices: int) -> ShardingRow:
-    shape, matrices = group.shape, _matrices(group, leaves)
-    traffic = sum(group.traffic, Traffic())
+    key, matrices, traffic = group.key, _matrices(group, leaves), group.sent
     state = sum(
-        member.matrices * math.prod(member.source.local) * leaves[member.leaf].momentum.itemsize
+        member.matrices * math.prod(member.state_cut.local) * leaves[member.leaf].momentum.itemsize
         for member in group.members
     )
     teams = matrices // sum(member.matrices for member in group.members)
     busiest = int(group.flops.max())
     return ShardingRow(
-        (shape.rows, shape.cols),
+        (key.rows, key.cols),
         matrices,
         " + ".join(_describe(group.parts, teams)),
         int((group.flops > 0).sum()),
@@ -233,7 +231,7 @@ def _describe(parts: Sequence[Part], teams: int) -> list[str]:
     counts: dict[str, int] = {}
     for part in parts:
         name = part.route
-        if part.ways > 1:
+        if isinstance(part, Split):
             name += f" by {part.ways} on {part.axis}"
         counts[name] = counts.get(name, 0) + part.matrices * teams
     return [f"{count} {name}" if len(counts) > 1 else name for name, count in counts.items()]

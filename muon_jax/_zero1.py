@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Inexact, PyTree
 
 from muon_jax._collectives import all_gather
-from muon_jax._cost import others
+from muon_jax._cost import MeshCosts, others
 from muon_jax._injectable import unheld
 from muon_jax._layout import Layout, Sizes, zero1_layout
 from muon_jax._matrices import LeafViews
@@ -37,11 +37,12 @@ FUSED_GATHER_BYTES = 2**20
 
 
 class Zero1(NamedTuple):
-    """The mesh, the axes to shard the state over, and where the parameters lie."""
+    """The mesh, the axes to shard the state over, where the parameters lie, what sending costs."""
 
     mesh: AnyMesh
     axes: tuple[str, ...]
     param_specs: Any
+    costs: MeshCosts
 
     @property
     def sizes(self) -> Sizes:
@@ -56,7 +57,7 @@ class Zero1(NamedTuple):
         for route, spec in zip(routes, specs, strict=True):
             _check_blocks(route, spec, self.mesh)
             layouts.append(zero1_layout(route.shape, spec, self.axes, self.sizes, route.views))
-        note_mesh(*self)
+        note_mesh(self.mesh, self.axes, self.param_specs)
         note_layouts([route.path for route in routes], layouts)
         return layouts
 
@@ -144,7 +145,9 @@ class Zero1(NamedTuple):
         return arrays
 
 
-def resolve_zero1(mesh: Any, zero1_axes: Any, param_specs: Any) -> Zero1 | None:
+def resolve_zero1(
+    mesh: Any, zero1_axes: Any, param_specs: Any, mesh_costs: Any = None
+) -> Zero1 | None:
     """Check the arguments that belong to a mesh; None without one.
 
     Raises:
@@ -152,12 +155,18 @@ def resolve_zero1(mesh: Any, zero1_axes: Any, param_specs: Any) -> Zero1 | None:
     """
     mesh = unheld(mesh)
     if mesh is None:
-        for name, value in (("zero1_axes", zero1_axes), ("param_specs", param_specs)):
+        given = {"zero1_axes": zero1_axes, "param_specs": param_specs, "mesh_costs": mesh_costs}
+        for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} says how to use a mesh: pass mesh= as well.")
         return None
     mesh = check_mesh(mesh)
-    return Zero1(mesh, check_zero1_axes(mesh, zero1_axes), param_specs)
+    costs = MeshCosts() if mesh_costs is None else mesh_costs
+    if not isinstance(costs, MeshCosts):
+        raise TypeError(
+            f"mesh_costs must be a muon_jax.MeshCosts, such as MeshCosts(2500); got {costs!r}."
+        )
+    return Zero1(mesh, check_zero1_axes(mesh, zero1_axes), param_specs, costs)
 
 
 def check_outside_shard_map() -> None:
@@ -218,7 +227,7 @@ def gather_to_params(
         if not axes:
             continue
         with jax.named_scope("adamw.gather"):
-            if len(members) == 1:  # a large one keeps its axes, see `_parts`
+            if len(members) == 1:  # a large one keeps its axes, see `_part_runner`
                 sending = shards[members[0]]
             else:
                 sending = jnp.concatenate([shards[i].reshape(-1) for i in members])

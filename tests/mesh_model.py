@@ -3,17 +3,22 @@
 import contextlib
 from collections.abc import Iterator
 from typing import Any, Literal
-from unittest import mock
 
 import jax
 import numpy as np
 from checkers import gaussian, hadamard_rows
 from jax.sharding import AxisType
 
-from muon_jax import _cost
+from muon_jax import MeshCosts
 
 Gradients = Literal["hadamard", "gaussian"]
 """Sums of Hadamard matrices' entries are exact in any order, sums of Gaussians are not."""
+
+COSTLY_WORK = MeshCosts(flops_per_byte=1, latency_bytes=0)
+"""Small matrices take the routes of large ones: at the true costs, tiny ones are all replicated."""
+
+CHEAP_WORK = MeshCosts(flops_per_byte=100, latency_bytes=0)
+"""The same, but that tiny matrices are worth no sharing: each stays whole."""
 
 SHAPES: dict[str, Any] = {
     # Matrices of one shape, up to transposition: six separate ones, and a stack of twelve.
@@ -72,13 +77,6 @@ def make_mesh(
     names = names or ("data", "fsdp")[: len(shape)]
     devices = jax.devices()[: int(np.prod(shape))]
     return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape), devices=devices)
-
-
-@contextlib.contextmanager
-def costly_work() -> Iterator[None]:
-    """Plan as if these matrices were large: at the true costs, tiny ones are all replicated."""
-    with mock.patch.multiple(_cost, LATENCY_BYTES=0, FLOPS_PER_BYTE=1):
-        yield
 
 
 @contextlib.contextmanager

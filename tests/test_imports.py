@@ -36,18 +36,9 @@ KERNEL = (
     *("_scaling", "_momentum", "_matrix_update", "_batching"),
 )
 MESH = (
-    *(
-        "_collectives",
-        "_specs",
-        "_layout",
-        "_cost",
-        "_plan",
-        "_planner",
-        "_parts",
-        "_distributed",
-        "_zero1",
-    ),
-    *("_record", "_sharding_report", "_state_shardings"),
+    *("_collectives", "_specs", "_split_layout", "_layout", "_cost", "_plan", "_grouping"),
+    *("_pricing", "_choices", "_planner", "_part_runner", "_owner_runners", "_run_group"),
+    *("_distributed", "_zero1", "_record", "_sharding_report", "_state_shardings"),
 )
 
 

@@ -1,5 +1,6 @@
 """The planner: a pure function, tested without devices."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from muon_jax import _plan, _planner
+from muon_jax import MeshCosts, _plan
+from muon_jax._choices import Choice, Choices, Sharers
 from muon_jax._cost import newton_schulz_flops
 from muon_jax._layout import cut_of, zero1_layout
 from muon_jax._matrices import FusedBlocks, leaf_views
-from muon_jax._plan import PlannedLeaf
-from muon_jax._planner import make_plan
+from muon_jax._plan import Everywhere, PlannedLeaf, Split
+from muon_jax._planner import Search, make_plan
+from muon_jax._pricing import Pricing
 
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 LAST_TWO = MuonDimensionNumbers(-2, -1)
@@ -42,7 +45,11 @@ def plan(leaves, sizes, zero1_axes=None, steps=5, max_group_bytes=GIB, **keyword
 
 
 def routes(group):
-    return [(part.route, part.matrices, part.ways) for part in group.parts]
+    return [(part.route, part.matrices, ways(part)) for part in group.parts]
+
+
+def ways(part):
+    return part.ways if isinstance(part, Split) else 1
 
 
 def balance(result, sizes, group_counts):
@@ -143,6 +150,54 @@ def test_cutting_and_joining_are_inverse_and_pieces_are_shards(spec, tall):
         np.testing.assert_array_equal(pieces[number].ravel(), mine.ravel())
 
 
+# --- The example in `_plan` -----------------------------------------------------------------------
+
+
+def example(choice):
+    """Three matrices of 64x128 on four devices, by one route: the part, its bytes, its FLOPs."""
+    sizes = {"data": 4}
+    (group,) = plan([leaf((64, 128), sizes) for _ in range(3)], sizes).groups
+    pricing = Pricing(sizes, 5, MeshCosts())
+    choices = Choices(pricing, GIB, whole_result=False)
+    (part,) = choices.parts(group.key, 3, choice, pricing.no_flops())
+    return part, pricing.traffic(group.key, part), pricing.flops(group.key, [part]), group
+
+
+def test_the_plans_example_is_what_the_planner_does():
+    """Its tables, bytes and FLOPs, as the docstring of `_plan` states them."""
+    text = _plan.__doc__
+    assert text is not None
+    part, sent, flops, group = example(Choice("exchange"))
+    assert (group.key.team, group.key.cut_axes, group.key.kept_axes) == (("data",), ("data",), ())
+    assert group.state_piece == (64, 32)
+    assert f"owners = {part.owners.tolist()} " in text
+    assert f"a 64x32 piece to each of three others                    {sent.exchange:,.0f}" in text
+    assert f"result to each of three others                {sent.gather:,.0f}" in text
+    assert f"{flops[0]:,} FLOPs on each of the devices 0, 1 and 2" in text
+    assert flops.tolist() == [flops[0]] * 3 + [0]
+    through = dataclasses.replace(part, through_state=True)
+    around = Pricing({"data": 4}, 5, MeshCosts()).traffic(group.key, through)
+    assert f"{around.returned:,.0f} bytes, and phase 6 gathers those, {around.gather:,.0f}" in text
+    assert (around.total, around.collectives) == (sent.total, sent.collectives + 1)
+    assert not part.through_state
+
+    part, sent, flops, _ = example(Choice("split", Sharers("data", 4)))
+    assert f"owners = {part.owners.tolist()}\n" in text
+    assert f"three 64x32 pieces to each of three others               {sent.exchange:,.0f}" in text
+    grams, iterates = 5 * 3 * 3 * 16 * 64 * 2, 4 * 3 * 3 * 16 * 128 * 2
+    assert grams + iterates == sent.split
+    assert f"three Gram matrices, 64x64,    {grams:,}" in text
+    assert f"three iterates, 64x128        {iterates:,}" in text
+    assert f"{flops[3]:,} FLOPs on every device" in text and len({*flops}) == 1
+    assert f"three results to each of three others     {sent.gather:,.0f}" in text
+    pairs, *_ = example(Choice("split", Sharers("data", 2)))
+    assert f"would be {pairs.owners.tolist()}." in text
+
+    part, sent, *_ = example(Choice("replicated", everything=True))
+    assert f"to send {sent.total:,.0f} bytes once" in text and sent.collectives == 1
+    assert routes(group) == [("replicated", 3, 1)]
+
+
 # --- Routes -------------------------------------------------------------------------------------
 
 
@@ -160,21 +215,21 @@ def test_tall_and_wide_matrices_are_one_group():
     sizes = {"d": 8}
     result = plan([leaf((64, 256), sizes), leaf((256, 64), sizes)], sizes)
     assert len(result.groups) == 1
-    assert {member.source for member in result.groups[0].members} == {
-        result.groups[0].members[0].source
+    assert {member.state_cut for member in result.groups[0].members} == {
+        result.groups[0].members[0].state_cut
     }
 
 
-def test_a_stack_on_its_own_axis_is_owned():
+def test_a_stack_on_its_own_axis_is_local():
     sizes = {"data": 2, "expert": 4}
     spec = (("expert",), (), ())
     # The stack takes the data axis too: eight matrices on each device, and one gather.
     (group,) = plan([leaf((64, 31, 63), sizes, spec)], sizes).groups
-    assert routes(group) == [("owned", 8, 1)]
+    assert routes(group) == [("local", 8, 1)]
     assert group.traffic[0].exchange == 0 and group.traffic[0].gather > 0
     # Nothing is left to shard over: no communication at all.
     (group,) = plan([leaf((64, 32, 64), {"expert": 4}, spec)], {"expert": 4}).groups
-    assert routes(group) == [("owned", 16, 1)]
+    assert routes(group) == [("local", 16, 1)]
     assert group.traffic[0].total == 0 and group.traffic[0].collectives == 0
 
 
@@ -274,8 +329,7 @@ def test_a_measured_scale_needs_the_whole_result():
     (rows,) = plan(leaves, sizes).groups
     (whole,) = plan(leaves, sizes, whole_result=True).groups
     assert rows.parts[0].ways > 1 and whole.parts[0].ways > 1
-    assert _plan.returns_rows(rows.shape, rows.parts[0], whole_result=False)
-    assert not _plan.returns_rows(whole.shape, whole.parts[0], whole_result=True)
+    assert rows.parts[0].returns_rows and not whole.parts[0].returns_rows
     assert rows.traffic[0].collectives == 1 + 9 + 1  # the last product's rows are not gathered
     assert whole.traffic[0].collectives == 1 + 10 + 2
 
@@ -285,15 +339,20 @@ def test_the_search_finds_what_trying_everything_finds():
     sizes = {"d": 8}
     leaves = [leaf((4096, 4096), sizes), leaf((4096, 4224), sizes), leaf((768, 768), sizes)]
     result = plan(leaves, sizes)
-    planner = _planner._Planner(sizes, 5, GIB, False)
-    counts = {group.shape: 1 for group in result.groups}
-    options = [planner.candidates(shape, 1) for shape in counts]
+    choices = Choices(Pricing(sizes, 5, MeshCosts()), GIB, whole_result=False)
+    search = Search(choices, {group.key: 1 for group in result.groups})
     best = min(
-        planner.price(dict(zip(counts, choices, strict=True)), counts).total
-        for choices in itertools.product(*options)
+        search.price(dict(zip(search.options, chosen, strict=True))).total
+        for chosen in itertools.product(*search.options.values())
     )
-    assert planner.search(counts).total == best
+    assert search.best().total == best
     assert routes(result.groups[0])[0][2] == routes(result.groups[1])[0][2] == 8
+
+
+@pytest.mark.parametrize("given", [(0, 0), (-1, 0), (1, -1), (float("nan"), 0)])
+def test_costs_are_positive(given):
+    with pytest.raises(ValueError, match=r"flops_per_byte above 0 and latency_bytes from 0; got"):
+        MeshCosts(*given)
 
 
 def test_complex_products_cost_four_times_as_much():
@@ -320,11 +379,9 @@ SHAPES = [(16, 16), (16, 48), (48, 16), (5, 7), (6, 16, 32), (8, 16, 32), (0, 4,
 def test_every_matrix_has_one_place(sizes, shapes, max_group_bytes, flops_per_byte):
     """All matrices are in some part, each on one owner or one set of sharers, in every slot at most
     one; nothing exceeds its bound."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("muon_jax._cost.FLOPS_PER_BYTE", flops_per_byte)
-        patch.setattr("muon_jax._cost.LATENCY_BYTES", 0)
-        leaves = [leaf(shape, sizes) for shape in shapes]
-        result = plan(leaves, sizes, max_group_bytes=max_group_bytes)
+    leaves = [leaf(shape, sizes) for shape in shapes]
+    costs = MeshCosts(flops_per_byte, latency_bytes=0)
+    result = plan(leaves, sizes, max_group_bytes=max_group_bytes, costs=costs)
     planned = sum(member.matrices for group in result.groups for member in group.members)
     total = 0
     for group in result.groups:
@@ -333,12 +390,12 @@ def test_every_matrix_has_one_place(sizes, shapes, max_group_bytes, flops_per_by
         assert ends[-1] == sum(member.matrices for member in group.members)
         total += ends[-1]
         for part in group.parts:
-            if part.owners is None:
+            if isinstance(part, Everywhere):
                 continue
-            assert part.owners.shape == (math.prod(sizes[a] for a in group.shape.team), part.slots)
+            assert part.owners.shape == (math.prod(sizes[a] for a in group.key.team), part.slots)
             held = part.owners[part.owners >= 0]
             np.testing.assert_array_equal(
-                np.sort(held), np.repeat(np.arange(part.matrices), part.ways)
+                np.sort(held), np.repeat(np.arange(part.matrices), ways(part))
             )
     assert total == planned
     assert (result.flops == sum(group.flops for group in result.groups)).all()

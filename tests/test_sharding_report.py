@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import hlo
-from muon_jax import MuonDimensionNumbers, muon, opt_state_shardings, sharding_report
+from muon_jax import MeshCosts, MuonDimensionNumbers, muon, opt_state_shardings, sharding_report
 
 F32 = np.dtype(np.float32)
 NUMBERS = MuonDimensionNumbers(-2, -1)
@@ -55,9 +55,7 @@ MESHES = {
 
 @pytest.mark.parametrize("flops_per_byte", [1, 100, 10**9])
 @pytest.mark.parametrize("name", MESHES)
-def test_bytes_and_flops_are_those_of_the_program(name, flops_per_byte, monkeypatch):
-    monkeypatch.setattr("muon_jax._cost.LATENCY_BYTES", 0)
-    monkeypatch.setattr("muon_jax._cost.FLOPS_PER_BYTE", flops_per_byte)
+def test_bytes_and_flops_are_those_of_the_program(name, flops_per_byte):
     lengths, names, specs = MESHES[name]
     mesh = jax.make_mesh(lengths, names, axis_types=(AxisType.Auto,) * len(lengths))
     params = abstract(SHAPES, mesh, specs)
@@ -65,6 +63,7 @@ def test_bytes_and_flops_are_those_of_the_program(name, flops_per_byte, monkeypa
         "param_specs": {name: specs.get(name, P()) for name in SHAPES},
         "muon_weight_dimension_numbers": NUMBERS,
         "ns_dtype": "bfloat16",
+        "mesh_costs": MeshCosts(flops_per_byte, latency_bytes=0),
     }
     report = sharding_report(params, mesh=mesh, **keywords)
     text = compiled(params, mesh, **keywords)

@@ -17,10 +17,12 @@ from checkers import gaussian, hadamard_rows, relative_error
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from mesh_model import CHEAP_WORK, COSTLY_WORK
 from reference import newton_schulz
 
 from muon_jax import (
     FusedBlocks,
+    MeshCosts,
     MuonDimensionNumbers,
     UpdateNorm,
     by_path,
@@ -30,7 +32,7 @@ from muon_jax import (
     sharding_report,
 )
 from muon_jax._collectives import axes_index
-from muon_jax._parts import PartRunner
+from muon_jax._owner_runners import ExchangeRunner
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
 STEPS = 10
@@ -50,13 +52,6 @@ def put(tree, mesh, specs=None):
         name: jax.device_put(x, NamedSharding(mesh, specs.get(name, P())))
         for name, x in tree.items()
     }
-
-
-@pytest.fixture
-def costly_flops(monkeypatch):
-    """Small matrices take the routes of large ones."""
-    monkeypatch.setattr("muon_jax._cost.LATENCY_BYTES", 0)
-    monkeypatch.setattr("muon_jax._cost.FLOPS_PER_BYTE", 1)
 
 
 # --- The model: every kind of leaf ---------------------------------------------------------------
@@ -220,7 +215,7 @@ CASES = [(layout, KINDS[0]) for layout in LAYOUTS] + [(BOTH_KINDS, KINDS[1])]
 
 
 @pytest.mark.parametrize(("layout", "kind"), CASES, ids=str)
-def test_ten_steps_are_those_of_one_device(layout, kind, costly_flops):
+def test_ten_steps_are_those_of_one_device(layout, kind):
     """Bit for bit, over all routes, with weight decay, accumulation, clipping and donation."""
     lengths, names, specs = LAYOUTS[layout]
     mesh = make_mesh(lengths, names, kind)
@@ -231,7 +226,8 @@ def test_ten_steps_are_those_of_one_device(layout, kind, costly_flops):
     # Accumulation doubles the time to compile.
     every = 2 if (layout, kind) in (("data, fsdp", KINDS[0]), (BOTH_KINDS, KINDS[1])) else 1
     param_specs = {name: specs.get(name, P()) for name in SHAPES}
-    tx = accumulated(optimizer(ns_dtype=ns_dtype, mesh=mesh, param_specs=param_specs), every)
+    on_mesh = {"mesh": mesh, "param_specs": param_specs, "mesh_costs": COSTLY_WORK}
+    tx = accumulated(optimizer(ns_dtype=ns_dtype, **on_mesh), every)
     params, gradients = (put(hadamard_model(seed), mesh, specs) for seed in (0, 100))
     params, state = train(tx, params, gradients, FACTORS)
     expected = on_one_device(hadamard_model, ns_dtype, every)
@@ -294,25 +290,24 @@ def test_ten_gaussian_steps_tell_wrong_variants_apart(wrong):
 
 def test_zeros_travel_in_empty_slots(monkeypatch):
     """Three matrices on eight devices: what reaches the other five is zero, and no result."""
-    monkeypatch.setattr("muon_jax._cost.LATENCY_BYTES", 0)
-    monkeypatch.setattr("muon_jax._cost.FLOPS_PER_BYTE", 100)
     seen = {}
-    real = PartRunner.to_owners
+    real = ExchangeRunner.to_owners
 
-    def to_owners(self, part, pieces):
-        matrices = real(self, part, pieces)
-        seen["owners"] = part.owners
+    def to_owners(self, pieces):
+        matrices = real(self, pieces)
+        seen["owners"] = self.part.owners
         jax.debug.callback(
             lambda device, x: seen.update({int(device): x}),
-            *(axes_index(self.shape.team), matrices),
+            *(axes_index(self.key.team), matrices),
         )
         return matrices
 
-    monkeypatch.setattr(PartRunner, "to_owners", to_owners)
+    monkeypatch.setattr(ExchangeRunner, "to_owners", to_owners)
     mesh = make_mesh((8,), ("data",))
     params = put({"stack": hadamard_rows((3, 32, 32))}, mesh)
     numbers = MuonDimensionNumbers(-2, -1)
-    tx, alone = (scale_by_muon(mesh=m, weight_dimension_numbers=numbers) for m in (mesh, None))
+    alone = scale_by_muon(weight_dimension_numbers=numbers)
+    tx = scale_by_muon(weight_dimension_numbers=numbers, mesh=mesh, mesh_costs=CHEAP_WORK)
     updates, _ = jax.block_until_ready(jax.jit(tx.update)(params, tx.init(params)))
     jax.effects_barrier()
     busy = [bool((row >= 0).any()) for row in seen["owners"]]
@@ -324,7 +319,7 @@ def test_zeros_travel_in_empty_slots(monkeypatch):
     np.testing.assert_array_equal(updates["stack"], expected["stack"])
 
 
-def test_the_layouts_above_take_every_route(costly_flops):
+def test_the_layouts_above_take_every_route():
     seen = set()
     for lengths, names, specs in LAYOUTS.values():
         mesh = make_mesh(lengths, names)
@@ -333,14 +328,15 @@ def test_the_layouts_above_take_every_route(costly_flops):
             mesh=mesh,
             param_specs={name: specs.get(name, P()) for name in SHAPES},
             muon_weight_dimension_numbers=NUMBERS,
+            mesh_costs=COSTLY_WORK,
         )
         seen |= {word for row in report.rows for word in row.route.split()}
-    assert {"owned", "exchange", "split", "replicated"} <= seen
+    assert {"local", "exchange", "split", "replicated"} <= seen
 
 
 @pytest.mark.parametrize("ns_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("layout", ["data, fsdp"])
-def test_gaussians_are_the_same_where_matrices_stay_whole(layout, ns_dtype, monkeypatch):
+def test_gaussians_are_the_same_where_matrices_stay_whole(layout, ns_dtype):
     """Cheap FLOPs share no matrix. In float32 a loop over one matrix is compiled as none.
 
     Every factor is a power of two here: of ``0.2 sqrt(n) O + 0.1 W`` XLA fuses one of the two
@@ -348,14 +344,13 @@ def test_gaussians_are_the_same_where_matrices_stay_whole(layout, ns_dtype, monk
     and of ``beta M + G`` the only one, or none. AdamW's ``b2 nu + (1 - b2) g g`` has no factors
     that would make all its products exact.
     """
-    monkeypatch.setattr("muon_jax._cost.LATENCY_BYTES", 0)
-    monkeypatch.setattr("muon_jax._cost.FLOPS_PER_BYTE", 100)
     lengths, names, specs = LAYOUTS[layout]
     mesh = make_mesh(lengths, names)
     specs = {name: specs.get(name, P()) for name in SHAPES}
     keywords = {"muon_weight_dimension_numbers": NUMBERS, "ns_dtype": ns_dtype}
     params = gaussian_model(0)
-    report = sharding_report(params, mesh=mesh, param_specs=specs, **keywords)
+    on_mesh = {"mesh": mesh, "param_specs": specs, "mesh_costs": CHEAP_WORK}
+    report = sharding_report(params, **on_mesh, **keywords)
     assert not any("split" in row.route for row in report.rows)
     muons = {leaf.path for leaf in report.leaves if leaf.group == "muon"}
     make = functools.partial(
@@ -366,13 +361,13 @@ def test_gaussians_are_the_same_where_matrices_stay_whole(layout, ns_dtype, monk
         update_scale=lambda fan_in, fan_out: 0.25,
         **keywords,
     )
-    tx, alone = make(mesh=mesh, param_specs=specs), make()
+    tx, alone = make(**on_mesh), make()
     state, state_alone = tx.init(params), alone.init(params)
     update, update_alone = jax.jit(tx.update), jax.jit(alone.update)
     for step in range(2):
         gradients = gaussian_model(50 + step)
-        on_mesh = put(gradients, mesh, specs)
-        updates, state = update(on_mesh, state, put(params, mesh, specs))
+        sharded = put(gradients, mesh, specs)
+        updates, state = update(sharded, state, put(params, mesh, specs))
         expected, state_alone = update_alone(gradients, state_alone, params)
         for name in SHAPES:
             if ns_dtype == "bfloat16" and name in muons:
@@ -407,14 +402,12 @@ def random_layout(seed):
     ],
     ids=["one matrix each", "random"],
 )
-def test_whole_matrices_have_the_same_bits_in_any_layout(shapes, specs, count, monkeypatch):
+def test_whole_matrices_have_the_same_bits_in_any_layout(shapes, specs, count):
     """The promise: momenta, and in bfloat16 orthogonalized matrices, from the same gradients.
 
     With a beta whose products are exact: of ``beta M + G`` one program may round the product and
     another not, which depends on the processor too (on an AMD EPYC with jax 0.12 some did).
     """
-    monkeypatch.setattr("muon_jax._cost.LATENCY_BYTES", 0)
-    monkeypatch.setattr("muon_jax._cost.FLOPS_PER_BYTE", 100)
     mesh = make_mesh((2, 4), ("data", "fsdp"))
     numbers = MuonDimensionNumbers(-2, -1)
     make = functools.partial(scale_by_muon, beta=0.5, weight_dimension_numbers=numbers)
@@ -444,7 +437,7 @@ def test_whole_matrices_have_the_same_bits_in_any_layout(shapes, specs, count, m
 @pytest.mark.parametrize(
     ("lengths", "kind"), [((8,), KINDS[0]), ((2, 4), KINDS[1])], ids=["8-Auto", "2x4-Explicit"]
 )
-def test_shared_matrices_are_exact_up_to_256_rows(lengths, kind, ns_dtype, schedule, costly_flops):
+def test_shared_matrices_are_exact_up_to_256_rows(lengths, kind, ns_dtype, schedule):
     mesh = make_mesh(lengths, ("a", "b")[: len(lengths)], kind)
     # The root of rows x cols is a power of two: the first iterate is exact.
     shapes = {"one": (256, 256), "two": (2, 64, 256), "three": (3, 64, 16)}
@@ -456,10 +449,11 @@ def test_shared_matrices_are_exact_up_to_256_rows(lengths, kind, ns_dtype, sched
         ns_dtype=ns_dtype,
         ns_coeffs=schedule,
         muon_weight_dimension_numbers=numbers,
+        mesh_costs=COSTLY_WORK,
     )
     assert all("split" in row.route for row in report.rows)
     keywords: dict[str, Any] = {"weight_dimension_numbers": numbers, "ns_dtype": ns_dtype}
-    tx = scale_by_muon(schedule, mesh=mesh, **keywords)
+    tx = scale_by_muon(schedule, mesh=mesh, mesh_costs=COSTLY_WORK, **keywords)
     updates, _ = jax.jit(tx.update)(put(params, mesh), tx.init(put(params, mesh)))
     alone = scale_by_muon(schedule, **keywords)
     expected, _ = jax.jit(alone.update)(params, alone.init(params))
@@ -468,7 +462,7 @@ def test_shared_matrices_are_exact_up_to_256_rows(lengths, kind, ns_dtype, sched
 
 
 @pytest.mark.parametrize("ns_dtype", ["bfloat16", "float32"])
-def test_shared_gaussians_are_no_further_from_float64(ns_dtype, costly_flops):
+def test_shared_gaussians_are_no_further_from_float64(ns_dtype):
     """Measured: 1.00 times the error of a single device, in both dtypes."""
     mesh = make_mesh((8,), ("data",))
     params = {"kernel": gaussian((2, 128, 256))}
@@ -486,9 +480,10 @@ def test_shared_gaussians_are_no_further_from_float64(ns_dtype, costly_flops):
         updates, _ = jax.jit(tx.update)(params, tx.init(params))
         return relative_error(updates["kernel"], expected)
 
-    (row,) = sharding_report(params, mesh=mesh, muon_weight_dimension_numbers=numbers).rows
+    on_mesh = {"mesh": mesh, "mesh_costs": COSTLY_WORK}
+    (row,) = sharding_report(params, muon_weight_dimension_numbers=numbers, **on_mesh).rows
     assert "split by 4" in row.route
-    shared, alone = error(mesh=mesh), error()
+    shared, alone = error(**on_mesh), error()
     print(f"{ns_dtype}: {shared:.3g} shared, {alone:.3g} alone")
     assert shared <= 1.1 * alone
 
@@ -508,7 +503,7 @@ def test_shared_gaussians_are_no_further_from_float64(ns_dtype, costly_flops):
     ],
     ids=str,
 )
-def test_options_mean_the_same_on_a_mesh(keywords, costly_flops):
+def test_options_mean_the_same_on_a_mesh(keywords):
     mesh = make_mesh((2, 4), ("data", "fsdp"))
     shapes = {"rows": (16, 64), "tall": (64, 16), "stack": (3, 32, 32), "norm": (16,)}
     specs = {"rows": P("fsdp"), "tall": P(), "stack": P(None, None, "fsdp"), "norm": P()}
@@ -518,7 +513,8 @@ def test_options_mean_the_same_on_a_mesh(keywords, costly_flops):
         {name: gaussian(shape, seed) for seed, (name, shape) in enumerate(shapes.items(), start)}
         for start in (0, 10)
     )
-    tx, alone = muon(0.1, mesh=mesh, param_specs=specs, **keywords), muon(0.1, **keywords)
+    alone = muon(0.1, **keywords)
+    tx = muon(0.1, mesh=mesh, param_specs=specs, mesh_costs=COSTLY_WORK, **keywords)
     on_mesh = [put(tree, mesh, specs) for tree in (params, gradients)]
     updates, state = jax.jit(tx.update)(on_mesh[1], tx.init(on_mesh[0]), on_mesh[0])
     expected, state_alone = jax.jit(alone.update)(gradients, alone.init(params), params)
@@ -530,10 +526,8 @@ def test_options_mean_the_same_on_a_mesh(keywords, costly_flops):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-def test_chunks_are_one_loop_on_a_mesh(kind, monkeypatch):
+def test_chunks_are_one_loop_on_a_mesh(kind):
     """Leaves of one shape, cut otherwise, in rounds of eight: the same bits, no more products."""
-    monkeypatch.setattr("muon_jax._cost.LATENCY_BYTES", 0)
-    monkeypatch.setattr("muon_jax._cost.FLOPS_PER_BYTE", 100)
     mesh = make_mesh((2, 4), ("data", "fsdp"), kind)
     numbers = MuonDimensionNumbers(-2, -1)
     cuts = {"rows": P(None, "fsdp"), "cols": P(None, None, "fsdp")}
@@ -541,7 +535,8 @@ def test_chunks_are_one_loop_on_a_mesh(kind, monkeypatch):
     def products(count, options):
         shapes = {"rows": (count, 16, 32), "cols": (count, 16, 32)}
         params = put({n: hadamard_rows(s) for n, s in shapes.items()}, mesh, cuts)
-        tx = scale_by_muon(mesh=mesh, param_specs=cuts, weight_dimension_numbers=numbers, **options)
+        on_mesh = {"mesh": mesh, "param_specs": cuts, "mesh_costs": CHEAP_WORK}
+        tx = scale_by_muon(weight_dimension_numbers=numbers, **on_mesh, **options)
         state = tx.init(params)
         compiled = jax.jit(tx.update).lower(params, state, params).compile()
         updates, _ = compiled(params, state, params)
@@ -669,6 +664,7 @@ def kernel(mesh, spec=None):
     [
         ({"param_specs": P()}, "param_specs says how to use a mesh: pass mesh= as well"),
         ({"zero1_axes": "data"}, "zero1_axes says how to use a mesh: pass mesh= as well"),
+        ({"mesh_costs": MeshCosts()}, "mesh_costs says how to use a mesh: pass mesh= as well"),
     ],
 )
 def test_arguments_of_a_mesh_need_one(keywords, match):
@@ -687,6 +683,9 @@ def test_what_a_mesh_is_and_has():
 def test_a_mesh_must_be_one(untyped):
     with pytest.raises(TypeError, match=r"mesh must be a jax.sharding.Mesh.*got 8"):
         muon(1e-3, mesh=8)
+    mesh = make_mesh((8,), ("data",))
+    with pytest.raises(TypeError, match=r"mesh_costs must be a muon_jax.MeshCosts.*got 1250"):
+        muon(1e-3, mesh=mesh, mesh_costs=1250)
 
 
 @pytest.mark.parametrize(
