@@ -342,7 +342,7 @@ def test_whole_heads_stay_where_they_are_and_cut_ones_travel():
         assert {leaf.state for leaf in report.leaves} == {
             P(None, ("tensor", "data")) if name == "whole" else P("data", "tensor")
         }
-    assert rows["whole"].route == "owned" and rows["whole"].bytes_in == 0
+    assert rows["whole"].route == "local" and rows["whole"].bytes_in == 0
     assert (rows["whole"].shape, rows["whole"].matrices) == ((16, 64), 16)
     # Two heads over four devices: three quarters of half a leaf are gathered for both leaves, and
     # the pieces of four small matrices then go to everyone along "data".
