@@ -158,5 +158,13 @@ def ablations(muon_of: Callable[[int], Run]) -> dict[str, Ablation]:
                 HEADS_SEEDS,
             ),
         ),
+        Ablation(
+            "each_head",
+            f"And with the {SIZE} heads of {SIZE} layers?",
+            over(
+                [("all heads", muon), ("each head", muon.replace(heads_per_group=1))],
+                HEADS_SEEDS,
+            ),
+        ),
     ]
     return {ablation.name: ablation for ablation in declared}

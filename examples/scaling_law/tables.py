@@ -12,6 +12,7 @@ Summary = Mapping[str, Any]
 
 _PERCENT = f"{100 * INTERVAL:.0f}%"
 _NAMES = {"adamw": "AdamW", "muon": "Muon"}
+_HEADS = ("heads", "each_head")
 _LAWS = {"power": "a C^-b", "irreducible": "E + a C^-b"}
 
 
@@ -214,7 +215,7 @@ def _extra_columns(name: str) -> Iterator[tuple[str, Any]]:
         yield "update RMS", update_rms
         yield "query RMS", measured("weight_rms", "self_attn/q_proj", 4)
         yield "MLP RMS", measured("weight_rms", "mlp/up_proj", 4)
-    elif name in ("update_rms", "newton_schulz", "heads"):
+    elif name in ("update_rms", "newton_schulz", *_HEADS):
         yield "update RMS", update_rms
     elif name == "weight_decay":
         yield "down_proj RMS", measured("weight_rms", "mlp/down_proj", 4)
@@ -228,7 +229,7 @@ def _extra_columns(name: str) -> Iterator[tuple[str, Any]]:
                 f"{group} {value:.3f}" for group, value in s["svd_entropy"].items()
             ),
         )
-    if name in ("newton_schulz", "heads"):
+    if name in ("newton_schulz", *_HEADS):
         yield "share of the model's FLOPs", lambda s: f"{s['newton_schulz_share']:.1%}"
 
 

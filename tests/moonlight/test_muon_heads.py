@@ -1,5 +1,6 @@
 """Muon by heads in the example: the update of each head, on one device and on a mesh."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -10,11 +11,22 @@ import toy
 from flax import nnx
 from rich.console import Console
 
+from examples.moonlight.huggingface.config import ModelConfig
+from examples.moonlight.model.dense import DenseConfig
 from examples.moonlight.training.job import make_job
 from examples.moonlight.training.learner import Learner, make_learner
-from muon_jax import orthogonalize
+from muon_jax import map_matrices, orthogonalize
 
 C = toy.CONFIG
+DENSE = DenseConfig(
+    vocab_size=300,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=16,
+)
 # The axis of each projection's heads, in a stack of layers, and the width of one.
 HEADS = {
     "q_proj": (2, C.qk_nope_head_dim + C.qk_rope_head_dim),
@@ -25,8 +37,8 @@ HEADS = {
 GRADIENT = 2.0**-10  # of a weight: too small to be clipped
 
 
-def learner_of(folder: Path, **changes) -> Learner:
-    return make_learner(make_job(toy.arguments(folder, **changes), C), None)
+def learner_of(folder: Path, config: ModelConfig = C, **changes) -> Learner:
+    return make_learner(make_job(toy.arguments(folder, **changes), config), None)
 
 
 def weights_and_updates(learner: Learner) -> tuple[dict, dict]:
@@ -78,6 +90,54 @@ def test_a_mesh_whose_tensor_axis_cuts_heads_apart_changes_nothing(folder: Path)
     assert report is not None
     shapes = {row.shape for row in report.rows}
     assert {(HEADS[name][1], C.hidden_size) for name in ("q_proj", "o_proj")} <= shapes
+
+
+def test_groups_that_a_mesh_cuts_are_put_together(folder: Path):
+    """Each device has one of four heads, and two heads form a matrix."""
+    config = dataclasses.replace(C, num_attention_heads=4)
+    changes = {"muon_heads": "groups", "muon_heads_per_group": 2, "batch_size": 8}
+    there = learner_of(folder, config, mesh="data=2,tensor=4", **changes)
+    _, ours = weights_and_updates(there)
+    _, theirs = weights_and_updates(learner_of(folder, config, **changes))
+    for name in HEADS:
+        bound = 1e-2 * np.abs(theirs[name]).max()
+        np.testing.assert_allclose(ours[name], theirs[name], atol=bound, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changes", "queries", "keys"),
+    [
+        ({"muon_heads": "per_head"}, (8, 16, 4), (4, 16, 4)),
+        ({"muon_heads": "groups", "muon_heads_per_group": 4}, (2, 16, 16), (2, 16, 8)),
+    ],
+)
+def test_a_dense_model_s_keys_go_along_with_their_queries(
+    folder: Path, changes: dict, queries: tuple[int, ...], keys: tuple[int, ...]
+):
+    """Of two layers, the matrices `[count, fan_in, fan_out]`."""
+    learner = learner_of(folder, DENSE, **changes)
+    views = jax.eval_shape(
+        lambda tree: map_matrices(
+            lambda x: x,
+            tree,
+            tree,
+            muon_weight_dimension_numbers=learner.roles,
+            heads=learner.heads,
+        ),
+        learner.abstract.params,
+    )
+    shapes = {path.split("/")[-2]: view.shape for path, [view] in views.items()}
+    assert shapes["q_proj"] == queries
+    assert shapes["k_proj"] == shapes["v_proj"] == keys
+    count, fan_in, fan_out = queries
+    assert shapes["o_proj"] == (count, fan_out, fan_in)
+
+
+def test_groups_that_cut_key_heads_apart_are_refused(folder: Path):
+    config = dataclasses.replace(DENSE, num_attention_heads=6, num_key_value_heads=3, head_dim=4)
+    args = toy.arguments(folder, muon_heads="groups", muon_heads_per_group=3)
+    with pytest.raises(ValueError, match=r"^--muon-heads-per-group 3: .* share 1\.5 of 3 key"):
+        make_job(args, config)
 
 
 def test_a_group_of_all_heads_is_the_joint_matrix(folder: Path):

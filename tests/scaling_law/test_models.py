@@ -205,6 +205,16 @@ def test_newton_schulz_is_paid_for_every_matrix_at_every_step(schedule, steps):
         assert flops_of(run).newton_schulz == steps * run.steps * expected
 
 
+@pytest.mark.parametrize("per_group", [1, 2])
+def test_heads_of_their_own_cost_less(per_group):
+    joint = make_run(4)
+    d, width, groups = 64, 16 * per_group, 4 // per_group
+    # Queries, keys and values, and the output, turned.
+    saved = 4 * 4 * (step_flops((d, d)) - groups * step_flops((width, d)))
+    found = flops_of(joint).newton_schulz, flops_of(joint.replace(heads_per_group=per_group))
+    assert found[0] - found[1].newton_schulz == 5 * joint.steps * saved
+
+
 @pytest.mark.parametrize("leaves", [("embed",), ("lm_head",), ("embed", "lm_head")], ids=str)
 def test_more_leaves_for_muon_cost_more(leaves):
     run = make_run()

@@ -129,7 +129,8 @@ def test_a_study_that_uses_the_main_one_s_grids_has_no_tuning_of_its_own():
 def test_ablations_change_one_thing_each():
     declared = ablations.ablations(lambda layers: small.RUN.replace(layers=layers))
     for ablation in declared.values():
-        seeds = ablations.HEADS_SEEDS if ablation.name == "heads" else ablations.SEEDS
+        about_heads = ablation.name in ("heads", "each_head")
+        seeds = ablations.HEADS_SEEDS if about_heads else ablations.SEEDS
         for runs in ablation.variants.values():
             assert [run.seed for run in runs] == list(seeds)
         fields = [dataclasses.asdict(runs[0]) for runs in ablation.variants.values()]
@@ -144,6 +145,7 @@ def test_ablations_change_one_thing_each():
             "weight_decay": {"weight_decay", "optimizer"},
             "entropy": {"family", "optimizer"},
             "heads": {"heads_per_group"},
+            "each_head": {"heads_per_group"},
         }
         assert changed == allowed[ablation.name]
 

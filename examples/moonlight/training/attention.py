@@ -37,7 +37,7 @@ def muon_heads(
         heads_per_group: Query heads of a group; of "groups" alone.
 
     Raises:
-        ValueError: The groups do not divide the model's heads.
+        ValueError: The groups do not divide the model's heads, or cut key heads apart.
     """
     if choice == "joint":
         return choice
@@ -47,4 +47,7 @@ def muon_heads(
             f"--muon-heads-per-group {group} does not divide the {structure.heads} query heads of "
             "the model; choose a divisor"
         )
-    return split_heads({r"self_attn$": structure}, group)
+    try:
+        return split_heads({r"self_attn$": structure}, group)
+    except ValueError as error:
+        raise ValueError(f"--muon-heads-per-group {group}: {error}") from error
