@@ -5,7 +5,8 @@ several axes could be one matrix or a stack, only with evidence from the activat
 
 - Several axes that stay after a product are heads if a product of activations with activations, as
   in attention, runs along some and sums over another; they are a stack and an output if another
-  parameter's product runs along the one and sums over the other, as with experts.
+  parameter's product runs along the one and sums over the other, and the one is then added up by
+  itself, as with experts, or all products behind run along it, as with an ensemble's members.
 - Several axes that a product sums over are one input if they come from such attention, or from the
   batch itself.
 - An axis that is indexed place by place, or scanned, is a stack, unless the places may be heads or
@@ -27,7 +28,7 @@ from muon_jax._use.events import equations, is_added_up, is_attention, is_made, 
 from muon_jax._use.hints import heads_of, hints_of
 from muon_jax._use.labels import Label
 from muon_jax._use.places import Places
-from muon_jax._use.reader import Meeting, Reader, Use
+from muon_jax._use.reader import Meeting, Reader, Use, bits
 from muon_jax._use.values import Value
 from muon_jax._use.words import describe
 
@@ -270,14 +271,44 @@ class Judge:
         batch = {axis: equations(label, "weight", "batch") for axis, label in labels.items()}
         summed = {axis: equations(label, "weight", "contracted") for axis, label in labels.items()}
         stack = [a for a in outs if any(batch[a] & summed[b] for b in outs if b != a)]
-        # Experts are added up in the end; heads of a block-diagonal product stay.
-        stack = [axis for axis in stack if is_added_up(labels[axis])]
+        # Experts are added up in the end, and members of an ensemble keep apart up to the loss.
+        # Heads of a block-diagonal product stay, and are summed over with what they hold.
+        stack = [
+            axis
+            for axis in stack
+            if is_added_up(labels[axis]) or self._stays_apart(leaf, labels[axis])
+        ]
         rest = [axis for axis in outs if axis not in stack]
-        if any(("outer",) in labels[axis].events for axis in stack):
+        if any({("outer",), ("joint",)} & labels[axis].events for axis in stack):
             return None
         if not stack or len(rest) != 1 or any(summed[a] & summed[rest[0]] for a in stack):
             return None
         return stack
+
+    def _stays_apart(self, leaf: int, label: Label) -> bool:
+        """Whether all that comes behind runs along an axis, as along an ensemble's members."""
+        kinds = {event[0] for event in label.events}
+        if label.of_data or kinds & {"meeting", "softmax"}:
+            return False
+        mine = [use.product for use in self.uses[leaf]]
+        behind = self._live_behind(mine)
+        # Attention, a primitive without a rule and a frozen matrix may sum over it unseen.
+        mixing = [meeting.pending for meeting in self.reader.meetings.values()]
+        mixing += self.reader.closed.values()
+        own = functools.reduce(int.__or__, (1 << number for number in mine), behind)
+        if any(pending & own for pending in mixing):
+            return False
+        along = equations(label, "weight", "batch")
+        return all(self.places.equation(number) in along for number in bits(behind))
+
+    def _live_behind(self, products: list[int]) -> int:
+        """The products behind some, as far as they reach the loss, as bits."""
+        behind, todo = 0, [*products]
+        while todo:
+            new = self.reader.followers[todo.pop()] & self.live & ~behind
+            behind |= new
+            todo += bits(new)
+        return behind
 
     def _holds_experts(self, label: Label) -> bool:
         """Whether a product with a parameter runs along one factor, and sums over another."""
