@@ -90,7 +90,7 @@ LOOK_ALIKES = {
     "a softmax between them": lambda p, x, z: mean_square(jax.nn.softmax(blocks(p, x), axis=1)),
     "weights of the batch": lambda p, x, z: mean_square(blocks(p, x) * z[:E, 0][None, :, None]),
     "a mask of the batch": lambda p, x, z: mean_square(
-        blocks(p, x) * z[: B * E * F].reshape(-1)[: B * E * F].reshape(B, E, F)
+        blocks(p, x) * z.reshape(-1)[: B * E * F].reshape(B, E, F)
     ),
     "a loop behind": lambda p, x, z: mean_square(
         lax.scan(
