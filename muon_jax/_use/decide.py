@@ -23,12 +23,13 @@ from optax.contrib import MuonDimensionNumbers
 
 from muon_jax._matrices import FusedBlocks, MatrixSpec
 from muon_jax._roles import Question
+from muon_jax._use.apart import Apart
 from muon_jax._use.doubts import Doubt
 from muon_jax._use.events import equations, is_added_up, is_attention, is_made, roles_in
 from muon_jax._use.hints import heads_of, hints_of
 from muon_jax._use.labels import Label
 from muon_jax._use.places import Places
-from muon_jax._use.reader import Meeting, Reader, Use, bits
+from muon_jax._use.reader import Meeting, Reader, Use
 from muon_jax._use.values import Value
 from muon_jax._use.words import describe
 
@@ -59,6 +60,7 @@ class Judge:
                 if self.live >> use.product & 1:
                     self.uses.setdefault(use.leaf, []).append(use)
         self.places = Places(reader)
+        self.apart = Apart(reader, self.live)
         self.notes: dict[int, dict[str, list[str]]] = {}
         for notes in reader.notes.values():
             for note in notes:
@@ -276,7 +278,7 @@ class Judge:
         stack = [
             axis
             for axis in stack
-            if is_added_up(labels[axis]) or self._stays_apart(leaf, labels[axis])
+            if is_added_up(labels[axis]) or self.apart.holds(self.uses[leaf], labels[axis])
         ]
         rest = [axis for axis in outs if axis not in stack]
         if any({("outer",), ("joint",)} & labels[axis].events for axis in stack):
@@ -284,31 +286,6 @@ class Judge:
         if not stack or len(rest) != 1 or any(summed[a] & summed[rest[0]] for a in stack):
             return None
         return stack
-
-    def _stays_apart(self, leaf: int, label: Label) -> bool:
-        """Whether all that comes behind runs along an axis, as along an ensemble's members."""
-        kinds = {event[0] for event in label.events}
-        if label.of_data or kinds & {"meeting", "softmax"}:
-            return False
-        mine = [use.product for use in self.uses[leaf]]
-        behind = self._live_behind(mine)
-        # Attention, a primitive without a rule and a frozen matrix may sum over it unseen.
-        mixing = [meeting.pending for meeting in self.reader.meetings.values()]
-        mixing += self.reader.closed.values()
-        own = functools.reduce(int.__or__, (1 << number for number in mine), behind)
-        if any(pending & own for pending in mixing):
-            return False
-        along = equations(label, "weight", "batch")
-        return all(self.places.equation(number) in along for number in bits(behind))
-
-    def _live_behind(self, products: list[int]) -> int:
-        """The products behind some, as far as they reach the loss, as bits."""
-        behind, todo = 0, [*products]
-        while todo:
-            new = self.reader.followers[todo.pop()] & self.live & ~behind
-            behind |= new
-            todo += bits(new)
-        return behind
 
     def _holds_experts(self, label: Label) -> bool:
         """Whether a product with a parameter runs along one factor, and sums over another."""

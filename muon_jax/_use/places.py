@@ -27,10 +27,6 @@ class Places:
         self._equations = {use.product: at for at, uses in reader.uses.items() for use in uses}
         self._by_product = {uses[0].product: uses for uses in reader.uses.values() if uses}
 
-    def equation(self, product: int) -> Any | None:
-        """The equation of a product with a parameter; None for a loop's bit."""
-        return self._equations.get(product)
-
     def check(self, leaf: int, uses: list[Use]) -> None:
         """Doubt an axis taken place by place whose places meet as heads do in attention.
 
