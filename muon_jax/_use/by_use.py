@@ -58,7 +58,7 @@ def by_use(
     index are an embedding, what only adds or multiplies entry by entry is a gain or a bias, and a
     matrix behind which no other comes before the loss is the head: these go to AdamW. Names play no
     part. What the program does not decide raises, all of it at once, and is yours to declare: a
-    matrix before a frozen or opaque head, heads in a loop or members of an ensemble, what one-hot
+    matrix before a frozen or opaque head, heads in a loop or an ensemble's attention, what one-hot
     codes were made into, one matrix stored in pieces.
 
     Trace the loss itself, on inputs like those of training: of features, the last matrix would be

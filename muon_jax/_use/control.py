@@ -152,6 +152,7 @@ def _entry(reader: Reader, value: Value, place: tuple) -> Value:
         axes=value.axes[1:],
         views=tuple(views),
         onehot=frozenset(x - 1 for x in value.onehot if x),
+        single=frozenset(x - 1 for x in value.single if x),
         counts=frozenset(x - 1 for x in value.counts if x),
         codes=frozenset(x - 1 for x in value.codes if x),
     ).tidy(True)
@@ -172,6 +173,7 @@ def _stacked(value: Value, length: int, time: Axis | None, place: tuple) -> Valu
         axes=(axis, *value.axes),
         views=tuple(views),
         onehot=frozenset(x + 1 for x in value.onehot),
+        single=frozenset(x + 1 for x in value.single),
         codes=frozenset(x + 1 for x in value.codes),
         counts=frozenset(),
     )
@@ -259,6 +261,7 @@ def resized(reader: Reader, value: Value, shape: Sequence[int]) -> Value:
         axes=axes,
         views=tuple(views),
         onehot=value.onehot & same,
+        single=value.single & same,
         counts=value.counts & same,
         codes=value.codes & same,
     )

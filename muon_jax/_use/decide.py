@@ -5,7 +5,8 @@ several axes could be one matrix or a stack, only with evidence from the activat
 
 - Several axes that stay after a product are heads if a product of activations with activations, as
   in attention, runs along some and sums over another; they are a stack and an output if another
-  parameter's product runs along the one and sums over the other, as with experts.
+  parameter's product runs along the one and sums over the other, and the one is then added up by
+  itself, as with experts, or all products behind run along it, as with an ensemble's members.
 - Several axes that a product sums over are one input if they come from such attention, or from the
   batch itself.
 - An axis that is indexed place by place, or scanned, is a stack, unless the places may be heads or
@@ -22,6 +23,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from muon_jax._matrices import FusedBlocks, MatrixSpec
 from muon_jax._roles import Question
+from muon_jax._use.apart import Apart
 from muon_jax._use.doubts import Doubt
 from muon_jax._use.events import equations, is_added_up, is_attention, is_made, roles_in
 from muon_jax._use.hints import heads_of, hints_of
@@ -58,6 +60,7 @@ class Judge:
                 if self.live >> use.product & 1:
                     self.uses.setdefault(use.leaf, []).append(use)
         self.places = Places(reader)
+        self.apart = Apart(reader, self.live)
         self.notes: dict[int, dict[str, list[str]]] = {}
         for notes in reader.notes.values():
             for note in notes:
@@ -270,10 +273,15 @@ class Judge:
         batch = {axis: equations(label, "weight", "batch") for axis, label in labels.items()}
         summed = {axis: equations(label, "weight", "contracted") for axis, label in labels.items()}
         stack = [a for a in outs if any(batch[a] & summed[b] for b in outs if b != a)]
-        # Experts are added up in the end; heads of a block-diagonal product stay.
-        stack = [axis for axis in stack if is_added_up(labels[axis])]
+        # Experts are added up in the end, and members of an ensemble keep apart up to the loss.
+        # Heads of a block-diagonal product stay, and are summed over with what they hold.
+        stack = [
+            axis
+            for axis in stack
+            if is_added_up(labels[axis]) or self.apart.holds(self.uses[leaf], labels[axis])
+        ]
         rest = [axis for axis in outs if axis not in stack]
-        if any(("outer",) in labels[axis].events for axis in stack):
+        if any({("outer",), ("joint",)} & labels[axis].events for axis in stack):
             return None
         if not stack or len(rest) != 1 or any(summed[a] & summed[rest[0]] for a in stack):
             return None

@@ -39,6 +39,7 @@ def one(reader: Reader, eqn: Any, values: list[Value]) -> list[Value]:
         dataclasses.replace(
             value,
             onehot=frozenset(),
+            single=_single(value) if name == "neg" else frozenset(),
             counts=frozenset(),
             indicator=name == "not" and value.indicator,
             codes=value.onehot | value.codes,
@@ -88,6 +89,7 @@ def exponential(reader: Reader, eqn: Any, values: list[Value]) -> Value:
         value,
         views=views,
         onehot=frozenset(),
+        single=frozenset(),
         counts=frozenset(),
         indicator=False,
         exponential=True,
@@ -99,12 +101,18 @@ def product(reader: Reader, eqn: Any, values: list[Value]) -> Value:
     """Entry by entry, not linear in all operands at once."""
     out = combine(reader, values, shape_of(eqn), is_sum=False)
     if eqn.primitive.name == "mul":
+        out = dataclasses.replace(out, single=frozenset().union(*map(_single, values)))
         scaled(reader, out, values)
         out = met_by_hand(reader, out, values)
     indicators = eqn.primitive.name in ("mul", "and", "or", "xor", "max", "min")
     if indicators and all(value.indicator for value in values):
         out = dataclasses.replace(out, indicator=True)
     return out
+
+
+def _single(value: Value) -> frozenset[int]:
+    """The axes along which one entry at most is not 0, and activations did not choose which."""
+    return value.single if value.decided else value.single | value.onehot
 
 
 @rule(*_SUMS)

@@ -28,10 +28,16 @@ def roles_in(label: Label, place: Any, side: int | None = None) -> set[str]:
 
 
 def is_added_up(label: Label) -> bool:
-    """Whether an axis is summed over in the end."""
+    """Whether an axis is summed over in the end, by itself."""
+    events = label.root.events
     return any(
-        event[0] == "added" or (event[0] == "meeting" and event[3] == "contracted")
-        for event in label.root.events
+        event[0] == "added"
+        or (
+            event[0] == "meeting"
+            and event[3] == "contracted"
+            and ("joint meeting", event[1]) not in events
+        )
+        for event in events
     )
 
 

@@ -132,6 +132,14 @@ class Label:
                 todo.extend(label._sources)
         return False
 
+    @staticmethod
+    def join(labels: Iterable["Label"], event: tuple) -> None:
+        """Note an event of the axes that parameters made, where several of them share it."""
+        made = [label for label in labels if label.is_made]
+        if len({id(label.root) for label in made}) > 1:
+            for label in made:
+                label.add(event)
+
     def unite(self, other: "Label") -> None:
         """Make two labels one, with their pieces."""
         todo = [(self, other)]

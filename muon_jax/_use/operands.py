@@ -143,6 +143,7 @@ def spread(value: Value, shape: tuple[int, ...]) -> Value:
             view.replace_axes(_widened(view.axes, value.shape, shape)) for view in value.views
         ),
         onehot=value.onehot & kept,
+        single=value.single & kept,
         counts=value.counts & kept,
         codes=value.codes & kept,
     )

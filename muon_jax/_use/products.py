@@ -6,9 +6,11 @@ from typing import Any
 
 from muon_jax._use.atoms import (
     Axis,
+    Digit,
     Gap,
     same_axis,
 )
+from muon_jax._use.labels import Label
 from muon_jax._use.operands import check_by_hand, combine
 from muon_jax._use.reader import Meeting, Reader, restructure, rule, shape_of
 from muon_jax._use.slices import chosen
@@ -32,10 +34,8 @@ def _dot(reader: Reader, eqn: Any, lhs: Value, rhs: Value, contract: Pairs, batc
         return _outer(reader, lhs, rhs, batch, shape)
     for one, other, sides in ((lhs, rhs, 0), (rhs, lhs, 1)):
         hot = [i for i, axis in enumerate(contract[sides]) if axis in one.onehot]
-        if hot and one.kind is Kind.DATA and len(contract[0]) == 1:
-            if other.kind is Kind.PARAMETER:
-                return _rows(reader, one, other, contract, batch, shape, sides)
-            break
+        if hot and len(contract[0]) == 1 and other.kind is Kind.PARAMETER:
+            return _rows(reader, one, other, contract, batch, shape, sides)
     axes = _axes(lhs, rhs, contract, batch)
     out = merge(shape, (lhs, rhs), axes)
     kinds = {lhs.kind, rhs.kind}
@@ -67,7 +67,7 @@ def _close(reader: Reader, lhs: Value, rhs: Value, contract: Pairs, batch: Pairs
             any(x.shape[i] > 1 for i in _free(x, s, contract, batch))
             for x, s in ((value, side), (other, 1 - side))
         ]
-        labels = labels_in(*(value.axes[i] for i in contract[side]))
+        labels = labels_in(*(value.axes[i] for i in contract[side] if i not in value.single))
         if (any(free) or other.rows) and any(label.is_made for label in labels):
             reader.close(value.pending)
 
@@ -122,15 +122,20 @@ def _rows(
     shape: tuple[int, ...],
     side: int,
 ) -> Value:
-    """Rows of a parameter, taken by a one-hot code."""
+    """Rows of a parameter, taken by a one-hot code.
+
+    A constant code is a fixed choice of rows, as of positions: the axis is still there, mixed.
+    """
     axis = contract[1 - side][0]
+    is_fixed = hot.kind is Kind.CONSTANT
     rest = dataclasses.replace(hot, onehot=frozenset(), indicator=False)
     lhs, rhs = (rest, table) if side == 0 else (table, rest)
     out = merge(shape, (lhs, rhs), _axes(lhs, rhs, contract, batch))
     order = [*batch[1 - side], *_free(table, 1 - side, contract, batch)]
     views = []
     for view in table.views:
-        taken = {Taken(digit.axis, "rows") for digit in view.digits(view.axes[axis])}
+        digits = view.digits(view.axes[axis])
+        taken = set() if is_fixed else {Taken(digit.axis, "rows") for digit in digits}
         start = len(batch[0])
         if side == 0:
             start += len(_free(hot, 0, contract, batch))
@@ -138,11 +143,14 @@ def _rows(
         axes: list[Axis] = [(Gap(size),) for size in shape]
         for old, new in zip(order, places, strict=True):
             axes[new] = view.axes[old]
+        if is_fixed:
+            for new in {*range(len(batch[0]), len(shape))} - {*places}:
+                axes[new] = tuple(Digit(d.axis, shape[new], None, None) for d in digits[:1])
         views.append(dataclasses.replace(view, axes=tuple(axes), taken=view.taken | taken))
     out = dataclasses.replace(
         out, kind=Kind.PARAMETER, views=tuple(views), parameters=table.parameters
     )
-    return chosen(reader, out, [hot])
+    return out if is_fixed else chosen(reader, out, [hot])
 
 
 def _doubt_products(reader: Reader, lhs: Value, rhs: Value) -> None:
@@ -209,5 +217,6 @@ def _meet(
         ):
             for label in labels_in(*(value.axes[i] for i in axes)):
                 label.add(("meeting", place, side, role))
+        Label.join(labels_in(*(value.axes[i] for i in contract[side])), ("joint meeting", place))
     views = _moved(reader, lhs, rhs, contract, batch, met=True)
     return dataclasses.replace(out, views=tuple(views), fresh=out.fresh | {place})

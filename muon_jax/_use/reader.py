@@ -371,6 +371,7 @@ def restructure(
         axes=axes,
         views=tuple(views),
         onehot=frozenset(moved[x] for x in value.onehot if x in moved),
+        single=frozenset(moved[x] for x in value.single if x in moved),
         counts=frozenset(moved[x] for x in value.counts if x in moved),
         codes=frozenset(moved[x] for x in value.codes if x in moved),
     )

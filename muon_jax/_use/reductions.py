@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from muon_jax._use.labels import Label
 from muon_jax._use.operands import check_by_hand
 from muon_jax._use.reader import Reader, ints, rule
 from muon_jax._use.values import Value, labels_in
@@ -26,13 +27,17 @@ def reduced(reader: Reader, value: Value, gone: set[int], is_sum: bool) -> Value
     # Norms and penalties sum over all that a parameter made, experts leave their outputs.
     stays = any(label.is_made for label in labels_in(*(value.axes[i] for i in kept)))
     for label in labels_in(*(value.axes[i] for i in gone)):
-        if is_sum and stays:
+        if is_sum and stays and not value.exponential:
             label.add(("added",))
         if value.exponential:
             label.add(("softmax",))
+    # What a one-hot code leaves of an axis is one entry, as a label of the loss: nothing is summed.
+    for label in labels_in(*(value.axes[i] for i in gone - value.single)) if is_sum else ():
         for event in [*label.root.events]:
-            if is_sum and event[0] == "scaled" and event[1] & value.pending:
+            if event[0] == "scaled" and event[1] & value.pending:
                 reader.close(event[1] & value.pending)
+    if any(value.shape[i] > 1 for i in kept):
+        Label.join(labels_in(*(value.axes[i] for i in gone)), ("joint",))
     views = []
     for view in value.views:
         summed = {digit.axis for i in gone for digit in view.digits(view.axes[i])}
@@ -45,6 +50,7 @@ def reduced(reader: Reader, value: Value, gone: set[int], is_sum: bool) -> Value
         axes=tuple(value.axes[i] for i in kept),
         views=tuple(views),
         onehot=frozenset(),
+        single=frozenset(),
         counts=frozenset(),
         indicator=False,
         codes=frozenset(kept.index(i) for i in value.onehot | value.codes if i in kept),

@@ -10,8 +10,9 @@ from muon_jax._use.atoms import (
     groups,
     regroup,
 )
+from muon_jax._use.labels import Label
 from muon_jax._use.reader import Reader, ints, restructure, rule, shape_of
-from muon_jax._use.values import Value
+from muon_jax._use.values import Value, labels_in
 
 
 @rule("reshape")
@@ -22,9 +23,12 @@ def reshape(reader: Reader, eqn: Any, values: list[Value]) -> Value:
         raise CannotFollow
     pairs = groups(value.shape, shape)
     moved = {old[0]: new[0] for old, new in pairs if len(old) == len(new) == 1}
-    return restructure(
+    out = restructure(
         reader, value, shape, lambda axes: regroup(axes, value.shape, shape), moved, "a reshape"
     )
+    for axis in out.axes if out.pending else ():
+        Label.join(labels_in(axis), ("joint",))
+    return out
 
 
 @rule("transpose")

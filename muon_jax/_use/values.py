@@ -98,6 +98,8 @@ class Value:
       behind: all the products whose outcome reaches it, as bits.
       fresh: the products of activations since the last one with a parameter.
       onehot: the axes along which one entry is 1 and the others 0.
+      single: the axes along which one entry at most is not 0, as of a one-hot code's multiples.
+      decided: whether whole numbers or truth values that activations made are in it.
       counts: the axes along which a constant counts 0, 1, 2, ...
       indicator: whether it is 0 or 1 everywhere, from a comparison.
       codes: the axes along which it was made of one-hot codes, by sums, masks or scales.
@@ -115,6 +117,8 @@ class Value:
     behind: int = 0
     fresh: frozenset[tuple] = frozenset()
     onehot: frozenset[int] = frozenset()
+    single: frozenset[int] = frozenset()
+    decided: bool = False
     counts: frozenset[int] = frozenset()
     indicator: bool = False
     codes: frozenset[int] = frozenset()
@@ -129,7 +133,10 @@ class Value:
     def tidy(self, is_inexact: bool) -> "Value":
         """Without what no gradient passes, and without views that show no matrix any more."""
         if not is_inexact:
-            return dataclasses.replace(self, views=(), pending=0, behind=0, fresh=frozenset())
+            decided = self.decided or bool(self.behind)
+            return dataclasses.replace(
+                self, views=(), pending=0, behind=0, fresh=frozenset(), decided=decided
+            )
         views = tuple(
             dict.fromkeys(
                 view
@@ -182,10 +189,12 @@ def merge(shape: Sequence[int], values: Sequence[Value], axes: tuple[Axis, ...])
         behind |= value.behind
         fresh |= value.fresh
         parameters |= value.parameters
-    rows = any(value.rows for value in values)
+    rows, decided = (any(getattr(x, name) for x in values) for name in ("rows", "decided"))
     if kind is Kind.DATA:
         parameters = frozenset()
-    return Value(tuple(shape), kind, axes, (), parameters, pending, behind, fresh, rows=rows)
+    return Value(
+        tuple(shape), kind, axes, (), parameters, pending, behind, fresh, rows=rows, decided=decided
+    )
 
 
 def join(a: Value, b: Value) -> Value:

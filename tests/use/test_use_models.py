@@ -252,3 +252,65 @@ def test_haiku():
     params = model.init(jax.random.key(0), jnp.ones((B, D)))
     found = read(lambda p, x: mean_square(model.apply(p, x)), params, data(B, D))
     assert [role for name, role in found.items() if name.endswith("w")] == [IN_OUT, "head"]
+
+
+@pytest.mark.parametrize("core", [hk.VanillaRNN, hk.LSTM, hk.GRU])
+def test_haiku_recurrent_cores(core):
+    def apply(x):
+        core_ = core(8)
+        y, _ = hk.dynamic_unroll(core_, x, core_.initial_state(B), time_major=False)
+        return hk.Linear(V)(y)
+
+    model = hk.without_apply_rng(hk.transform(apply))
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((B, T, D)))
+    found = read(lambda p, x: mean_square(model.apply(p, x)), params, data(B, T, D))
+    assert found.pop("linear/w") == "head"
+    matrices = [role for name, role in found.items() if "/b" not in name]
+    assert matrices and {*matrices} == {IN_OUT}
+
+
+@pytest.mark.parametrize("cell", [eqx.nn.GRUCell, eqx.nn.LSTMCell])
+def test_equinox_recurrent_cells(cell):
+    key = jax.random.key(0)
+    params, static = eqx.partition(
+        (cell(D, 8, key=key), eqx.nn.Linear(8, V, key=key)), eqx.is_inexact_array
+    )
+
+    def loss(params, x):
+        cell, head = eqx.combine(params, static)
+
+        def step(state, x):
+            state = jax.vmap(cell)(x, state)
+            return state, state[0] if isinstance(state, tuple) else state
+
+        start = jnp.zeros((B, 8))
+        start = (start, start) if isinstance(cell, eqx.nn.LSTMCell) else start
+        _, y = jax.lax.scan(step, start, x.swapaxes(0, 1))
+        return mean_square(jax.vmap(jax.vmap(head))(y))
+
+    found = verdicts(by_use(loss, params, data(B, T, D)))
+    assert found["0/weight_ih"] == found["0/weight_hh"] == ((1,), (0,))
+    assert found["1/weight"] == "head"
+
+
+class UNet(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        down = nn.relu(nn.Conv(8, (3, 3), 2)(x))
+        low = nn.relu(nn.GroupNorm(4)(nn.Conv(16, (3, 3), 2)(down)))
+        up = nn.relu(nn.ConvTranspose(8, (2, 2), (2, 2))(low))
+        up = nn.ConvTranspose(6, (2, 2), (2, 2))(jnp.concatenate([up, down], axis=-1))
+        return nn.Conv(3, (1, 1))(jnp.concatenate([nn.relu(up), x], axis=-1))
+
+
+def test_linen_unet():
+    model, window = UNet(), ((0, 1, 2), (3,))
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((B, 8, 8, 3)))["params"]
+    found = read(lambda p, x: mean_square(model.apply({"params": p}, x)), params, data(B, 8, 8, 3))
+    assert {name: role for name, role in found.items() if name.endswith("kernel")} == {
+        "Conv_0/kernel": window,
+        "Conv_1/kernel": window,
+        "ConvTranspose_0/kernel": window,
+        "ConvTranspose_1/kernel": window,
+        "Conv_2/kernel": "head",
+    }

@@ -222,7 +222,7 @@ def _gemma_block(part, x):
         q, k, v = jnp.einsum("btd,sndh->sbtnh", y, attn["qkv_einsum/w"])
     else:
         q = jnp.einsum("btd,ndh->btnh", y, attn["q_einsum/w"])
-        k, v = jnp.einsum("bsd,2kdh->2bskh".replace("2", "c"), y, attn["kv_einsum/w"])
+        k, v = jnp.einsum("bsd,ckdh->cbskh", y, attn["kv_einsum/w"])
     y = split(attend(rotate(q), rotate(k), v, causal=True), q.shape[2])
     x = x + jnp.einsum("btnh,nhd->btd", y, attn["attn_vec_einsum/w"])
     mlp, y = part / "mlp", norm(part / "pre_ffw_norm", x)
