@@ -73,7 +73,7 @@ def _check(folder: Path, asked: dict[str, Any], *, resume: bool, must_exist: boo
 
 
 def _check_same(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    there = _LATER | there
+    there = {name: _LATER[name] for name in _LATER.keys() & asked.keys()} | there
     changed = [
         f"{name} was {there.get(name)!r} and is now {asked.get(name)!r}"
         for name in sorted(there.keys() | asked.keys())
