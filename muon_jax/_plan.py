@@ -51,8 +51,8 @@ By `split`, between all four devices:
     6      all_gather  its 16 rows of three results to each of three others     36,864
 
 Between pairs of neighbours the table would be [[0, 1], [0, 1], [2, -1], [2, -1]]. Matrices so small
-take neither route: to start ten collectives takes longer than to send 36,864 bytes once, in phase 3
-of `replicated`, and compute all three on every device.
+take neither route: to start two collectives, or eleven, takes longer than
+to send 36,864 bytes once, in phase 3 of `replicated`, and compute all three on every device.
 """
 
 import dataclasses
