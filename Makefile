@@ -8,7 +8,7 @@ endif
 NEWEST_BIN := .venv-newest/bin
 # The library, and the example's core: what meets JAX, Flax, Orbax and grain. Files that need torch or
 # transformers, compile for accelerators or train a study run with the first Python only.
-NEWEST_BITS := tests/bits/test_distributed.py
+NEWEST_BITS := tests/bits/test_distributed.py tests/bits/test_heads_mesh.py
 NEWEST_TESTS := $(filter-out %/test_torch.py %/test_benchmarks.py %/test_wire.py %/test_scale.py, \
   $(wildcard tests/test_*.py)) \
   $(patsubst %,tests/moonlight/test_%.py,batches checkpoint data decoding grouped interrupted mesh metrics model nonfinite run_lock stopping train) \

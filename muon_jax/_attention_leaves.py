@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from muon_jax._attention import AttentionHeads
-from muon_jax._paths import Path, flatten_with_names, show
+from muon_jax._paths import Path, flatten_with_names, show, unflattened
 from muon_jax._qk_norms import Leaves, check_no_norm
 
 _KERNEL = re.compile(r"kernel|w")
@@ -89,11 +89,6 @@ def find_attention(
                 "weights can be scaled."
             )
     return modules, structure
-
-
-def unflattened(path: Path) -> Path:
-    """A path by its names, where flat trees hold it in one key: "layers/0/w", "layers.0.w"."""
-    return tuple(part for name in path for part in re.split(r"[/.]", name))
 
 
 def match_modules(

@@ -5,12 +5,12 @@ choice is about the rest, or about all matrices where a group is too small to be
 """
 
 import dataclasses
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from muon_jax._loops import even
-from muon_jax._plan import Everywhere, Exchange, GroupKey, Part, Split, length
+from muon_jax._plan import Everywhere, Exchange, GroupKey, Part, RouteName, Split, length
 from muon_jax._pricing import Pricing
 
 
@@ -30,7 +30,7 @@ class Choice(NamedTuple):
       everything: whether there are no rounds, and all matrices take this route.
     """
 
-    route: Literal["local", "exchange", "replicated", "split"]
+    route: RouteName
     sharers: Sharers | None = None
     everything: bool = False
 

@@ -17,10 +17,9 @@ from muon_jax._attention_leaves import (
     is_bias,
     leaves_of,
     match_modules,
-    unflattened,
 )
 from muon_jax._matrices import FusedBlocks, MatrixSpec, SplitAxis, leaf_views
-from muon_jax._paths import Path, show
+from muon_jax._paths import Path, show, unflattened
 from muon_jax._routes import Route
 from muon_jax._split_heads import SplitHeads
 
@@ -95,7 +94,7 @@ def _in_heads(route: Route, held: KernelHeads, structure: AttentionHeads, sure: 
             f"{where}, is declared as {route.spec}; expected one matrix that holds {by}. A leaf is "
             "split into fused blocks or into heads: drop one of the two declarations."
         )
-    if route.path[-1].split(".")[-1].split("/")[-1] == "weight" and not sure:
+    if unflattened(route.path)[-1] == "weight" and not sure:
         raise ValueError(
             f"{where}: a leaf called weight may be [in, out] or [out, in], so that the axis of its "
             f"{by} is not known. Declare it: muon_weight_dimension_numbers=muon_jax.by_path("

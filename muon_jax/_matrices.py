@@ -192,8 +192,7 @@ class LeafViews:
         leaf = parts[0] if block is None else jnp.concatenate(parts, axis=block.axis)
         if self.split is None:
             return leaf
-        before, (count, rest), after = _around(leaf.shape, self.split)
-        return leaf.reshape(*before, count * rest, *after)
+        return leaf.reshape(*leaf.shape[: self.split], -1, *leaf.shape[self.split + 2 :])
 
 
 def leaf_views(shape: Sequence[int], spec: MatrixSpec, where: str) -> LeafViews:
@@ -268,13 +267,6 @@ def _split_views(whole: MatrixView, spec: SplitAxis) -> LeafViews:
         behind_parts(whole.output),
     )
     return LeafViews((view,), spec.axis)
-
-
-def _around(
-    shape: tuple[int, ...], split: int
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The axes before a split one, its two, and those behind."""
-    return shape[:split], shape[split : split + 2], shape[split + 2 :]
 
 
 def _numbers_of_blocks(

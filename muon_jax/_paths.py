@@ -6,6 +6,7 @@ in two ways: ``.../kernel.value`` while `tx.init` sees its Variables, ``.../kern
 """
 
 import collections
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,11 @@ def flatten_with_names(
 def show(path: Path) -> str:
     """A path as reports, patterns and errors write it: ``layers/0/attn/q_proj/kernel``."""
     return "/".join(path) or "(the whole tree)"
+
+
+def unflattened(path: Path) -> Path:
+    """A path by its names, where flat trees hold it in one key: "layers/0/w", "layers.0.w"."""
+    return tuple(part for name in path for part in re.split(r"[/.]", name))
 
 
 def _names(keys: tuple[Any, ...], alone: bool) -> Path:

@@ -17,7 +17,7 @@ from muon_jax._checks import check_pattern
 from muon_jax._head_axes import split_routes
 from muon_jax._matrices import MatrixSpec, is_matrix_spec, leaf_views
 from muon_jax._parameters import check_tree, parameter_shape
-from muon_jax._paths import Path, flatten_with_names, is_absent, show
+from muon_jax._paths import Path, flatten_with_names, is_absent, show, unflattened
 from muon_jax._prefix import match_prefix
 from muon_jax._readings import read_leaves
 from muon_jax._remedies import code_pattern, how_to_declare, pattern_for
@@ -158,14 +158,8 @@ def routes_by_name(
 def _named(
     shapes: Sequence[tuple[Path, tuple[int, ...]]],
 ) -> list[tuple[Path, tuple[int, ...]]]:
-    """The names on each path, in lower case.
-
-    Flat trees hold whole paths in one key: "layers/0/kernel", "layers.0.weight".
-    """
-    return [
-        (tuple(part.lower() for name in path for part in re.split(r"[/.]", name)), shape)
-        for path, shape in shapes
-    ]
+    """The names on each path, in lower case."""
+    return [(tuple(map(str.lower, unflattened(path))), shape) for path, shape in shapes]
 
 
 def warn_of_tables(routes: list[Route]) -> None:

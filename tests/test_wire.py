@@ -48,7 +48,7 @@ def test_cpu_bytes_of_separate_leaves(cpu_rows):
     assert wire.ideal_total(adamw) == pytest.approx(8 * even, rel=1e-5)
 
 
-def test_owned_experts_send_nothing(cpu_rows):
+def test_local_experts_send_nothing(cpu_rows):
     row = cpu_rows["experts", "muon_jax"]
     assert sum(row["bytes"][kind] for kind in ("exchange", "gather", "reduction")) == 0
     assert row["ratio"] == 0

@@ -46,7 +46,6 @@ from examples.moonlight.generation.model_folder import copy_companions, stop_tok
 from examples.moonlight.generation.sampling import Sampling
 from examples.moonlight.generation.texts import continue_texts
 from examples.moonlight.huggingface.config import ModelConfig
-from examples.moonlight.huggingface.pretrained import abstract_model
 from examples.moonlight.run_folder import metrics
 from examples.moonlight.run_folder.branching import copy_branch, find_branch, go_back
 from examples.moonlight.run_folder.checkpoint import CHECKPOINTS, Checkpoints
@@ -147,7 +146,7 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
         results = {
             **_numbers(learner, texts, history, clock),
             "settings": settings,
-            "sample": args.prompt + _continue_prompt(job, texts, state),
+            "sample": args.prompt + _continue_prompt(learner, texts, state),
         }
         stop.check(f"stopped after step {job.plan.steps}, before the results were written")
         lock.check()
@@ -228,7 +227,7 @@ def _compile(learner: Learner, texts: Texts, state: TrainState, history: History
     opt_state = wrap(learner.shardings.opt_state, args.on_nonfinite, history.skipped, scalar)
     return compile_programs(
         steps,
-        make_validate(abstract_model(job.config, job.dropless)[0]),
+        make_validate(learner.inference),
         state=state,
         shardings=learner.shardings._replace(opt_state=opt_state),
         sharding=job.sharding,
@@ -237,10 +236,11 @@ def _compile(learner: Learner, texts: Texts, state: TrainState, history: History
     )
 
 
-def _continue_prompt(job: Job, texts: Texts, state: TrainState) -> str:
+def _continue_prompt(learner: Learner, texts: Texts, state: TrainState) -> str:
     """What the trained model writes after the prompt."""
+    job = learner.job
     generator = Generator(
-        abstract_model(job.config, job.dropless)[0],
+        learner.inference,
         state.params,
         state.bias,
         batch=1,

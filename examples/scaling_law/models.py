@@ -85,6 +85,11 @@ def moe_config(run: Run) -> MoonlightConfig:
     )
 
 
+def config_of(run: Run) -> Any:
+    """The architecture of a run."""
+    return moe_config(run) if run.family == "moe" else dense_config(run)
+
+
 def make_model(run: Run, key: jax.Array, *, unroll: bool = False) -> LanguageModel:
     """A run's model.
 
@@ -99,11 +104,8 @@ def make_model(run: Run, key: jax.Array, *, unroll: bool = False) -> LanguageMod
         attention_block=ATTENTION_BLOCK,
         monitor=run.watch > 0,
     )
-    rngs = nnx.Rngs(key)
-    if run.family == "moe":
-        return Moonlight(moe_config(run), rngs=rngs, execution=execution)
-    family = TwoLayerDense if run.family == "two_layer" else Dense
-    return family(dense_config(run), rngs=rngs, execution=execution)
+    family = {"dense": Dense, "two_layer": TwoLayerDense, "moe": Moonlight}[run.family]
+    return family(config_of(run), rngs=nnx.Rngs(key), execution=execution)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -152,8 +154,7 @@ def muon_heads(run: Run) -> Any:
     """A run's `heads`: what Muon takes for a matrix in attention's projections."""
     if run.heads_per_group is None:
         return "joint"
-    config = moe_config(run) if run.family == "moe" else dense_config(run)
-    return split_heads({"self_attn$": attention_heads(config)}, run.heads_per_group)
+    return split_heads({"self_attn$": attention_heads(config_of(run))}, run.heads_per_group)
 
 
 def muon_leaves(run: Run) -> Any:

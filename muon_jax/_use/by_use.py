@@ -111,8 +111,7 @@ def by_use(
             readings.append(_declared(path, shape, words[path]))
             continue
         try:
-            verdict: Any = judge.verdict(number)
-            readings.append(Reading(path, shape, *verdict))
+            readings.append(Reading(path, shape, *judge.verdict(number)))
         except Doubt as doubt:
             doubts.append((path, shape, judge.question(number, doubt)))
     if doubts:

@@ -17,7 +17,7 @@ several axes could be one matrix or a stack, only with evidence from the activat
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from optax.contrib import MuonDimensionNumbers
 
@@ -30,15 +30,20 @@ from muon_jax._use.hints import heads_of, hints_of
 from muon_jax._use.labels import Label
 from muon_jax._use.places import Places
 from muon_jax._use.reader import Meeting, Reader, Use
+from muon_jax._use.readings import Role
 from muon_jax._use.values import Value
 from muon_jax._use.words import describe
 
-_Seen = tuple[str, str, MatrixSpec | None, tuple[str, ...], tuple[int, ...]]
-Verdict = (
-    _Seen
-    | tuple[str, str, MatrixSpec | None, tuple[str, ...], tuple[int, ...], tuple[int, int] | None]
-)
-"""Role, reason, spec, hints, head axes and what a matrix's output becomes, as in `Reading`."""
+
+class Verdict(NamedTuple):
+    """What is decided of a parameter; the fields are those of `Reading`."""
+
+    role: Role
+    reason: str
+    spec: MatrixSpec | None = None
+    hints: tuple[str, ...] = ()
+    head_axes: tuple[int, ...] = ()
+    becomes: tuple[int, int] | None = None
 
 
 RAVELLED = "one axis, which the program cuts into matrices"
@@ -91,8 +96,8 @@ class Judge:
         if sum(size > 1 for size in shape) < 2:
             reason = "one axis" if shape else "scalar"
             if leaf in self.reader.cut:
-                return "vector", RAVELLED, None, (), ()
-            return "vector", "of one row or column" if len(shape) > 1 else reason, None, (), ()
+                return Verdict("vector", RAVELLED)
+            return Verdict("vector", "of one row or column" if len(shape) > 1 else reason)
         if "doubt" in notes:
             raise Doubt("; ".join(notes["doubt"]))
         uses = self.uses.get(leaf, [])
@@ -102,7 +107,7 @@ class Judge:
         if "rows" in notes:
             if followed:
                 raise Doubt("rows by index, and a product with other matrices behind it")
-            return "embedding", "rows by index, tied to the head", None, (), ()
+            return Verdict("embedding", "rows by index, tied to the head")
         if "elementwise" in notes:
             raise Doubt("a product, and also added or multiplied entry by entry")
         if not followed:
@@ -112,7 +117,7 @@ class Judge:
                     "no trained matrix after it, but its outcome is summed against something else: "
                     "the head, or hidden before a frozen one?"
                 )
-            return "head", "no matrix after it", None, (), ()
+            return Verdict("head", "no matrix after it")
         hints = []
         if any(self.loss.pending >> use.product & 1 for use in uses):
             hints.append("also straight to the loss")
@@ -129,9 +134,9 @@ class Judge:
         if not outs:
             if any(hows.get(axis) in ("index", "scan", "loop") for axis in stack):
                 self.places.check_chain(leaf, uses, "used row by row or column by column")
-            return "vector", f"{reason}, nothing stays: vectors", None, (), ()
+            return Verdict("vector", f"{reason}, nothing stays: vectors")
         if all(use.depthwise for use in uses):
-            return "elementwise", "depthwise convolution", None, (), ()
+            return Verdict("elementwise", "depthwise convolution")
         spec: MatrixSpec = MuonDimensionNumbers(ins, outs)
         groups = {use.groups for use in uses}
         if groups != {1}:
@@ -142,7 +147,7 @@ class Judge:
             label = self.labels[leaf][outs[0]].root
             hints += hints_of(label, outs[0], uses, self.attention)
             becomes = heads_of(label, self.attention)
-        return "matrix", reason, spec, tuple(hints), heads, becomes
+        return Verdict("matrix", reason, spec, tuple(hints), heads, becomes)
 
     def _is_followed(self, use: Use) -> bool:
         return bool(self.reader.followers[use.product] & self.live)
@@ -151,9 +156,9 @@ class Judge:
         if "vector" in notes:
             raise Doubt("product with a vector of parameters only")
         if "rows" in notes:
-            return "embedding", "rows by index", None, (), ()
+            return Verdict("embedding", "rows by index")
         if "elementwise" in notes:
-            return "elementwise", "elementwise only", None, (), ()
+            return Verdict("elementwise", "elementwise only")
         if leaf in self.reader.entered:
             raise Doubt("used, but in no product, and in no other way that by_use knows")
         raise Doubt("this loss does not use it")

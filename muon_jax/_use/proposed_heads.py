@@ -11,8 +11,7 @@ from typing import Any
 from optax.contrib import MuonDimensionNumbers
 
 from muon_jax._attention import AttentionHeads, GroupedQuery, MultiHead
-from muon_jax._attention_leaves import unflattened
-from muon_jax._paths import Path, show
+from muon_jax._paths import Path, show, unflattened
 from muon_jax._remedies import pattern_for
 
 _NAMES = (

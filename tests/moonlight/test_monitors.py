@@ -11,7 +11,7 @@ import pytest
 import toy
 from flax import nnx
 
-from examples.moonlight.model.dense import Dense, DenseConfig
+from examples.moonlight.model.dense import Dense
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.moonlight import Moonlight
@@ -211,18 +211,9 @@ def test_records_behind_the_checkpoint_are_cut_off(record, tmp_path: Path):
 
 
 def test_a_dense_model_has_grouped_queries():
-    config = DenseConfig(
-        vocab_size=300,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=16,
-    )
-    heads = attention_heads(config)
+    heads = attention_heads(toy.DENSE)
     assert heads == GroupedQuery(heads=4, kv_heads=2, head_dim=4)
-    params = nnx.state(nnx.eval_shape(lambda: Dense(config, rngs=nnx.Rngs(0))), nnx.Param)
+    params = nnx.state(nnx.eval_shape(lambda: Dense(toy.DENSE, rngs=nnx.Rngs(0))), nnx.Param)
     qk_clip(heads).init(params)
     largest = logits_by_module(params, jnp.ones((2, 4)))
     assert {name: x.shape for name, x in largest.items()} == {"layers/self_attn": (2, 4)}

@@ -12,21 +12,11 @@ from flax import nnx
 from rich.console import Console
 
 from examples.moonlight.huggingface.config import ModelConfig
-from examples.moonlight.model.dense import DenseConfig
 from examples.moonlight.training.job import make_job
 from examples.moonlight.training.learner import Learner, make_learner
 from muon_jax import map_matrices, orthogonalize
 
 C = toy.CONFIG
-DENSE = DenseConfig(
-    vocab_size=300,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=32,
-    max_position_embeddings=16,
-)
 # The axis of each projection's heads, in a stack of layers, and the width of one.
 HEADS = {
     "q_proj": (2, C.qk_nope_head_dim + C.qk_rope_head_dim),
@@ -115,14 +105,14 @@ def test_a_dense_model_s_keys_go_along_with_their_queries(
     folder: Path, changes: dict, queries: tuple[int, ...], keys: tuple[int, ...]
 ):
     """Of two layers, the matrices `[count, fan_in, fan_out]`."""
-    learner = learner_of(folder, DENSE, **changes)
+    learner = learner_of(folder, toy.DENSE, **changes)
     views = jax.eval_shape(
         lambda tree: map_matrices(
             lambda x: x,
             tree,
             tree,
             muon_weight_dimension_numbers=learner.roles,
-            heads=learner.heads,
+            heads=learner.job.heads,
         ),
         learner.abstract.params,
     )
@@ -134,7 +124,8 @@ def test_a_dense_model_s_keys_go_along_with_their_queries(
 
 
 def test_groups_that_cut_key_heads_apart_are_refused(folder: Path):
-    config = dataclasses.replace(DENSE, num_attention_heads=6, num_key_value_heads=3, head_dim=4)
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}
+    config = dataclasses.replace(toy.DENSE, **heads)
     args = toy.arguments(folder, muon_heads="groups", muon_heads_per_group=3)
     with pytest.raises(ValueError, match=r"^--muon-heads-per-group 3: .* share 1\.5 of 3 key"):
         make_job(args, config)

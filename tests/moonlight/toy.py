@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.model.dense import DenseConfig
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.moonlight import Moonlight
 from examples.moonlight.run_folder.checkpoint import Checkpoints, Restored
@@ -33,6 +34,16 @@ CONFIG = dataclasses.replace(
     intermediate_size=32,
     moe_intermediate_size=8,
     n_routed_experts=4,
+)
+
+DENSE = DenseConfig(
+    vocab_size=300,
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=16,
 )
 
 

@@ -34,6 +34,7 @@ class Job:
         pretrained: The Hugging Face directory to begin with; None draws new weights.
         config: The model's architecture. `with_vocabulary` makes it as wide as the tokenizer.
         execution: How the model is computed, and on which devices.
+        heads: What Muon takes for a matrix in attention's projections, see `muon_heads`.
     """
 
     args: Args
@@ -43,6 +44,7 @@ class Job:
     pretrained: Path | None
     config: ModelConfig
     execution: Execution
+    heads: Any
 
     @property
     def folder(self) -> Path:
@@ -132,6 +134,5 @@ def make_job(args: Args, config: ModelConfig | None = None) -> Job:
         loss_block=args.loss_block,
         monitor=args.monitor_every > 0,
     )
-    # Raises where the groups do not divide the heads.
-    muon_heads(config, args.muon_heads, args.muon_heads_per_group)
-    return Job(args, recipe, plan, sources, pretrained, config, execution)
+    heads = muon_heads(config, args.muon_heads, args.muon_heads_per_group)
+    return Job(args, recipe, plan, sources, pretrained, config, execution, heads)

@@ -8,12 +8,12 @@ import optax
 from flax import nnx
 from rich.console import Console
 
-from examples.moonlight.huggingface.pretrained import load_pretrained, make_model
+from examples.moonlight.huggingface.pretrained import abstract_model, load_pretrained, make_model
 from examples.moonlight.model.execution.sharding import bytes_per_device
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.language_model import ParameterCounts, count_parameters
 from examples.moonlight.run_folder.checkpoint import Checkpoints, Restored
-from examples.moonlight.training.attention import attention_heads, muon_heads
+from examples.moonlight.training.attention import attention_heads
 from examples.moonlight.training.job import Job
 from examples.moonlight.training.optimizers import make_optimizer
 from examples.moonlight.training.placement import state_shardings
@@ -28,10 +28,10 @@ class Learner:
 
     Attributes:
         job: What the run is to do.
-        graphdef: The model's static half.
+        graphdef: The model's static half, in training.
+        inference: The same in validation and generation, in which no expert is ever full.
         counts: The model's parameters, counted.
         roles: Which parameters are matrices, as the model's own loss shows.
-        heads: What is a matrix in attention's projections.
         optimizer: Clipping, the optimizer, and QK-Clip where it is asked for.
         abstract: The shapes of the state.
         shardings: Where each array of the state lies.
@@ -39,9 +39,9 @@ class Learner:
 
     job: Job
     graphdef: nnx.GraphDef
+    inference: nnx.GraphDef
     counts: ParameterCounts
     roles: UseRoles
-    heads: Any
     optimizer: optax.GradientTransformation
     abstract: TrainState
     shardings: TrainState
@@ -78,7 +78,7 @@ class Learner:
             mesh=mesh,
             param_specs=self.job.sharding.param_shardings(params),
             muon_weight_dimension_numbers=self.roles,
-            heads=self.heads,
+            heads=self.job.heads,
         )
 
     def restore(self, checkpoints: Checkpoints) -> tuple[TrainState, Restored]:
@@ -120,7 +120,6 @@ def make_learner(job: Job, qk_clip_threshold: float | None) -> Learner:
     if qk_clip_threshold is not None:
         clip = [qk_clip(attention_heads(job.config), qk_clip_threshold)]
     roles = read_roles(job.config)
-    heads = muon_heads(job.config, args.muon_heads, args.muon_heads_per_group)
     optimizer = make_optimizer(
         args.optimizer,
         job.plan.learning_rate,
@@ -129,13 +128,15 @@ def make_learner(job: Job, qk_clip_threshold: float | None) -> Learner:
         None if mesh is None else job.sharding.param_shardings(params),
         clip,
         roles,
-        heads,
+        job.heads,
     )
     abstract = jax.eval_shape(lambda: _draw(job, optimizer))
     shardings = state_shardings(abstract, optimizer, args.optimizer, job.sharding)
-    return Learner(
-        job, graphdef, count_parameters(model), roles, heads, optimizer, abstract, shardings
-    )
+    inference = graphdef
+    if job.dropless != job.execution:
+        inference, _, _ = abstract_model(job.config, job.dropless)
+    counts = count_parameters(model)
+    return Learner(job, graphdef, inference, counts, roles, optimizer, abstract, shardings)
 
 
 def _build(job: Job) -> Any:

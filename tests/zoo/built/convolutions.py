@@ -36,6 +36,18 @@ def largest(x):
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")
 
 
+def residual_stages(stages, layer, x):
+    """The bottlenecks of Hugging Face's ResNets."""
+    for number, stage in enumerate(stages.many()):
+        for at, block in enumerate((stage / "layers").many()):
+            stride = 2 if number and not at else 1
+            one, two, three = (block / "layer").many()
+            y = jax.nn.relu(layer(two, jax.nn.relu(layer(one, x)), stride))
+            x = layer(block / "shortcut", x, stride) if at == 0 else x
+            x = jax.nn.relu(x + layer(three, y))
+    return x
+
+
 def resnet(p, images, labels):
     """Hugging Face's ResNet-50."""
 
@@ -43,13 +55,7 @@ def resnet(p, images, labels):
         return over_batch(part / "normalization", convolve(part / "convolution", x, stride))
 
     x = largest(jax.nn.relu(layer(p / "resnet/embedder/embedder", images, 2)))
-    for number, stage in enumerate((p / "resnet/encoder/stages").many()):
-        for at, block in enumerate((stage / "layers").many()):
-            stride = 2 if number and not at else 1
-            one, two, three = (block / "layer").many()
-            y = jax.nn.relu(layer(two, jax.nn.relu(layer(one, x)), stride))
-            x = layer(block / "shortcut", x, stride) if at == 0 else x
-            x = jax.nn.relu(x + layer(three, y))
+    x = residual_stages(p / "resnet/encoder/stages", layer, x)
     return cross_entropy(linear(p / "classifier/1", x.mean((1, 2))), labels)
 
 

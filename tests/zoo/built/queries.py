@@ -14,7 +14,7 @@ from tests.zoo.built.blocks import (
     linear,
     norm,
 )
-from tests.zoo.built.convolutions import largest
+from tests.zoo.built.convolutions import largest, residual_stages
 from tests.zoo.built.decoders import positions, through
 
 PROJECTIONS = "q_proj k_proj v_proj out_proj"
@@ -39,13 +39,7 @@ def detr(p, images, labels, boxes):
     backbone = m / "backbone/conv_encoder/model"
     x = jax.nn.relu(layer(backbone / "embedder/embedder", images.transpose(0, 3, 1, 2), 2))
     x = largest(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
-    for number, stage in enumerate((backbone / "encoder/stages").many()):
-        for at, block in enumerate((stage / "layers").many()):
-            stride = 2 if number and not at else 1
-            one, two, three = (block / "layer").many()
-            y = jax.nn.relu(layer(two, jax.nn.relu(layer(one, x)), stride))
-            x = layer(block / "shortcut", x, stride) if at == 0 else x
-            x = jax.nn.relu(x + layer(three, y))
+    x = residual_stages(backbone / "encoder/stages", layer, x)
     x = convolve_torch(m / "input_projection", x).reshape(2, 256, -1).swapaxes(1, 2)
     place = jnp.sin(jnp.arange(x.shape[1])[:, None] * jnp.arange(256)[None] * 0.01)[None]
     query = m["query_position_embeddings/weight"][None]
