@@ -91,8 +91,8 @@ class Search:
     It improves one group's choice at a time, until no change makes the whole cheaper. Such a
     descent can get stuck: while two groups keep the busiest device equally busy, a change of either
     one alone gains nothing. So there are two, from different starts. Less was measured not to do
-    (EXPERIMENTS.md): one greedy pass over the groups costs up to 1.25x as much, and one descent
-    alone, from either start, up to 1.7x or 1.08x.
+    (EXPERIMENTS.md): one greedy pass over the groups costs up to 1.23x as much, and one descent
+    alone, in a test each, 1.72x or 1.08x.
     """
 
     def __init__(self, choices: Choices, counts: dict[GroupKey, int]):

@@ -346,6 +346,8 @@ def test_the_search_finds_what_trying_everything_finds():
         for chosen in itertools.product(*search.options.values())
     )
     assert search.best().total == best
+    first, alone = (search.descend(start).total / best for start in search.starts())
+    assert (round(first, 2), alone) == (1.72, 1.0)  # one descent alone gets stuck
     assert routes(result.groups[0])[0][2] == routes(result.groups[1])[0][2] == 8
 
 
