@@ -295,12 +295,17 @@ def damage(args: Args, folder: Path, reference: tuple[Any, ...], report: Report)
 
 
 def start_twice(args: Args, folder: Path, reference: tuple[Any, ...], report: Report) -> None:
-    """Starts a second process on the folder of one that is under way."""
+    """Starts a second process on the folder of one that is under way, and paused meanwhile.
+
+    On a fast machine it would else have ended before the second has imported anything.
+    """
     trial = Trial(folder / "twice", folder)
     first = trial.start()
     first.wait_until(lambda: trial.newest > 0, args.patience)
+    first.send(signal.SIGSTOP)
     second = trial.start()
     code = second.wait(args.patience)
+    first.send(signal.SIGCONT)
     faults = [] if code and "is in use by process" in second.last_line else ["silent"]
     faults += ["hung"] if code is None or first.wait(args.patience) != 0 else []
     faults += _different(trial, reference)

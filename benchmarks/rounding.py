@@ -63,7 +63,7 @@ class Args:
 
 
 def text_batches(steps: int, batch: int, length: int, seed: int) -> np.ndarray:
-    """Bytes of this repository's licence, which stays as it is, int32 `[steps, batch, length + 1]`."""
+    """Bytes of the licence, a text that stays: int32 `[steps, batch, length + 1]`."""
     text = np.frombuffer((Path(__file__).parents[1] / "LICENSE").read_bytes(), np.uint8)
     starts = np.random.default_rng(seed).integers(0, len(text) - length, (steps, batch, 1))
     return text[starts + np.arange(length + 1)].astype(np.int32)
