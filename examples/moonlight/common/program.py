@@ -5,7 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-_OURS = Path(__file__).parents[1]
+# The examples: the pretraining of Moonlight, and the programs that are built on it.
+_OURS = Path(__file__).parents[2]
 
 
 class ThreadsLeft(OSError):

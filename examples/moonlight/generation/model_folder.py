@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from rich.console import Console
 from tokenizers import Tokenizer
 
@@ -64,14 +65,17 @@ def open_model(
     execution: Execution,
     *,
     checkpoint: str | int = "last",
+    param_dtype: DTypeLike | None = None,
     console: Console | None = None,
 ) -> OpenModel:
     """Reads a model onto the devices of an execution.
 
     Args:
         folder: A Hugging Face directory, or the output folder of a training run.
-        execution: How it will be run. In bfloat16, the parameters of a directory are bfloat16 too.
+        execution: How it will be run.
         checkpoint: Of a run: "last", "best" by validation loss, or a step.
+        param_dtype: Of the parameters of a directory; None is the execution's. Those of a run are
+            float32.
         console: Shows progress; None shows none.
 
     Raises:
@@ -102,7 +106,7 @@ def open_model(
     graphdef, *abstract = abstract_model(config, execution)
     if published:
         half = jnp.dtype(execution.dtype) == jnp.bfloat16
-        dtype = jnp.bfloat16 if half else jnp.float32
+        dtype = param_dtype or (jnp.bfloat16 if half else jnp.float32)
         _, params, bias = load_pretrained(folder, execution, param_dtype=dtype, console=console)
     else:
         params, bias = _read_run(folder, abstract, execution, checkpoint)

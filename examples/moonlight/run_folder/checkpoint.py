@@ -34,7 +34,8 @@ from rich.console import Console
 
 from examples.moonlight.common.program import ThreadsLeft
 from examples.moonlight.run_folder import seal
-from examples.moonlight.run_folder.retention import Retention, best_step
+from examples.moonlight.run_folder.flags import PRETRAINING, Flags
+from examples.moonlight.run_folder.retention import Keeps, best_step
 from examples.moonlight.run_folder.seal import Damaged
 
 PyTree = Any
@@ -48,6 +49,9 @@ DAMAGED = "damaged"
 _PATIENCE, _REST = 10.0, 0.5
 
 _MODEL, _OPTIMIZER, _PROGRESS = "model", "optimizer", "progress"
+
+# What the names of folders begin with that a kill may leave behind.
+_HALF = (".saving-", ".deleting-", ".copying-")
 
 
 class Restored(NamedTuple):
@@ -67,11 +71,24 @@ class Checkpoints:
             or half-deleted in it is removed.
         retention: Which checkpoints are kept.
         console: Told of damage; left out, the terminal.
+        prefix: What a checkpoint's name has before its step.
+        damaged: Where damaged checkpoints go; left out, into a folder beside `directory`.
+        flags: What the program calls its flags.
     """
 
-    def __init__(self, directory: Path, retention: Retention, console: Console | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        retention: Keeps,
+        console: Console | None = None,
+        *,
+        prefix: str = "",
+        damaged: Path | None = None,
+        flags: Flags = PRETRAINING,
+    ):
         self.directory = directory.absolute()
-        self._retention = retention
+        self._damaged = damaged or self.directory.parent / DAMAGED
+        self._retention, self._prefix, self._flags = retention, prefix, flags
         self._console = console or rich.get_console()
         self._orbax = make_checkpointer()
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -80,8 +97,12 @@ class Checkpoints:
     def _remove_hidden(self) -> None:
         """Removes what is half-written or half-deleted."""
         for path in self.directory.iterdir():
-            if path.name.startswith("."):
+            if path.name.startswith(_HALF) or (path.name.startswith(".") and not self._prefix):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies, or would."""
+        return self.directory / f"{self._prefix}{step}"
 
     def latest_step(self) -> int | None:
         """The number of optimizer steps behind the newest checkpoint; None without any."""
@@ -89,7 +110,7 @@ class Checkpoints:
 
     def all_steps(self) -> list[int]:
         """The steps that are kept, in order."""
-        return kept_steps(self.directory)
+        return kept_steps(self.directory, self._prefix)
 
     def save(
         self,
@@ -99,10 +120,12 @@ class Checkpoints:
         optimizer: PyTree,
         progress: Mapping[str, Any],
         val_loss: float | None,
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Writes a checkpoint, puts it on disk, then deletes those that are no longer kept.
 
-        The folder is made again where somebody deleted it, and that is said.
+        The folder is made again where somebody deleted it, and that is said. `files` are written
+        beside the three items, by their names.
 
         Raises:
             ThreadsLeft: It cannot be written, for want of space, say: nothing was deleted for it.
@@ -115,8 +138,10 @@ class Checkpoints:
             self._remove_hidden()
             with _one_error():
                 self._orbax.save(partial, args=save_args(model, optimizer, progress))
+            for name, content in (files or {}).items():
+                (partial / name).write_bytes(content)
             seal.seal(partial, {"step": step, "val_loss": val_loss})
-            partial.rename(self.directory / str(step))
+            partial.rename(self.path(step))
             seal.sync(self.directory)
         except Exception as error:  # Orbax and its engine raise what they like
             with contextlib.suppress(OSError):
@@ -126,7 +151,7 @@ class Checkpoints:
                 f"the checkpoint of step {step} could not be written to {self.directory}: "
                 f"{_cause(error)}. The newest that is there is "
                 f"{'none' if kept is None else f'of step {kept}'}; mend the cause, and go on with "
-                "the same command and --resume"
+                f"the same command and {self._flags.resume}"
             ) from error
         self._delete_what_is_not_kept()
 
@@ -135,14 +160,14 @@ class Checkpoints:
         for step in self.all_steps():
             # One that is damaged is left for whoever finds out what happened to it.
             with contextlib.suppress(Damaged):
-                losses[step] = seal.read_seal(self.directory / str(step))["val_loss"]
+                losses[step] = seal.read_seal(self.path(step))["val_loss"]
         for step in losses.keys() - self._retention.kept(losses):
             self.delete(step)
 
     def delete(self, step: int) -> None:
         """Deletes a checkpoint; killed half-way, it is gone all the same."""
         doomed = self.directory / f".deleting-{step}-{uuid.uuid4().hex}"
-        (self.directory / str(step)).rename(doomed)
+        self.path(step).rename(doomed)
         shutil.rmtree(doomed)
 
     def delete_after(self, step: int) -> list[int]:
@@ -160,7 +185,7 @@ class Checkpoints:
         wrong = {}
         for step in reversed(self.all_steps()):
             try:
-                _check(self.directory, step)
+                check_folder(self.path(step), step)
                 break
             except Damaged as error:
                 wrong[step] = str(error)
@@ -169,12 +194,12 @@ class Checkpoints:
                 raise Damaged(
                     f"{self.directory}: no checkpoint is whole, so the run cannot go on: "
                     f"{_listed(wrong)}. Restore the folder from a copy, or start again in another "
-                    "--output-dir"
+                    f"{self._flags.output}"
                 )
         for step, reason in wrong.items():
-            aside = self.directory.parent / DAMAGED / f"{step}-{uuid.uuid4().hex[:8]}"
+            aside = self._damaged / f"{step}-{uuid.uuid4().hex[:8]}"
             aside.parent.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(aside)
+            self.path(step).rename(aside)
             self._warn(
                 f"The checkpoint of step {step} is damaged: {reason}. It is not used, and lies in "
                 f"{aside} now."
@@ -204,9 +229,7 @@ class Checkpoints:
         step = self.latest_step()
         if step is None:
             raise FileNotFoundError(f"no checkpoint in {self.directory}")
-        restored = self._orbax.restore(
-            self.directory / str(step), args=restore_args(model, optimizer)
-        )
+        restored = self._orbax.restore(self.path(step), args=restore_args(model, optimizer))
         return Restored(step, restored[_MODEL], restored[_OPTIMIZER], restored[_PROGRESS])
 
     def close(self) -> None:
@@ -214,10 +237,28 @@ class Checkpoints:
         self._orbax.close()
 
 
-def kept_steps(directory: Path) -> list[int]:
+def kept_steps(directory: Path, prefix: str = "") -> list[int]:
     """The steps that a run's folder of checkpoints keeps, in order; the folder is left as it is."""
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
+    steps = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    return sorted(int(step) for step in steps if step.isascii() and step.isdecimal())
+
+
+def read_folder(folder: Path, target: PyTree) -> PyTree:
+    """Reads the `model` item of one checkpoint, wherever its folder was copied to.
+
+    Args:
+        folder: Of the checkpoint.
+        target: Structure, dtypes and shardings to read into.
+
+    Raises:
+        Damaged: It is not what was saved.
+    """
+    try:
+        seal.check(folder, only=_MODEL)
+    except Damaged as error:
+        raise Damaged(f"{folder}: this checkpoint is damaged: {error}") from error
+    return _restore_item(folder, _MODEL, ocp.args.StandardRestore(_abstract(target)))
 
 
 def check_checkpoint(directory: Path, step: int, *, only: str = "") -> None:
@@ -232,7 +273,7 @@ def check_checkpoint(directory: Path, step: int, *, only: str = "") -> None:
         Damaged: It is not what was saved; the message names an older one that is, if there is one.
     """
     try:
-        _check(directory, step, only)
+        check_folder(directory / str(step), step, only)
     except Damaged as error:
         raise Damaged(
             f"{directory / str(step)}: this checkpoint is damaged: {error}. "
@@ -247,7 +288,7 @@ def read_progress(directory: Path, step: int) -> dict[str, Any]:
         Damaged: It is not what was saved.
     """
     check_checkpoint(directory, step, only=_PROGRESS)
-    return _restore_item(directory, step, _PROGRESS, ocp.args.JsonRestore())
+    return _restore_item(directory / str(step), _PROGRESS, ocp.args.JsonRestore())
 
 
 def copy_checkpoint(source: Path, step: int, target: Path) -> None:
@@ -292,13 +333,12 @@ def read_model(directory: Path, target: PyTree, which: str | int = "last") -> tu
         )
     check_checkpoint(directory, step, only=_MODEL)
     item = ocp.args.StandardRestore(_abstract(target))
-    return step, _restore_item(directory, step, _MODEL, item)
+    return step, _restore_item(directory / str(step), _MODEL, item)
 
 
-def _restore_item(directory: Path, step: int, name: str, item: Any) -> Any:
+def _restore_item(folder: Path, name: str, item: Any) -> Any:
     with make_checkpointer() as orbax:
-        path = directory.absolute() / str(step)
-        return orbax.restore(path, args=ocp.args.Composite(**{name: item}))[name]
+        return orbax.restore(folder.absolute(), args=ocp.args.Composite(**{name: item}))[name]
 
 
 def make_checkpointer() -> ocp.Checkpointer:
@@ -348,7 +388,7 @@ def _older_whole(directory: Path, step: int, only: str) -> str:
     """What can be done about a damaged checkpoint."""
     for other in reversed([other for other in kept_steps(directory) if other < step]):
         try:
-            _check(directory, other, only)
+            check_folder(directory / str(other), other, only)
         except Damaged:
             continue
         return (
@@ -359,9 +399,9 @@ def _older_whole(directory: Path, step: int, only: str) -> str:
     return "No older checkpoint is whole: restore the folder from a copy, or train again"
 
 
-def _check(directory: Path, step: int, only: str = "") -> None:
+def check_folder(folder: Path, step: int, only: str = "") -> None:
     """Raises `Damaged` unless the folder of a step holds what that step was sealed with."""
-    sealed = seal.check(directory / str(step), only=only)
+    sealed = seal.check(folder, only=only)
     if sealed.get("step") != step:
         raise Damaged(f"its {seal.SEAL} is of step {sealed.get('step')}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.moonlight.common.files import read_json, write_atomically
+from examples.moonlight.run_folder.flags import PRETRAINING, Flags
 from examples.moonlight.run_folder.lock import RunLock
 
 SETTINGS = "settings.json"
@@ -18,7 +19,12 @@ _LATER = {"muon_heads": "joint"}
 
 @contextlib.contextmanager
 def open_run_folder(
-    folder: Path, settings: Mapping[str, Any], *, resume: bool, must_exist: bool = False
+    folder: Path,
+    settings: Mapping[str, Any],
+    *,
+    resume: bool,
+    must_exist: bool = False,
+    flags: Flags = PRETRAINING,
 ) -> Iterator[RunLock]:
     """Creates a run's folder, or enters one that was created with the same settings, and locks it.
 
@@ -27,6 +33,7 @@ def open_run_folder(
         settings: Whatever changes the run's numbers, as JSON can hold it.
         resume: Continue what is there. Nothing there, or only an empty folder, is a fresh start.
         must_exist: It is not: there has to be a run.
+        flags: What the program calls its flags.
 
     Yields:
         The lock, held until the context ends: to be checked before anything is saved.
@@ -38,41 +45,43 @@ def open_run_folder(
         ValueError: The run there was started with other settings, or they cannot be read.
     """
     asked = json.loads(json.dumps(dict(settings)))
-    _check(folder, asked, resume=resume, must_exist=must_exist)
+    _check(folder, asked, flags, resume=resume, must_exist=must_exist)
     folder.mkdir(parents=True, exist_ok=True)
-    with RunLock(folder) as lock:
+    with RunLock(folder, flags) as lock:
         # Again: another process may have begun, and ended, in between.
-        occupied = _check(folder, asked, resume=resume, must_exist=must_exist)
+        occupied = _check(folder, asked, flags, resume=resume, must_exist=must_exist)
         if not occupied:
             text = json.dumps(asked, indent=2)
             write_atomically(folder / SETTINGS, f"{text}\n".encode())
         yield lock
 
 
-def _check(folder: Path, asked: dict[str, Any], *, resume: bool, must_exist: bool) -> bool:
+def _check(
+    folder: Path, asked: dict[str, Any], flags: Flags, *, resume: bool, must_exist: bool
+) -> bool:
     """Whether there is a run in the folder, which then is the one that is asked for."""
     path = folder / SETTINGS
     if must_exist and not path.exists():
-        raise FileNotFoundError(f"--resume-step: no run was started in {folder}")
+        raise FileNotFoundError(f"{flags.step or flags.resume}: no run was started in {folder}")
     # A hidden file is what a kill in the middle of an atomic write leaves behind.
     entries = folder.iterdir() if folder.exists() else ()
     occupied = any(not entry.name.startswith(".") for entry in entries)
     if occupied and not resume:
         raise FileExistsError(
-            f"{folder} is not empty: continue that run with --resume, or choose another "
-            "--output-dir"
+            f"{folder} is not empty: continue that run with {flags.resume}, or choose another "
+            f"{flags.output}"
         )
     if occupied and not path.exists():
         raise FileExistsError(
-            f"--resume: {folder} holds files but no {SETTINGS}, so no run was started there; "
-            "choose another --output-dir"
+            f"{flags.resume}: {folder} holds files but no {SETTINGS}, so no run was started "
+            f"there; choose another {flags.output}"
         )
     if occupied:
-        _check_same(folder, read_json(path), asked)
+        _check_same(folder, read_json(path), asked, flags)
     return occupied
 
 
-def _check_same(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
+def _check_same(folder: Path, there: dict[str, Any], asked: dict[str, Any], flags: Flags) -> None:
     there = {name: _LATER[name] for name in _LATER.keys() & asked.keys()} | there
     changed = [
         f"{name} was {there.get(name)!r} and is now {asked.get(name)!r}"
@@ -80,8 +89,13 @@ def _check_same(folder: Path, there: dict[str, Any], asked: dict[str, Any]) -> N
         if there.get(name) != asked.get(name)
     ]
     if changed:
+        branch = ""
+        if flags.branch:
+            branch = (
+                f"; begin there in a new folder, with {flags.branch}, where the model, the data "
+                "and the batches stay"
+            )
         raise ValueError(
-            f"--resume: the run in {folder} was started with other settings: {'; '.join(changed)}. "
-            "Ask for the same; begin there in a new folder, with --branch-from, where the model, "
-            "the data and the batches stay; or choose another --output-dir"
+            f"{flags.resume}: the run in {folder} was started with other settings: "
+            f"{'; '.join(changed)}. Ask for the same{branch}; or choose another {flags.output}"
         )

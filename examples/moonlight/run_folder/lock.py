@@ -24,6 +24,7 @@ from types import TracebackType
 import filelock
 
 from examples.moonlight.common.files import write_atomically
+from examples.moonlight.run_folder.flags import PRETRAINING, Flags
 
 # Hidden, as is all that is no result of a run.
 LOCK, MARK = ".lock", ".owner.json"
@@ -42,13 +43,14 @@ class RunLock:
 
     Args:
         folder: Of a run.
+        flags: What the program calls its flags.
 
     Raises:
         FolderInUse: On entering: another process holds it. Nothing was changed.
     """
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, flags: Flags = PRETRAINING):
+        self._folder, self._flags = folder, flags
         self._mark = uuid.uuid4().hex
         self._lock = filelock.FileLock(folder / LOCK, thread_local=False)
 
@@ -58,8 +60,8 @@ class RunLock:
         except filelock.Timeout as error:
             raise FolderInUse(
                 f"{self._folder} is in use by {_described(_read(self._folder))}: wait until that "
-                "run ends, stop it, or choose another --output-dir; nothing was changed. (Locked "
-                f"by {self._folder / LOCK})"
+                f"run ends, stop it, or choose another {self._flags.output}; nothing was changed. "
+                f"(Locked by {self._folder / LOCK})"
             ) from error
         owner = {
             "mark": self._mark,

@@ -2,6 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
+from typing import Protocol
+
+
+class Keeps(Protocol):
+    """What decides which checkpoints stay."""
+
+    def kept(self, losses: Mapping[int, float | None]) -> set[int]:
+        """The steps that stay, of those whose validation losses are given."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

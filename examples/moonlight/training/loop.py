@@ -194,7 +194,7 @@ class Run:
         args, plan = self.args, self.plan
         buffer_sabt = token_buffer(args, self.recipe, plan)
         stage_ends = {*plan.stage_ends().values()}
-        with _progress_bar(self.console) as bar:
+        with progress_bar(self.console) as bar:
             task = bar.add_task("training", total=plan.steps, completed=step, status="")
             while step < plan.steps:
                 count = _steps_until_stop(step, len(buffer_sabt), args, stage_ends)
@@ -329,7 +329,8 @@ def _steps_until_stop(step: int, most: int, args: Args, stage_ends: set[int]) ->
     return min(stops) - step
 
 
-def _progress_bar(console: Console) -> progress.Progress:
+def progress_bar(console: Console) -> progress.Progress:
+    """Steps of a training, with a status that each update gives."""
     return progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),

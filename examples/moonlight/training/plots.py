@@ -29,7 +29,7 @@ def draw_losses(path: Path, *, train: Curve, validation: Curve, title: str) -> N
     Args:
         path: The PNG to write.
         train: Steps and losses, in nats per token, one per step.
-        validation: The same, where the held-out text was evaluated.
+        validation: The same, where the held-out text was evaluated; empty, if nothing was held out.
         title: What was trained, and how.
     """
     figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
@@ -43,21 +43,22 @@ def draw_losses(path: Path, *, train: Curve, validation: Curve, title: str) -> N
         linewidth=1.8,
         label=f"training, mean of {window} steps",
     )
-    axes.plot(
-        *validation,
-        color="black",
-        linestyle="--",
-        marker="o",
-        markersize=5,
-        label="validation, held-out text",
-    )
-    axes.annotate(
-        f"{validation[1][-1]:.3f}",
-        (validation[0][-1], validation[1][-1]),
-        xytext=(-4, -16),
-        textcoords="offset points",
-        ha="right",
-    )
+    if validation[0]:
+        axes.plot(
+            *validation,
+            color="black",
+            linestyle="--",
+            marker="o",
+            markersize=5,
+            label="validation, held-out text",
+        )
+        axes.annotate(
+            f"{validation[1][-1]:.3f}",
+            (validation[0][-1], validation[1][-1]),
+            xytext=(-4, -16),
+            textcoords="offset points",
+            ha="right",
+        )
     # The first steps fall from log(vocabulary); the rest of the curve is what one looks at.
     axes.set_ylim(top=min(losses.max(), np.quantile(losses, 0.75) + 2.5))
     axes.set_xlim(0, steps[-1] * 1.02)

@@ -41,12 +41,16 @@ class StopRequest:
     In any thread but the main one, which alone may set handlers, it takes down nothing. A signal
     that was ignored before (SIGHUP under `nohup`) stays ignored.
 
+    Args:
+        resume: The flag that goes on with a run.
+
     Attributes:
         signum: The first signal that came; None before.
     """
 
-    def __init__(self):
+    def __init__(self, resume: str = "--resume"):
         self.signum: int | None = None
+        self._resume = resume
         self._active = threading.current_thread() is threading.main_thread()
         self._lock = threading.Lock()
         self._seen = {"pipe": 0, "handler": 0}
@@ -106,7 +110,7 @@ class StopRequest:
                     self.signum = number
                     _say("stopping as soon as the run can go on from there; again to end at once")
                 elif count > 1:
-                    _say("ended at once: --resume goes on from the last checkpoint")
+                    _say(f"ended at once: {self._resume} goes on from the last checkpoint")
                     os._exit(128 + number)
 
 
