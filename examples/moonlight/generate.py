@@ -165,7 +165,7 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
             system=args.system,
             max_new_tokens=args.max_new_tokens,
             stop_ids=opened.stop_ids,
-            read=lambda: _ask(console),
+            read=lambda: ask(console),
             tell=lambda piece: console.out(piece, end="", highlight=False),
             note=lambda text: aside.print(f"[dim]({text})[/]"),
         )
@@ -189,14 +189,14 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
         ids,
         max_new_tokens=args.max_new_tokens,
         stop_ids=opened.stop_ids,
-        tell=_teller(console, prompts or args.message, inline=bool(prompts)),
+        tell=teller(console, prompts or args.message, inline=bool(prompts)),
     )
     console.out()
     aside.print(str(generator.speed), soft_wrap=True)
     return texts
 
 
-def _teller(
+def teller(
     console: Console, prompts: Sequence[str], *, inline: bool
 ) -> Callable[[int, str], object]:
     """Prints each prompt, and its continuation behind it, or below it."""
@@ -213,7 +213,7 @@ def _teller(
     return tell
 
 
-def _ask(console: Console) -> str | None:
+def ask(console: Console) -> str | None:
     """The user's next message; None at the end of the input."""
     try:
         return console.input("\n[bold]> [/]")

@@ -1,5 +1,6 @@
 """A model with its tokenizer, from a Hugging Face directory or from a training run's folder."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,7 +95,7 @@ def open_model(
             f"--checkpoint {checkpoint}: {folder} is a Hugging Face directory, which has one set "
             "of weights: leave it out"
         )
-    config = check_pretrained(folder) if published else _run_config(folder)
+    config = check_pretrained(folder) if published else run_config(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise ValueError(
@@ -138,9 +139,27 @@ def copy_companions(source: Path, folder: Path) -> None:
             write_atomically(folder / name, read_bytes(path, limit=MAX_JSON))
 
 
-def _run_config(folder: Path) -> ModelConfig:
+def run_config(folder: Path) -> ModelConfig:
+    """The architecture of a training run.
+
+    Raises:
+        ValueError: Its settings cannot be read, or describe no model of this version.
+    """
     path = folder / SETTINGS
-    fields = read_json(path, missing_ok=True).get("config", {})
+    return config_of(read_json(path, missing_ok=True), path)
+
+
+def config_of(settings: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The architecture that a file of settings has as its `config`.
+
+    Args:
+        settings: What the file holds.
+        path: The file, for messages.
+
+    Raises:
+        ValueError: It describes no model of this version.
+    """
+    fields = settings.get("config", {})
     if not isinstance(fields, dict):
         raise ValueError(f"{path}: config: expected an object, got {shown(fields)}")
     family: Any = MoonlightConfig if "kv_lora_rank" in fields else DenseConfig

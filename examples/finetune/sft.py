@@ -1,0 +1,241 @@
+r"""Fine-tunes a model on conversations: the command line of ms-swift's `swift sft`.
+
+    python -m examples.finetune.sft --model Qwen2.5-0.5B-Instruct --dataset talks.jsonl#500 \
+        --tuner_type lora --optimizer muon --output_dir output
+
+A run lives in its output folder: args.json, metrics (JSONL and TensorBoard), checkpoint-N/, and at
+the end the loss curves and `results.json`. Under LoRA a checkpoint holds the factors and their
+optimizer state alone. Killed at any moment and called again with `--resume_from_checkpoint output`,
+a run goes on from its newest checkpoint, and its losses are bit for bit those of an uninterrupted
+run on the same machine.
+
+Without arguments, the small model of `make train` is fine-tuned on the repository's own dialogues.
+The models are whatever `huggingface/pretrained.py` reads: Qwen2, Llama, Moonlight, on one device
+and, with `--mesh`, on many.
+"""
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import rich
+from rich.console import Console
+
+from examples.finetune.args import ALIASES, Args
+from examples.finetune.command_line import parse
+from examples.finetune.foreign_flags import IN_TRAINING
+from examples.finetune.training.history import Course
+from examples.finetune.training.job import Job, make_job
+from examples.finetune.training.keeping import TotalLimit, occasions
+from examples.finetune.training.learner import Learner, make_learner
+from examples.finetune.training.loop import Run
+from examples.finetune.training.place import ARGS, FLAGS, PREFIX
+from examples.finetune.training.results import present, write_results
+from examples.finetune.training.steps import Frozen
+from examples.finetune.training.texts import Texts, load_texts
+from examples.moonlight.common.files import read_json, write_atomically
+from examples.moonlight.common.program import run_program
+from examples.moonlight.common.terminal import make_sturdy
+from examples.moonlight.data.tokenizer import TOKENIZER
+from examples.moonlight.generation.chat import TEMPLATE
+from examples.moonlight.generation.model_folder import copy_companions
+from examples.moonlight.run_folder import metrics
+from examples.moonlight.run_folder.checkpoint import DAMAGED, Checkpoints, check_folder
+from examples.moonlight.run_folder.folder import RESULTS, open_run_folder
+from examples.moonlight.run_folder.lock import RunLock
+from examples.moonlight.run_folder.seal import Damaged
+from examples.moonlight.training.loop import Clock
+from examples.moonlight.training.results import SHARDING
+from examples.moonlight.training.steps import TrainState
+from examples.moonlight.training.stopping import Stopped, StopRequest, quieten_signals
+
+
+def finetune(args: Args) -> dict[str, Any]:
+    """Fine-tunes, or finishes a fine-tuning, and returns what `results.json` holds.
+
+    Raises:
+        FileExistsError: The output folder is in use, and is not to be gone on with.
+        FileNotFoundError: The model, a file of data or a checkpoint is not there.
+        ValueError: An argument is out of range or differs from the run that is to be resumed, or
+            the model or a record cannot be read.
+        FloatingPointError: A loss, a gradient, or what an update left behind is not finite.
+        FolderInUse: Another process works in the output folder.
+        Damaged: No checkpoint of the run is as it was saved.
+        OSError: A file cannot be written, for want of space, say.
+        Stopped: A signal came. The run is saved.
+    """
+    with StopRequest(FLAGS.resume) as stop:
+        return _finetune(args, stop)
+
+
+def _finetune(args: Args, stop: StopRequest) -> dict[str, Any]:
+    clock, console = Clock(), rich.get_console()
+    job = make_job(args)
+    texts = load_texts(job, console)
+    job = job.with_rows(texts.length)
+    settings = job.settings(texts.settings)
+    with contextlib.ExitStack() as held:
+        stop.check("stopped before the first step: nothing was written")
+        lock, checkpoints = _enter_folder(job, texts, settings, console, held)
+        if (job.folder / RESULTS).exists():
+            console.print(f"{job.folder} holds a finished run: nothing left to train")
+            return present(job.folder, read_json(job.folder / RESULTS))
+        learner = make_learner(job, texts.steps)
+        learner.describe(console)
+        if (report := learner.sharding_report()) is not None:
+            write_atomically(job.folder / SHARDING, f"{report}\n".encode())
+
+        state, frozen, step, history = _restore_or_start(
+            learner, texts, checkpoints, clock, console
+        )
+        record = job.record(history.base)
+        write_atomically(job.folder / ARGS, record)
+        log = held.enter_context(
+            contextlib.closing(metrics.MetricsLog(job.folder, after_step=step, console=console))
+        )
+        stop.check(f"stopped after step {step}")
+        if step < texts.steps:
+            started = clock.wall_seconds
+            train_step, validate = learner.compile(state, frozen, texts)
+            console.print(f"compiled in {clock.wall_seconds - started:.1f} s")
+            stop.check(f"stopped after step {step}")
+            saves, validates = occasions(
+                args, texts.steps_per_epoch, validates=texts.validation is not None
+            )
+            run = Run(
+                job=job,
+                texts=texts,
+                train_step=train_step,
+                validate=validate,
+                frozen=frozen,
+                record=record,
+                saves=saves,
+                validates=validates,
+                checkpoints=checkpoints,
+                lock=lock,
+                stop=stop,
+                log=log,
+                history=history,
+                clock=clock,
+                console=console,
+            )
+            state = run.to_the_end(state, step)
+        lock.check()
+        results = _results(job, learner, texts, history, clock, checkpoints)
+        return present(job.folder, write_results(job.folder, results | {"settings": settings}))
+
+
+def _enter_folder(
+    job: Job,
+    texts: Texts,
+    settings: dict[str, Any],
+    console: Console,
+    held: contextlib.ExitStack,
+) -> tuple[RunLock, Checkpoints]:
+    """The run's folder, locked, with all that a new run begins with; and its checkpoints."""
+    folder, step = job.folder, job.place.step
+    lock = held.enter_context(
+        open_run_folder(
+            folder, settings, resume=job.place.resume, must_exist=step is not None, flags=FLAGS
+        )
+    )
+    write_atomically(folder / TOKENIZER, texts.tokenizer.to_str(pretty=True).encode())
+    copy_companions(job.base.folder, folder)
+    if texts.template.source is not None:
+        write_atomically(folder / TEMPLATE, texts.template.source.encode())
+    checkpoints = held.enter_context(
+        contextlib.closing(
+            Checkpoints(
+                folder,
+                TotalLimit(job.args.save_total_limit),
+                console,
+                prefix=PREFIX,
+                damaged=folder / DAMAGED,
+                flags=FLAGS,
+            )
+        )
+    )
+    if step is not None:
+        _go_back(job, checkpoints, step, console)
+    return lock, checkpoints
+
+
+def _go_back(job: Job, checkpoints: Checkpoints, step: int, console: Console) -> None:
+    """Deletes what a run has done after a step, and says what."""
+    folder = checkpoints.path(step)
+    try:
+        check_folder(folder, step)
+    except Damaged as error:
+        raise Damaged(f"{folder}: this checkpoint is damaged: {error}; give another") from error
+    later = [str(other) for other in checkpoints.all_steps() if other > step]
+    if later:
+        console.print(
+            f"going back to step {step}: deleting the checkpoints {', '.join(later)}, and all "
+            f"metrics after step {step}"
+        )
+        (job.folder / RESULTS).unlink(missing_ok=True)
+    checkpoints.delete_after(step)
+
+
+def _restore_or_start(
+    learner: Learner, texts: Texts, checkpoints: Checkpoints, clock: Clock, console: Console
+) -> tuple[TrainState, Frozen, int, Course]:
+    """The state, the step that it is after, and the run's course so far."""
+    if checkpoints.latest_step() is None:
+        state, frozen, base = learner.start(console)
+        return state, frozen, 0, Course(base=base)
+    state, frozen, restored = learner.restore(checkpoints, console)
+    clock.add(restored.progress["clock"])
+    texts.batches.set_state(restored.progress["data"])
+    console.print(f"continuing after step {restored.step} of {texts.steps}")
+    return state, frozen, restored.step, Course.read(restored.progress["history"])
+
+
+def _results(
+    job: Job,
+    learner: Learner,
+    texts: Texts,
+    history: Course,
+    clock: Clock,
+    checkpoints: Checkpoints,
+) -> dict[str, Any]:
+    last, best = checkpoints.latest_step(), history.best
+    best_path = None
+    if best is not None and best["step"] in checkpoints.all_steps():
+        best_path = str(job.folder / checkpoints.path(best["step"]).name)
+    return {
+        "steps": texts.steps,
+        "epochs": texts.steps / texts.steps_per_epoch,
+        "tokens": history.tokens,
+        "tokens_per_second": history.tokens / max(clock.step_seconds, 1e-9),
+        "seconds": clock.wall_seconds,
+        "validation": history.validation,
+        "best": best,
+        "trained_parameters": learner.trained,
+        "parameters": learner.counts._asdict(),
+        "optimizer_state_bytes_per_device": learner.state_bytes,
+        "last_model_checkpoint": None
+        if last is None
+        else str(job.folder / checkpoints.path(last).name),
+        "best_model_checkpoint": best_path,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program. What its user can mend ends it with one sentence, and the exit code 1.
+
+    Args:
+        argv: Left out, the command line's.
+    """
+    make_sturdy()
+    quieten_signals()
+    try:
+        run_program(lambda: finetune(parse(Args, argv, aliases=ALIASES, foreign=IN_TRAINING)))
+    except Stopped as stopped:
+        rich.print(f"{stopped}; the same command with {FLAGS.resume} and its output folder goes on")
+        sys.exit(128 + stopped.signum)
+
+
+if __name__ == "__main__":
+    main()

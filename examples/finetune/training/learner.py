@@ -1,0 +1,296 @@
+"""What a fine-tuning changes, and what it leaves alone: weights, adapters, optimizer state."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+
+from examples.finetune.base import digest
+from examples.finetune.data.packing import empty_rows
+from examples.finetune.lora.adapters import DropoutKey, LoraConfig, add_lora
+from examples.finetune.training.job import Job
+from examples.finetune.training.schedule import make_schedule, warmup_of
+from examples.finetune.training.steps import Frozen, StepMetrics, make_train_step, make_validate
+from examples.finetune.training.texts import Texts
+from examples.moonlight.huggingface.config import ModelConfig
+from examples.moonlight.huggingface.pretrained import abstract_model, make_model
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.execution.sharding import BATCH_AXES, bytes_per_device
+from examples.moonlight.model.experts import RouterBias
+from examples.moonlight.model.language_model import ParameterCounts, count_parameters
+from examples.moonlight.run_folder.checkpoint import Checkpoints, Restored
+from examples.moonlight.training.args import QK_CLIP_THRESHOLD
+from examples.moonlight.training.attention import attention_heads
+from examples.moonlight.training.optimizers import make_optimizer
+from examples.moonlight.training.placement import state_shardings
+from examples.moonlight.training.routing import read_roles
+from examples.moonlight.training.steps import TrainState
+from muon_jax import MuonDimensionNumbers, ShardingReport, by_path, qk_clip, sharding_report
+
+_EMPTY = nnx.State({})
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """A model and its optimizer, before anything of them is read or made.
+
+    Attributes:
+        job: What the run is to do.
+        graphdef: The model's static half in training, dropout included.
+        inference: The same in validation, without dropout.
+        counts: The model's parameters, counted, adapters apart.
+        schedule: The learning rate by step.
+        optimizer: Clipping, the optimizer, and QK-Clip where it is asked for.
+        roles: Which trained parameters are matrices.
+        abstract: The shapes of what is trained, and of its optimizer's state.
+        frozen: The shapes of what is not.
+        shardings: Where each array of `abstract` lies.
+        frozen_shardings: The same of `frozen`.
+    """
+
+    job: Job
+    graphdef: nnx.GraphDef
+    inference: nnx.GraphDef
+    counts: ParameterCounts
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    roles: Any
+    abstract: TrainState
+    frozen: Frozen
+    shardings: TrainState
+    frozen_shardings: Frozen
+
+    @property
+    def trained(self) -> int:
+        """How many parameters are trained."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer's state on one device."""
+        return bytes_per_device(self.abstract.opt_state, self.shardings.opt_state)
+
+    def describe(self, console: Console) -> None:
+        """Says how large the model is, what trains how much of it, and what that takes."""
+        job, counts = self.job, self.counts
+        share = self.trained / counts.total
+        how = f"LoRA of rank {job.args.lora_rank}" if job.lora else "full"
+        console.print(
+            f"{job.base.folder}: {counts.total:,} parameters, {self.trained:,} trained "
+            f"({share:.2%}, {how}); {job.args.optimizer}, peak rate {job.args.peak_rate:g}, "
+            f"{job.execution.dtype} on {jax.devices()[0].device_kind}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if job.sharding.mesh is not None:
+            weights = bytes_per_device(
+                (self.abstract.params, self.frozen.base),
+                (self.shardings.params, self.frozen_shardings.base),
+            )
+            console.print(
+                f"mesh {job.sharding}: {weights / 1e6:.2f} MB of parameters and "
+                f"{self.state_bytes / 1e6:.2f} MB of optimizer state on each device"
+            )
+
+    def sharding_report(self) -> ShardingReport | None:
+        """How Muon divides its work over the mesh; None without a mesh or without Muon."""
+        mesh = self.job.sharding.mesh
+        if mesh is None or self.job.args.optimizer == "adamw":
+            return None
+        params = self.abstract.params
+        return sharding_report(
+            params,
+            mesh=mesh,
+            param_specs=self.job.sharding.param_shardings(params),
+            muon_weight_dimension_numbers=self.roles,
+        )
+
+    def start(self, console: Console) -> tuple[TrainState, Frozen, str]:
+        """What a run begins with, and the digest of the model's weights."""
+        opened = self.job.base.load(self.job.execution, console)
+        trained, frozen = opened.params, Frozen(_EMPTY, _EMPTY, opened.bias)
+        if self.job.lora:
+            trained, dropout = self._draw()
+            frozen = Frozen(dropout, opened.params, opened.bias)
+        init = jax.jit(self.optimizer.init, out_shardings=self.shardings.opt_state)
+        found = digest((opened.params, opened.bias))
+        return TrainState(trained, _EMPTY, init(trained)), frozen, found
+
+    def restore(
+        self, checkpoints: Checkpoints, console: Console
+    ) -> tuple[TrainState, Frozen, Restored]:
+        """The state of the newest whole checkpoint, what is frozen, and all else that it holds.
+
+        Raises:
+            ValueError: The adapters were trained beside other weights than the model's.
+        """
+        trained = _placed(self.abstract.params, self.shardings.params)
+        bias = _placed(self.frozen.bias, self.frozen_shardings.bias)
+        restored = checkpoints.restore(
+            model=self.frozen._replace(bias=bias).saved_with(trained),
+            optimizer=_placed(self.abstract.opt_state, self.shardings.opt_state),
+        )
+        if not self.job.lora:
+            state = TrainState(restored.model["params"], _EMPTY, restored.optimizer)
+            return state, Frozen(_EMPTY, _EMPTY, restored.model["router_bias"]), restored
+        opened = self.job.base.load(self.job.execution, console)
+        check_base(
+            restored.progress["history"]["base"], (opened.params, opened.bias), self.job.base.folder
+        )
+        _, dropout = self._draw()
+        state = TrainState(restored.model["adapters"], _EMPTY, restored.optimizer)
+        return state, Frozen(dropout, opened.params, opened.bias), restored
+
+    def compile(
+        self, state: TrainState, frozen: Frozen, texts: Texts
+    ) -> tuple[
+        Callable[..., tuple[TrainState, StepMetrics]], Callable[[nnx.State, Frozen], Any] | None
+    ]:
+        """The programs of the loop: a step, and the validation if anything is held out."""
+        job, sharding = self.job, self.job.sharding
+        one, batch = sharding.place(), sharding.place(None, BATCH_AXES)
+        shape = (job.args.gradient_accumulation_steps, job.micro_batch, texts.row_length)
+        step = jax.jit(
+            make_train_step(self.graphdef, self.optimizer, self.schedule),
+            donate_argnums=0,
+            in_shardings=(self.shardings, self.frozen_shardings, batch, one),
+            out_shardings=(self.shardings, one),
+        )
+        compiled = step.lower(state, frozen, empty_rows(shape), np.int32(0)).compile()
+        if texts.validation is None:
+            return compiled, None
+        rows_kbt = jax.device_put(texts.validation, batch)
+        validate = jax.jit(
+            make_validate(self.inference),
+            in_shardings=(self.shardings.params, self.frozen_shardings, batch),
+        )
+        sums = validate.lower(state.params, frozen, rows_kbt).compile()
+        return compiled, lambda trained, frozen: sums(trained, frozen, rows_kbt)
+
+    def _draw(self) -> tuple[nnx.State, nnx.State]:
+        """New factors, and the keys of their dropout: the same bits on any mesh."""
+        job = self.job
+        model = adapted(job.config, job.execution, lora_config(job.args), job.args.seed)
+        _, factors, dropout, _ = nnx.split(model, nnx.LoRAParam, DropoutKey, ...)
+        places = (self.shardings.params, self.frozen_shardings.dropout)
+        return jax.device_put((factors, dropout), places)
+
+
+def check_base(expected: str, weights: Any, folder: Any) -> None:
+    """Makes sure that adapters meet the weights that they were trained beside.
+
+    Raises:
+        ValueError: The weights are others.
+    """
+    if (found := digest(weights)) != expected:
+        raise ValueError(
+            f"{folder}: the adapters were trained beside the weights {expected}, and these are "
+            f"{found}: give --model with the folder of the model that was fine-tuned"
+        )
+
+
+def lora_config(args: Any) -> LoraConfig:
+    """The adapters that a command line asks for."""
+    targets = tuple(args.target_modules)
+    return LoraConfig(
+        rank=args.lora_rank,
+        alpha=args.lora_alpha,
+        dropout=args.lora_dropout,
+        target_modules="all-linear" if targets == ("all-linear",) else targets,
+    )
+
+
+def adapted(config: ModelConfig, execution: Execution, lora: LoraConfig, seed: int = 0) -> Any:
+    """A model with new adapters, all else of it being shapes only."""
+    model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0), execution=execution))
+    add_lora(model, lora, nnx.Rngs(seed))
+    return model
+
+
+def make_learner(job: Job, steps: int) -> Learner:
+    """The model and the optimizer of a run; nothing is computed.
+
+    Args:
+        job: What the run is to do, with the rows of its texts.
+        steps: Of the whole run.
+    """
+    args, sharding = job.args, job.sharding
+    base, params, bias = abstract_model(job.config, job.execution)
+    counts = count_parameters(nnx.merge(base, params, bias))
+    if job.lora:
+        model = nnx.eval_shape(
+            lambda: adapted(job.config, job.execution, lora_config(args), args.seed)
+        )
+        model.train()
+        graphdef, trained, dropout, params, bias = nnx.split(
+            model, nnx.LoRAParam, DropoutKey, nnx.Param, RouterBias
+        )
+        frozen = Frozen(dropout, params, bias)
+        model.eval()
+        inference = nnx.graphdef(model)
+    else:
+        trained, frozen, graphdef, inference = params, Frozen(_EMPTY, _EMPTY, bias), base, base
+    warmup = warmup_of(
+        steps,
+        warmup_steps=args.warmup_steps,
+        warmup_ratio=args.warmup_ratio,
+        kind=args.lr_scheduler_type,
+    )
+    schedule = make_schedule(
+        args.lr_scheduler_type, peak=args.peak_rate, steps=steps, warmup=warmup
+    )
+    options = dict(job.options)
+    roles = _roles(job, options.pop("lora_a", "muon"))
+    clip = []
+    if args.optimizer == "muonclip":
+        threshold = options.pop("qk_clip_threshold", QK_CLIP_THRESHOLD)
+        clip = [qk_clip(attention_heads(job.config), threshold)]
+    optimizer = make_optimizer(
+        args.optimizer,
+        schedule,
+        args.weight_decay,
+        sharding.mesh,
+        None if sharding.mesh is None else sharding.param_shardings(trained),
+        clip,
+        roles,
+        max_norm=args.max_grad_norm,
+        b1=args.adam_beta1,
+        b2=args.adam_beta2,
+        eps=args.adam_epsilon,
+        options=options,
+    )
+    abstract = TrainState(trained, _EMPTY, jax.eval_shape(optimizer.init, trained))
+    return Learner(
+        job=job,
+        graphdef=graphdef,
+        inference=inference,
+        counts=counts,
+        schedule=schedule,
+        optimizer=optimizer,
+        roles=roles,
+        abstract=abstract,
+        frozen=frozen,
+        shardings=state_shardings(abstract, optimizer, args.optimizer, sharding),
+        frozen_shardings=Frozen(
+            jax.tree.map(lambda _: sharding.place(), frozen.dropout),
+            sharding.param_shardings(frozen.base),
+            jax.tree.map(lambda _: sharding.place(), frozen.bias),
+        ),
+    )
+
+
+def _roles(job: Job, lora_a: str) -> Any:
+    """Which trained parameters are matrices: each factor is one, of every layer by itself."""
+    if not job.lora:
+        return read_roles(job.config)
+    factor = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return by_path({"lora_a$": factor if lora_a == "muon" else None, "lora_b$": factor})
+
+
+def _placed(abstract: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), abstract, shardings)

@@ -1,0 +1,170 @@
+"""A tuned model, ready to run or to be written: a checkpoint of ours, or a model as it is.
+
+Whatever is decoded or exported from here has the adapters merged into its weights: no program below
+this one meets a model with adapters beside it, and none can take the base for the tuned model.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+
+from examples.finetune.base import Base, find_base
+from examples.finetune.lora.adapters import DropoutKey, LoraConfig
+from examples.finetune.lora.merge import merged
+from examples.finetune.training.learner import adapted, check_base
+from examples.finetune.training.place import ARGS, PREFIX
+from examples.moonlight.common.files import read_json
+from examples.moonlight.common.untrusted import is_there, shown
+from examples.moonlight.data.tokenizer import TOKENIZER, load_tokenizer
+from examples.moonlight.generation.model_folder import OpenModel, config_of, stop_tokens
+from examples.moonlight.huggingface.config import ModelConfig
+from examples.moonlight.huggingface.pretrained import abstract_model
+from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.model.experts import RouterBias
+from examples.moonlight.run_folder.checkpoint import kept_steps, read_folder
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint of a fine-tuning, nothing of its weights being read yet.
+
+    Attributes:
+        folder: checkpoint-N, or what it was copied to.
+        args: Its `args.json`.
+        config: The architecture of its model.
+        lora: The adapters that it holds; None of a model that was trained in full.
+        base: The model that it began with; None of a model that was trained in full.
+        texts: The folder with its tokenizer and its chat template.
+    """
+
+    folder: Path
+    args: dict[str, Any]
+    config: ModelConfig
+    lora: LoraConfig | None
+    base: Base | None
+    texts: Path
+
+    @property
+    def system(self) -> str | None:
+        """The system message that it was trained with, a text or the name of a .txt file."""
+        return self.args.get("system")
+
+
+def find_checkpoint(folder: Path, model: str | None = None) -> Checkpoint:
+    """Reads what a checkpoint says of itself.
+
+    Args:
+        folder: checkpoint-N; or a run's output folder, whose last is taken.
+        model: The base, where it has moved since; None takes it from `args.json`.
+
+    Raises:
+        FileNotFoundError: It is no checkpoint, or its base or its tokenizer is not there.
+        ValueError: Its `args.json` is none of this version's.
+    """
+    if kept := kept_steps(folder, PREFIX):
+        folder = folder / f"{PREFIX}{kept[-1]}"
+    path = folder / ARGS
+    if not is_there(path):
+        raise FileNotFoundError(
+            f"--adapters {folder}: found no {ARGS}: give a checkpoint of examples.finetune.sft, "
+            "such as output/checkpoint-20"
+        )
+    args = read_json(path)
+    config = config_of(args, path)
+    lora, base = None, None
+    try:
+        if args["tuner_type"] == "lora":
+            targets = tuple(args["target_modules"])
+            lora = LoraConfig(
+                rank=args["lora_rank"],
+                alpha=args["lora_alpha"],
+                dropout=args["lora_dropout"],
+                target_modules="all-linear" if targets == ("all-linear",) else targets,
+            )
+            base = find_base(model or args["base"]["folder"], args["base"]["checkpoint"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: {shown(error)} is missing or no value: the file is damaged, or of another "
+            "version; train again"
+        ) from error
+    candidates = [folder, folder.absolute().parent, *([] if base is None else [base.folder])]
+    texts = next((place for place in candidates if is_there(place / TOKENIZER)), candidates[-1])
+    return Checkpoint(folder, args, config, lora, base, texts)
+
+
+def open_checkpoint(
+    checkpoint: Checkpoint, execution: Execution, console: Console | None = None
+) -> OpenModel:
+    """Reads a checkpoint's model onto the devices of an execution, adapters merged.
+
+    Raises:
+        Damaged: The checkpoint is not what was saved.
+        ValueError: The base has other weights than those that the adapters were trained beside.
+    """
+    config, place = checkpoint.config, execution.sharding
+    graphdef, params, bias = abstract_model(config, execution)
+    shardings = place.param_shardings(params), jax.tree.map(lambda _: place.place(), bias)
+    if checkpoint.lora is None or checkpoint.base is None:
+        target = {
+            "params": _placed(params, shardings[0]),
+            "router_bias": _placed(bias, shardings[1]),
+        }
+        model = read_folder(checkpoint.folder, target)
+        params, bias = model["params"], model["router_bias"]
+    else:
+        opened = checkpoint.base.load(execution, console)
+        check_base(
+            checkpoint.args["base"]["digest"], (opened.params, opened.bias), checkpoint.base.folder
+        )
+        factors = read_adapters(checkpoint, execution)
+        params, bias = merge(config, execution, checkpoint.lora, opened, factors)
+    tokenizer = load_tokenizer(checkpoint.texts)
+    stop_ids = stop_tokens(checkpoint.texts, tokenizer)
+    return OpenModel(config, graphdef, params, bias, tokenizer, stop_ids)
+
+
+def read_adapters(checkpoint: Checkpoint, execution: Execution) -> nnx.State:
+    """The factors of a checkpoint.
+
+    Raises:
+        Damaged: The checkpoint is not what was saved.
+    """
+    assert checkpoint.lora is not None
+    lora, place = checkpoint.lora, execution.sharding
+    model = nnx.eval_shape(lambda: adapted(checkpoint.config, execution, lora))
+    factors = nnx.state(model, nnx.LoRAParam)
+    target = {"adapters": _placed(factors, place.param_shardings(factors))}
+    return read_folder(checkpoint.folder, target)["adapters"]
+
+
+def merge(
+    config: ModelConfig, execution: Execution, lora: LoraConfig, opened: OpenModel, factors: Any
+) -> tuple[nnx.State, nnx.State]:
+    """The parameters and the router biases of a model with its adapters merged."""
+    # The masks of dropout are no part of a model that is decoded.
+    lora = dataclasses.replace(lora, dropout=0.0)
+    model = nnx.eval_shape(lambda: adapted(config, execution, lora))
+    graphdef, *_ = nnx.split(model, nnx.LoRAParam, DropoutKey, nnx.Param, RouterBias)
+    whole = merged(nnx.merge(graphdef, factors, opened.params, opened.bias))
+    _, params, bias = nnx.split(whole, nnx.Param, RouterBias)
+    return params, bias
+
+
+def in_dtype(opened: OpenModel, execution: Execution) -> OpenModel:
+    """The same with parameters in the compute dtype, which generation needs no better."""
+    dtype = jnp.dtype(execution.dtype)
+    if dtype == jnp.float32:
+        return opened
+    return opened._replace(params=jax.tree.map(lambda x: x.astype(dtype), opened.params))
+
+
+def _placed(abstract: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        shardings,
+    )
