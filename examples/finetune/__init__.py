@@ -1,0 +1,1 @@
+"""Supervised fine-tuning of the models that the Moonlight example can import."""
