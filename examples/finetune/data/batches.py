@@ -13,6 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from examples.finetune.data.order import shuffled
 from examples.finetune.data.packing import Rows, empty_rows
 
 
@@ -64,8 +65,7 @@ class _Batches:
         self._rows = rows
         self._shape = (micro_batches, batch_size)
         self._steps = steps_per_epoch(rows, micro_batches=micro_batches, batch_size=batch_size)
-        count = len(rows.tokens_bt)
-        self._order = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+        self._order = shuffled(len(rows.tokens_bt), seed=seed)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -75,7 +75,7 @@ class _Batches:
         epoch, step = divmod(int(index), self._steps)
         count, size = len(self._rows.tokens_bt), self._shape[0] * self._shape[1]
         chosen = [
-            int(self._order[epoch * count + i])
+            self._order(epoch * count + i)
             for i in range(step * size, min(count, (step + 1) * size))
         ]
         batch = empty_rows((size, self._rows.tokens_bt.shape[1]))

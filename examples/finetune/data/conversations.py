@@ -85,7 +85,7 @@ def parse_record(record: Any, origin: str) -> Conversation:
 
 def with_system(conversation: Conversation, system: str | None) -> Conversation:
     """The conversation with a system message before it, unless it has its own."""
-    if system is None or conversation.messages[0].role == SYSTEM:
+    if not system or conversation.messages[0].role == SYSTEM:
         return conversation
     return conversation._replace(
         messages=(Message(SYSTEM, system), *conversation.messages),

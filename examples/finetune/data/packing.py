@@ -201,5 +201,5 @@ def _fill(placed: Sequence[Sequence[Sample]], max_length: int) -> Rows:
 def _digest(rows: Rows) -> str:
     found = hashlib.sha256()
     for array in rows:
-        found.update(np.ascontiguousarray(array))
+        found.update(array.tobytes())
     return found.hexdigest()[:16]

@@ -21,7 +21,7 @@ class Filled(NamedTuple):
     """Conversations without placeholders, and how many of them had any."""
 
     conversations: list[Conversation]
-    count: int
+    filled: int
 
 
 def fill_identity(

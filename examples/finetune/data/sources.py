@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import grain
-
 from examples.finetune.data.conversations import Conversation, Malformed, parse_record
+from examples.finetune.data.order import shuffled
 from examples.moonlight.common.json_text import parse_json
 from examples.moonlight.common.untrusted import MEBIBYTE, check_file, is_there, shown, shown_name
 
@@ -19,10 +18,10 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Source(NamedTuple):
-    """A file, and how many of its conversations are taken; None is all of them, once."""
+    """A file, and the number of conversations to take; None is all of them, once."""
 
     path: Path
-    count: int | None
+    number: int | None
 
 
 class SourceReport(NamedTuple):
@@ -105,7 +104,10 @@ def load_conversations(
                 f"{shown_name(source.path)}: no conversation in it ({sum(malformed.values())} "
                 "lines were skipped): leave the file out"
             )
-        used = read if source.count is None else _sampled(read, source.count, seed + place)
+        used = read
+        if source.number is not None:
+            order = shuffled(len(read), seed=seed + place)
+            used = [read[order(i)] for i in range(source.number)]
         conversations += used
         reports.append(SourceReport(source.path, len(read), len(used), malformed, examples))
     return Loaded(conversations, reports)
@@ -133,20 +135,12 @@ def hold_out(
             "and 1, and two conversations or more"
         )
     count = min(max(1, round(share * len(origins))), len(origins) - 1)
-    held = {origins[i] for i in _order(len(origins), count, seed)}
+    order = shuffled(len(origins), seed=seed)
+    held = {origins[order(i)] for i in range(count)}
     return (
         [each for each in conversations if each.origin not in held],
         [each for each in conversations if each.origin in held],
     )
-
-
-def _sampled(read: Sequence[Conversation], count: int, seed: int) -> list[Conversation]:
-    return [read[i] for i in _order(len(read), count, seed)]
-
-
-def _order(size: int, count: int, seed: int) -> list[int]:
-    order = grain.MapDataset.range(size).seed(seed).shuffle().repeat()
-    return [int(order[i]) for i in range(count)]
 
 
 def _read_file(

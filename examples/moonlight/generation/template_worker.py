@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 import jinja2
+from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -35,11 +36,11 @@ class Generation(Extension):
         self.marks = Marks()
         environment.extend(marks=self.marks)  # for `render`; a template does not see it
 
-    def parse(self, parser: Any) -> jinja2.nodes.Node:
+    def parse(self, parser: Any) -> nodes.Node:
         """The tag as a call with what is in it."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body)
+        call = nodes.CallBlock(self.call_method("_mark"), [], [], body)
         return call.set_lineno(line)
 
     def _mark(self, caller: Callable[[], str]) -> str:
