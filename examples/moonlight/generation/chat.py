@@ -38,6 +38,56 @@ class Message(NamedTuple):
 Encoder = Callable[[Sequence[Message]], list[int]]
 
 
+class ChatSource(NamedTuple):
+    """A folder's own template.
+
+    Attributes:
+        path: The file that it is in.
+        text: The jinja text.
+        tokens: `bos_token`, `eos_token`, ... by name, as far as the folder has them.
+    """
+
+    path: Path
+    text: str
+    tokens: dict[str, str]
+
+    def variables(self, messages: Sequence[Message], *, prompt: bool) -> dict[str, Any]:
+        """What the template is given.
+
+        Args:
+            messages: The conversation.
+            prompt: Whether the text ends where the assistant's next answer begins.
+        """
+        return {
+            "messages": [{"role": role, "content": content} for role, content in messages],
+            "add_generation_prompt": prompt,
+            "tools": None,  # templates ask whether they are none, which an undefined name isn't
+            "documents": None,
+            **self.tokens,
+        }
+
+
+def find_template(folder: Path) -> ChatSource | None:
+    """The template that a model's folder has: a file of its own, or in the tokenizer's settings.
+
+    Raises:
+        ValueError: It is no text, or the file is a link out of the folder or too large.
+    """
+    config = read_json(folder / CONFIG, missing_ok=True)
+    path = folder / TEMPLATE
+    if is_there(path):
+        check_inside(path, folder)
+        text = read_text(path, limit=MAX_TEMPLATE)
+    else:
+        path, text = folder / CONFIG, _default(folder / CONFIG, config.get("chat_template"))
+    if text is None:
+        return None
+    names = ("bos_token", "eos_token", "unk_token", "pad_token")
+    tokens = {name: special_token(config, name, folder / CONFIG) for name in names}
+    given = {name: token for name, token in tokens.items() if token is not None}
+    return ChatSource(path, text, given)
+
+
 def load_chat_template(folder: Path, tokenizer: Tokenizer, limits: Limits | None = None) -> Encoder:
     """Finds out how a model's folder writes conversations.
 
@@ -55,17 +105,9 @@ def load_chat_template(folder: Path, tokenizer: Tokenizer, limits: Limits | None
             cannot be compiled. The function raises for what the template refuses, and for one that
             exceeds its limits.
     """
-    config = read_json(folder / CONFIG, missing_ok=True)
-    path = folder / TEMPLATE
-    if is_there(path):
-        check_inside(path, folder)
-        source = read_text(path, limit=MAX_TEMPLATE)
-    else:
-        path, source = folder / CONFIG, _default(folder / CONFIG, config.get("chat_template"))
+    source = find_template(folder)
     if source is not None:
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        tokens = {name: special_token(config, name, folder / CONFIG) for name in names}
-        return _jinja_template(path, source, tokens, tokenizer, limits or Limits())
+        return _jinja_template(source, tokenizer, limits or Limits())
     return moonlight_template(tokenizer)
 
 
@@ -138,22 +180,11 @@ def _default(path: Path, template: Any) -> str | None:
     )
 
 
-def _jinja_template(
-    path: Path, source: str, tokens: dict[str, str | None], tokenizer: Tokenizer, limits: Limits
-) -> Encoder:
-    process = TemplateProcess(source, path, limits)
-    given = {name: text for name, text in tokens.items() if text is not None}
+def _jinja_template(source: ChatSource, tokenizer: Tokenizer, limits: Limits) -> Encoder:
+    process = TemplateProcess(source.text, source.path, limits)
 
     def encode(messages: Sequence[Message]) -> list[int]:
-        text = process.render(
-            {
-                "messages": [message._asdict() for message in messages],
-                "add_generation_prompt": True,
-                "tools": None,  # templates ask whether they are none, which an undefined name isn't
-                "documents": None,
-                **given,
-            }
-        )
+        text = process.render(source.variables(messages, prompt=True))
         return encode_text(tokenizer, text, add_special_tokens=False)
 
     return encode

@@ -65,10 +65,18 @@ class TemplateProcess:
         self._start()
 
     def render(self, variables: dict[str, Any]) -> str:
-        """The text that a conversation becomes.
+        """The text that a conversation becomes; see `render_marked`."""
+        return self.render_marked(variables)[0]
+
+    def render_marked(self, variables: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+        """The text that a conversation becomes, and the parts that the assistant writes.
 
         Args:
             variables: What the template is given; as JSON has it.
+
+        Returns:
+            The text, and where each `{% generation %}` block begins and ends in it, in characters;
+            no blocks for the many templates that have no such tag.
 
         Raises:
             ValueError: The template refuses it, fails, or exceeds its limits.
@@ -78,7 +86,7 @@ class TemplateProcess:
         answer = self._exchange(variables, self._limits.seconds)
         if answer["error"]:
             raise ValueError(f"{self._path}: the chat template refuses this: {answer['error']}")
-        return answer["text"]
+        return answer["text"], [(start, stop) for start, stop in answer["spans"]]
 
     def close(self) -> None:
         """Ends the process."""

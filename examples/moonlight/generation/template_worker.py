@@ -13,6 +13,8 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 try:
@@ -22,6 +24,47 @@ except ImportError:  # Windows, where the time limit holds and the memory limit 
 
 # Of an error's text, which the template may choose.
 _LONGEST_MESSAGE = 500
+
+
+class Generation(Extension):
+    """transformers' `{% generation %}...{% endgeneration %}`, around what the assistant writes."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def __init__(self, environment: jinja2.Environment):
+        super().__init__(environment)
+        self.marks = Marks()
+        environment.extend(marks=self.marks)  # for `render`; a template does not see it
+
+    def parse(self, parser: Any) -> nodes.Node:
+        """The tag as a call with what is in it."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = nodes.CallBlock(self.call_method("_mark"), [], [], body)
+        return call.set_lineno(line)
+
+    def _mark(self, caller: Callable[[], str]) -> str:
+        text = caller()
+        self.marks.found.append((self.marks.size, text))
+        return text
+
+
+class Marks:
+    """How much of a text has been rendered, and the marked parts with where each begins."""
+
+    def __init__(self):
+        self.size = 0
+        self.found: list[tuple[int, str]] = []
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Where the marked parts lie in the whole.
+
+        A part inside a macro or a `set` block is rendered before what stands in front of it.
+        """
+        spans = [(start, start + len(part)) for start, part in self.found]
+        if any(text[a:b] != part for (a, b), (_, part) in zip(spans, self.found, strict=True)):
+            raise jinja2.TemplateError("{% generation %} stands inside a macro or a set block")
+        return spans
 
 
 def limit_memory(size: int) -> None:
@@ -47,7 +90,7 @@ def limit_time(seconds: float) -> None:
 def compile_template(source: str) -> jinja2.Template:
     """A template with the names and the white space that transformers gives templates."""
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
@@ -55,15 +98,20 @@ def compile_template(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def render(template: jinja2.Template, variables: dict[str, Any], longest: int) -> str:
-    """The rendered text, given up once it is too long."""
-    pieces, size = [], 0
+def render(
+    template: jinja2.Template, variables: dict[str, Any], longest: int
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered text, given up once it is too long, and the spans that `generation` marks."""
+    marks: Marks = template.environment.marks  # pyright: ignore[reportAttributeAccessIssue]
+    marks.size, marks.found = 0, []
+    pieces = []
     for piece in template.generate(variables):
-        size += len(piece)
-        if size > longest:
+        marks.size += len(piece)
+        if marks.size > longest:
             raise jinja2.TemplateError(f"its text is longer than {longest:,} characters")
         pieces.append(piece)
-    return "".join(pieces)
+    text = "".join(pieces)
+    return text, marks.spans(text)
 
 
 def attempt(work: Callable[[], Any]) -> tuple[Any, str]:
@@ -97,8 +145,9 @@ def main(lines: TextIO) -> None:
     for line in lines if template else ():
         limit_time(first["seconds"])
         variables = json.loads(line)
-        text, error = attempt(lambda: render(template, variables, first["characters"]))  # noqa: B023
-        _tell({"error": error, "text": text})
+        result, error = attempt(lambda: render(template, variables, first["characters"]))  # noqa: B023
+        text, spans = result or ("", [])
+        _tell({"error": error, "text": text, "spans": spans})
 
 
 def _tell(answer: dict[str, Any]) -> None:
