@@ -107,7 +107,7 @@ def load_chat_template(folder: Path, tokenizer: Tokenizer, limits: Limits | None
     """
     source = find_template(folder)
     if source is not None:
-        return _jinja_template(source, tokenizer, limits or Limits())
+        return jinja_template(source, tokenizer, limits or Limits())
     return moonlight_template(tokenizer)
 
 
@@ -180,7 +180,12 @@ def _default(path: Path, template: Any) -> str | None:
     )
 
 
-def _jinja_template(source: ChatSource, tokenizer: Tokenizer, limits: Limits) -> Encoder:
+def jinja_template(source: ChatSource, tokenizer: Tokenizer, limits: Limits) -> Encoder:
+    """A folder's own template, or one that was made for it.
+
+    Raises:
+        ValueError: It cannot be compiled. The function raises for what it refuses.
+    """
     process = TemplateProcess(source.text, source.path, limits)
 
     def encode(messages: Sequence[Message]) -> list[int]:
