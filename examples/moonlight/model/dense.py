@@ -33,6 +33,7 @@ from examples.moonlight.model.layers import (
     stack_layers,
     write_cache,
 )
+from examples.moonlight.model.packed import Packed, rope_positions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,19 +120,22 @@ class GroupedQueryAttention(nnx.Module):
         self.config = config
         self.execution = execution
 
-    def __call__(self, act_nd: jax.Array, batch: int) -> tuple[jax.Array, AttentionStats]:
+    def __call__(
+        self, act_nd: jax.Array, batch: int, packed: Packed | None = None
+    ) -> tuple[jax.Array, AttentionStats]:
         """Attends causally within each of `batch` sequences.
 
         Args:
             act_nd: Normalised activations `[batch * time, hidden]`.
             batch: Sequences in `act_nd`.
+            packed: The samples of each sequence, if there are several.
 
         Returns:
             The output `[batch * time, hidden]`, and what was measured.
         """
         time = act_nd.shape[0] // batch
-        q_bthp, k_bsgp, v_bsgp = self._project(act_nd, jnp.arange(time)[None], batch)
-        out_bthp, stats = causal_attention(q_bthp, k_bsgp, v_bsgp, self.execution)
+        q_bthp, k_bsgp, v_bsgp = self._project(act_nd, rope_positions(packed, time), batch)
+        out_bthp, stats = causal_attention(q_bthp, k_bsgp, v_bsgp, self.execution, packed)
         return self.o_proj(out_bthp.reshape(batch * time, -1)), stats
 
     def decode(

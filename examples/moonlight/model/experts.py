@@ -20,7 +20,9 @@ from examples.moonlight.model.execution.dispatch import (
 from examples.moonlight.model.execution.grouped import grouped_dot
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import BATCH_AXES, PARAM_SPECS
-from examples.moonlight.model.layers import MLP, normal_param
+from examples.moonlight.model.layers import MLP, lora_product, normal_param
+
+EXPERT_STACKS = ("gate_proj", "up_proj", "down_proj")
 
 
 class RouterBias(nnx.Variable):
@@ -85,7 +87,12 @@ class Router(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The routed experts, one SwiGLU each, as stacks of matrices `[experts, in, out]`."""
+    """The routed experts, one SwiGLU each, as stacks of matrices `[experts, in, out]`.
+
+    With adapters, each matrix of a stack has a pair of its own: `gate_proj_lora_a`, float32
+    `[experts, in, r]`, and `gate_proj_lora_b`, `[experts, r, out]`. Their products are added to the
+    stacks before these are used, whatever the route: a copy of one layer's experts at a time.
+    """
 
     def __init__(self, config: MoonlightConfig, *, rngs: nnx.Rngs, execution: Execution):
         c = config
@@ -94,7 +101,17 @@ class Experts(nnx.Module):
         self.gate_proj = normal_param(rngs, into, c.initializer_range)
         self.up_proj = normal_param(rngs, into, c.initializer_range)
         self.down_proj = normal_param(rngs, out, c.initializer_range)
+        for name in EXPERT_STACKS:
+            for factor in ("a", "b"):
+                setattr(self, f"{name}_lora_{factor}", nnx.data(None))
+        self.lora_scale = 0.0
         self.execution = execution
+
+    def whole_stack(self, name: str) -> jax.Array:
+        """The matrices of a stack, float32 `[experts, in, out]`, with what adapters add to them."""
+        a, b = (getattr(self, f"{name}_lora_{factor}") for factor in ("a", "b"))
+        stack = getattr(self, name)[...]
+        return stack if a is None else stack + lora_product(a, b, self.lora_scale)
 
     def __call__(self, act_nd: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array | None]:
         """The weighted sum of the chosen experts' outputs.
@@ -108,7 +125,7 @@ class Experts(nnx.Module):
             dropped, an int32 scalar, if there is a capacity.
         """
         run = self.execution
-        stacks = tuple(w[...] for w in (self.gate_proj, self.up_proj, self.down_proj))
+        stacks = tuple(self.whole_stack(name) for name in EXPERT_STACKS)
         # Tokens that do not divide over the mesh, a short prompt's, are left to propagation.
         mesh = None if act_nd.shape[0] % run.sharding.batch_shards else run.sharding.mesh
         if run.experts == "dense" or (mesh is None and run.sharding.mesh is not None):
@@ -152,7 +169,7 @@ def _dense_experts(
 
 
 _TOKENS = P(BATCH_AXES)
-_STACKS = tuple(PARAM_SPECS["experts", name] for name in ("gate_proj", "up_proj", "down_proj"))
+_STACKS = tuple(PARAM_SPECS["experts", name] for name in EXPERT_STACKS)
 
 
 def _layout(mesh: Mesh, act_nd: jax.Array) -> Layout:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from examples.moonlight.model.execution.loss import head_loss
+from examples.moonlight.model.execution.loss import head_loss, weighted_head_loss
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.experts import MoE, RouterBias
 from examples.moonlight.model.layers import (
@@ -24,6 +24,7 @@ from examples.moonlight.model.layers import (
     run_layer,
     scan_layers,
 )
+from examples.moonlight.model.packed import Packed, check_packed
 
 # A NamedTuple of arrays whose leading axes are layers and batch; each attention has its own.
 Cache = Any
@@ -48,7 +49,8 @@ class DecoderLayer(nnx.Module):
     """Pre-norm residual attention, then a pre-norm residual MLP, dense or of experts.
 
     Args:
-        attention: Maps `(act_nd, batch)` to its output and `AttentionStats`, and has a `decode`.
+        attention: Maps `(act_nd, batch, packed)` to its output and `AttentionStats`, and has a
+            `decode`.
         mlp: What follows it.
         hidden: Width of the residual stream.
         eps: Of the norms.
@@ -70,9 +72,11 @@ class DecoderLayer(nnx.Module):
         self.mlp = mlp
         self.monitor = monitor
 
-    def __call__(self, act_nd: jax.Array, batch: int) -> tuple[jax.Array, LayerStats]:
+    def __call__(
+        self, act_nd: jax.Array, batch: int, packed: Packed | None = None
+    ) -> tuple[jax.Array, LayerStats]:
         """Returns activations `[n, hidden]`, and what was measured."""
-        attention_nd, attention = self.self_attn(self.input_layernorm(act_nd), batch)
+        attention_nd, attention = self.self_attn(self.input_layernorm(act_nd), batch, packed)
         act_nd = act_nd + attention_nd
         mlp_nd, load_e, dropped = self._mlp(act_nd)
         squares = (mean_square(x) if self.monitor else None for x in (attention_nd, mlp_nd))
@@ -110,6 +114,8 @@ class ModelStats(NamedTuple):
         hot_share_lh: Share of attention logits above 100, float32 `[layers, heads]`; monitored.
         attention_rms_l: RMS of what attention adds to the stream, float32 `[layers]`; monitored.
         mlp_rms_l: The same of the MLP, or of the experts.
+        hits: Sum of the weights of the targets that have the largest logit, a float32 scalar; of
+            `weighted_loss`.
     """
 
     load_le: jax.Array | None
@@ -118,6 +124,7 @@ class ModelStats(NamedTuple):
     hot_share_lh: jax.Array | None
     attention_rms_l: jax.Array | None
     mlp_rms_l: jax.Array | None
+    hits: jax.Array | None = None
 
 
 def merge_stats(stats: ModelStats, count: int | jax.Array) -> ModelStats:
@@ -146,6 +153,7 @@ def merge_stats(stats: ModelStats, count: int | jax.Array) -> ModelStats:
         hot_share_lh=mean(stats.hot_share_lh),
         attention_rms_l=rms(stats.attention_rms_l),
         mlp_rms_l=rms(stats.mlp_rms_l),
+        hits=total(stats.hits),
     )
 
 
@@ -196,32 +204,39 @@ class LanguageModel(nnx.Module):
     norm: RMSNorm
     lm_head: Linear | None
 
-    def __call__(self, tokens_bt: jax.Array) -> tuple[jax.Array, ModelStats]:
+    def __call__(
+        self, tokens_bt: jax.Array, packed: Packed | None = None
+    ) -> tuple[jax.Array, ModelStats]:
         """Logits for the token after each position.
 
         Args:
             tokens_bt: Token ids, an integer array `[batch, time]`.
+            packed: The samples of each row; None takes a row for one sample.
 
         Returns:
             Logits, float32 `[batch, time, vocab]`, and the statistics of this forward pass.
 
         Raises:
             ValueError: The tokens are not an integer matrix, longer than `max_position_embeddings`,
-                or sharded over Explicit mesh axes.
+                or sharded over Explicit mesh axes; or `packed` has another shape than they.
         """
-        act_nd, stats = self.hidden(tokens_bt)
+        act_nd, stats = self.hidden(tokens_bt, packed)
         return self.logits(act_nd).reshape(*tokens_bt.shape, -1), stats
 
-    def hidden(self, tokens_bt: jax.Array) -> tuple[jax.Array, ModelStats]:
+    def hidden(
+        self, tokens_bt: jax.Array, packed: Packed | None = None
+    ) -> tuple[jax.Array, ModelStats]:
         """What the head reads: activations behind the last norm, `[batch * time, hidden]`.
 
         Args, statistics and errors are those of `__call__`.
         """
         check_tokens(tokens_bt, self.config.max_position_embeddings)
+        if packed is not None:
+            check_packed(packed, tokens_bt)
         batch = tokens_bt.shape[0]
 
         def run(layer: Any, act_nd: jax.Array, _: None) -> tuple[jax.Array, LayerStats]:
-            return layer(act_nd, batch)
+            return layer(act_nd, batch, packed)
 
         act_nd = self.embed(tokens_bt.reshape(-1))
         firsts = []
@@ -239,6 +254,43 @@ class LanguageModel(nnx.Module):
     def loss(self, act_nd: jax.Array, target_n: jax.Array) -> jax.Array:
         """Mean cross-entropy of predicting `target_n` from `[n, hidden]`, without all logits."""
         return head_loss(act_nd, self._head(), target_n, self.execution)
+
+    def weighted_loss(
+        self,
+        tokens_bt: jax.Array,
+        targets_bt: jax.Array,
+        weight_bt: jax.Array,
+        packed: Packed | None = None,
+    ) -> tuple[jax.Array, jax.Array, ModelStats]:
+        """Sums, so that micro-batches add up to the mean over the tokens of all of them.
+
+        Args:
+            tokens_bt: What the model reads, an integer array `[batch, time]`.
+            targets_bt: What it should predict at each position, of the same shape.
+            weight_bt: How much each target counts, float32 of the same shape: 0 for padding, and
+                for what the user said. No gradient reaches the weights.
+            packed: The samples of each row; None takes a row for one sample.
+
+        Returns:
+            The weighted sum of the cross-entropies in nats, the sum of the weights, both float32
+            scalars, and the statistics of the forward pass, `hits` among them. Loads of experts
+            count every position, padding included.
+
+        Raises:
+            ValueError: As `__call__`, or targets or weights have another shape than the tokens.
+        """
+        for name, value_bt in (("targets_bt", targets_bt), ("weight_bt", weight_bt)):
+            if value_bt.shape != tokens_bt.shape:
+                raise ValueError(
+                    f"{name} must have the tokens' shape {list(tokens_bt.shape)}, got "
+                    f"{list(value_bt.shape)}."
+                )
+        act_nd, stats = self.hidden(tokens_bt, packed)
+        weight_n = weight_bt.astype(jnp.float32).reshape(-1)
+        total, hits = weighted_head_loss(
+            act_nd, self._head(), targets_bt.reshape(-1), weight_n, self.execution
+        )
+        return total, weight_n.sum(), stats._replace(hits=hits)
 
     def init_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` sequences of at most `length` tokens."""
@@ -346,6 +398,7 @@ def count_parameters(model: LanguageModel) -> ParameterCounts:
         size = variable.size
         if isinstance(variable, RouterBias):
             router_bias += size
+        if not isinstance(variable, nnx.Param):
             continue
         total += size
         if path[0] not in ("embed", "lm_head"):

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import BATCH_AXES
+from examples.moonlight.model.packed import Packed
 
 PyTree = Any
 
@@ -39,18 +40,57 @@ def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.P
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, in the dtype of `x`; the kernel is float32 `[in, out]`."""
+    """`x @ kernel + bias`, in the dtype of `x`; the kernel is float32 `[in, out]`.
+
+    With adapters (LoRA, arXiv 2106.09685), `lora_scale * drop(x) @ lora_a @ lora_b` is added:
+    `examples.finetune.lora` makes them, and a model has none by itself.
+
+    Attributes:
+        kernel: The matrix; a stack of layers has a leading axis here and below.
+        bias: Float32 `[out]`, or None.
+        lora_a: Float32 `[in, r]`, or None.
+        lora_b: Float32 `[r, out]`, or None.
+        lora_key: Data of a random key for the dropout, uint32, or None: no dropout.
+        lora_scale: Factor of the adapter's product, alpha / r.
+        lora_dropout: Share of the adapter's inputs that is dropped in training.
+        deterministic: Whether nothing is dropped; `model.eval()` and `model.train()` set it.
+    """
 
     def __init__(
         self, rows: int, cols: int, *, stddev: float, rngs: nnx.Rngs, use_bias: bool = False
     ):
         self.kernel = normal_param(rngs, (rows, cols), stddev)
         self.bias = nnx.data(nnx.Param(jnp.zeros((cols,), jnp.float32)) if use_bias else None)
+        self.lora_a: Any = nnx.data(None)
+        self.lora_b: Any = nnx.data(None)
+        self.lora_key: Any = nnx.data(None)
+        self.lora_scale, self.lora_dropout, self.deterministic = 0.0, 0.0, True
 
     def __call__(self, x_nd: jax.Array) -> jax.Array:
         """Maps `[n, in]` to `[n, out]`."""
         out = x_nd @ self.kernel[...].astype(x_nd.dtype)
+        if self.lora_a is not None:
+            a_dr, b_rd = (w[...].astype(x_nd.dtype) for w in (self.lora_a, self.lora_b))
+            out = out + self.lora_scale * ((self._drop(x_nd) @ a_dr) @ b_rd)
         return out if self.bias is None else out + self.bias[...].astype(x_nd.dtype)[None]
+
+    def whole_kernel(self) -> jax.Array:
+        """The matrix that `x` is multiplied with when nothing is dropped, adapters included."""
+        if self.lora_a is None:
+            return self.kernel[...]
+        return self.kernel[...] + lora_product(self.lora_a, self.lora_b, self.lora_scale)
+
+    def _drop(self, x_nd: jax.Array) -> jax.Array:
+        if self.deterministic or self.lora_key is None or self.lora_dropout == 0:
+            return x_nd
+        key = jax.random.wrap_key_data(self.lora_key[...])
+        kept_nd = jax.random.bernoulli(key, 1 - self.lora_dropout, x_nd.shape)
+        return jnp.where(kept_nd, x_nd / (1 - self.lora_dropout), 0)
+
+
+def lora_product(lora_a: Any, lora_b: Any, scale: float) -> jax.Array:
+    """`scale * a @ b`: what a pair adds to its matrix, float32 `[..., in, out]`."""
+    return scale * jnp.matmul(lora_a[...], lora_b[...], precision="highest")
 
 
 class RMSNorm(nnx.Module):
@@ -183,7 +223,11 @@ class AttentionStats(NamedTuple):
 
 
 def causal_attention(
-    q_bthp: jax.Array, k_bshp: jax.Array, v_bshw: jax.Array, execution: Execution
+    q_bthp: jax.Array,
+    k_bshp: jax.Array,
+    v_bshw: jax.Array,
+    execution: Execution,
+    packed: Packed | None = None,
 ) -> tuple[jax.Array, AttentionStats]:
     """Softmax attention of each position to itself and those before it, within each sequence.
 
@@ -196,6 +240,7 @@ def causal_attention(
         k_bshp: Keys; their heads divide the queries' (grouped-query attention).
         v_bshw: Values, with the heads of the keys.
         execution: How to run it.
+        packed: The samples of each row: none reads another. None takes a row for one sample.
 
     Returns:
         The output `[b, t, h, w]` in the dtype of the values, and what was measured.
@@ -206,19 +251,28 @@ def causal_attention(
         k_bshp, v_bshw = (jnp.repeat(x, repeats, axis=2) for x in (k_bshp, v_bshw))
     block = min(execution.attention_block or time, time)
 
-    def attend(q_bthp: jax.Array, k_bshp: jax.Array, v_bshw: jax.Array):
+    def attend(
+        q_bthp: jax.Array, k_bshp: jax.Array, v_bshw: jax.Array, segment_bs: jax.Array | None
+    ):
         logit_bhts = jnp.einsum(
             "bthp,bshp->bhts", q_bthp, k_bshp, preferred_element_type=jnp.float32
         )
         times, before = q_bthp.shape[1], k_bshp.shape[1] - q_bthp.shape[1]
         causal_ts = jnp.tril(jnp.ones((times, before + times), bool), before)
         logit_bhts = logit_bhts * q_bthp.shape[-1] ** -0.5
-        logit_bhts = jnp.where(causal_ts[None, None], logit_bhts, -jnp.inf)
-        seen_bhts = jax.lax.stop_gradient(logit_bhts)
-        max_logit_h = seen_bhts.max(axis=(0, 2, 3))
+        seen_bhts = causal_ts[None, None]
+        if segment_bs is not None:
+            own_bts = segment_bs[:, before:, None] == segment_bs[:, None, :]
+            seen_bhts = seen_bhts & own_bts[:, None]
+        logit_bhts = jnp.where(seen_bhts, logit_bhts, -jnp.inf)
+        measured_bhts = jax.lax.stop_gradient(logit_bhts)
+        if segment_bs is not None:
+            there_bt = segment_bs[:, before:] > 0
+            measured_bhts = jnp.where(there_bt[:, None, :, None], measured_bhts, -jnp.inf)
+        max_logit_h = measured_bhts.max(axis=(0, 2, 3))
         hot_h = None
         if execution.monitor:
-            hot_h = (seen_bhts > HOT_LOGIT).sum((0, 2, 3), dtype=jnp.float32)
+            hot_h = (measured_bhts > HOT_LOGIT).sum((0, 2, 3), dtype=jnp.float32)
         prob_bhts = jax.nn.softmax(logit_bhts, axis=-1).astype(v_bshw.dtype)
         return jnp.einsum("bhts,bshw->bthw", prob_bhts, v_bshw), max_logit_h, hot_h
 
@@ -227,11 +281,16 @@ def causal_attention(
     blocks = []
     for start in range(0, time, block):
         stop = min(start + block, time)
-        blocks.append(attend(q_bthp[:, start:stop], k_bshp[:, :stop], v_bshw[:, :stop]))
+        segment_bs = None if packed is None else packed.segment_bt[:, :stop]
+        blocks.append(attend(q_bthp[:, start:stop], k_bshp[:, :stop], v_bshw[:, :stop], segment_bs))
     outs, maxima, hots = zip(*blocks, strict=True)
     hot_share_h = None
     if execution.monitor:
-        logits = q_bthp.shape[0] * time * (time + 1) / 2
+        if packed is None:
+            logits = q_bthp.shape[0] * time * (time + 1) / 2
+        else:  # A position at p of its sample reads p + 1.
+            read_bt = jnp.where(packed.segment_bt > 0, packed.position_bt + 1, 0)
+            logits = jnp.maximum(read_bt.sum(dtype=jnp.float32), 1)
         hot_share_h = jnp.stack(hots).astype(jnp.float32).sum(axis=0) / logits
     return jnp.concatenate(outs, axis=1), AttentionStats(jnp.stack(maxima).max(axis=0), hot_share_h)
 

@@ -47,6 +47,7 @@ from examples.moonlight.model.layers import (
     stack_layers,
     write_cache,
 )
+from examples.moonlight.model.packed import Packed, rope_positions
 
 # DeepSeek-V3 builds this norm with its class's default epsilon, not with the configuration's.
 LATENT_NORM_EPS = 1e-6
@@ -85,26 +86,30 @@ class LatentAttention(nnx.Module):
         self.config = config
         self.execution = execution
 
-    def __call__(self, act_nd: jax.Array, batch: int) -> tuple[jax.Array, AttentionStats]:
+    def __call__(
+        self, act_nd: jax.Array, batch: int, packed: Packed | None = None
+    ) -> tuple[jax.Array, AttentionStats]:
         """Attends causally within each of `batch` sequences.
 
         Args:
             act_nd: Normalised activations `[batch * time, hidden]`.
             batch: Sequences in `act_nd`.
+            packed: The samples of each sequence, if there are several.
 
         Returns:
             The output `[batch * time, hidden]`, and what was measured.
         """
         c = self.config
         time, heads = act_nd.shape[0] // batch, c.num_attention_heads
-        q_nope, q_rope, latent_btz, k_rope = self._project(act_nd, jnp.arange(time)[None], batch)
+        position_bt = rope_positions(packed, time)
+        q_nope, q_rope, latent_btz, k_rope = self._project(act_nd, position_bt, batch)
         kv_nh = self.kv_b_proj(latent_btz.reshape(batch * time, c.kv_lora_rank))
         kv_bsh = kv_nh.reshape(batch, time, heads, c.qk_nope_head_dim + c.v_head_dim)
         k_nope, v_bshw = jnp.split(kv_bsh, [c.qk_nope_head_dim], axis=-1)
         k_rope = jnp.broadcast_to(k_rope, (batch, time, heads, c.qk_rope_head_dim))
         q_bthp = jnp.concatenate([q_nope, q_rope], axis=-1)
         k_bshp = jnp.concatenate([k_nope, k_rope], axis=-1)
-        out_bthw, stats = causal_attention(q_bthp, k_bshp, v_bshw, self.execution)
+        out_bthw, stats = causal_attention(q_bthp, k_bshp, v_bshw, self.execution, packed)
         return self.o_proj(out_bthw.reshape(batch * time, heads * c.v_head_dim)), stats
 
     def decode(
@@ -127,7 +132,7 @@ class LatentAttention(nnx.Module):
             write_cache(cache.k_rope_lbsr, layer, k_rope[:, :, 0], position_bt),
         )
         kv_b_zhx = (
-            self.kv_b_proj.kernel[...]
+            self.kv_b_proj.whole_kernel()
             .astype(act_nd.dtype)
             .reshape(c.kv_lora_rank, c.num_attention_heads, -1)
         )

@@ -61,6 +61,24 @@ PARAM_SPECS: dict[tuple[str, ...], P] = {
 }
 
 
+def _adapter_specs() -> dict[tuple[str, ...], P]:
+    """Of adapters: each factor lies as its side of the matrix does, the rank replicated."""
+    specs: dict[tuple[str, ...], P] = {}
+    for (module, name), spec in PARAM_SPECS.items():
+        if module.endswith("_proj") and name == "kernel":
+            rows, cols = spec
+            specs[module, "lora_a"], specs[module, "lora_b"] = P(rows, None), P(None, cols)
+            specs[module, "lora_key"] = P(None)
+        elif module == "experts":
+            experts, rows, cols = spec
+            specs[module, f"{name}_lora_a"] = P(experts, rows, None)
+            specs[module, f"{name}_lora_b"] = P(experts, None, cols)
+    return specs
+
+
+PARAM_SPECS |= _adapter_specs()
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelSharding:
     """Where a model's arrays lie: on one device, or on a mesh with the axes `MESH_AXES`, all Auto.

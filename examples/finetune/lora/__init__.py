@@ -1,0 +1,1 @@
+"""Low-rank adapters: made, merged, and exchanged with PEFT."""
