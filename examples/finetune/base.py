@@ -64,6 +64,11 @@ class Base(NamedTuple):
         return {"folder": str(self.folder.resolve()), "checkpoint": self.checkpoint}
 
 
+def base_folder(model: str | None) -> Path:
+    """The folder that `--model` names."""
+    return DEFAULT if model is None else Path(model)
+
+
 def find_base(model: str | None, checkpoint: int | None = None) -> Base:
     """The model that a command line names.
 
@@ -75,7 +80,7 @@ def find_base(model: str | None, checkpoint: int | None = None) -> Base:
         FileNotFoundError: It is not there; the message says what to type.
         ValueError: Its configuration or its files cannot be read.
     """
-    folder = DEFAULT if model is None else Path(model)
+    folder = base_folder(model)
     if model is None and not is_there(folder / SETTINGS):
         raise FileNotFoundError(
             f"no --model is given, and the small one that `make train` makes is not in {DEFAULT}: "

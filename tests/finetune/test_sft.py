@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import sft_toy
 
+from examples.finetune.args import Args
 from examples.finetune.base import digest
 from examples.finetune.sft import finetune, main
 from examples.finetune.training import loop
@@ -28,6 +29,8 @@ from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.run_folder import metrics
 from examples.moonlight.run_folder.checkpoint import kept_steps, read_folder
 from examples.moonlight.training.stopping import Stopped
+from muon_jax import routing_report
+from tests.moonlight.hf_toy import FAMILIES
 
 # Where a run has a process of its own: as here, on one device.
 ENVIRONMENT = os.environ | {
@@ -285,6 +288,35 @@ def test_a_mesh_has_the_losses_of_one_device(tmp_path: Path):
         finetune(ask)
         losses.append([record["loss"] for record in records(ask.output_dir)])
     np.testing.assert_allclose(losses[0], losses[1], rtol=MESH_TOLERANCE)
+
+
+def test_each_factor_is_a_matrix_and_a_may_go_to_adamw(tmp_path: Path):
+    for options, group in ((None, "muon"), ("lora_a=adamw", "adam")):
+        ask = sft_toy.arguments(tmp_path, "deepseek_v3", optim_args=options)
+        learner = make_learner(make_job(ask), 6)
+        report = routing_report(
+            learner.abstract.params, muon_weight_dimension_numbers=learner.roles
+        )
+        assert len(report.rows) == 28
+        for row in report.rows:
+            assert row.group == (group if "lora_a" in row.path else "muon"), row
+            stacked = 2 if row.path.startswith("layers") else 1
+            assert row.group == "adam" or row.matrices[0] == (stacked, *row.shape[-2:]), row
+
+
+def test_a_resumed_run_stays_with_the_step_of_its_base(tmp_path: Path):
+    base = tmp_path / "pretrained"
+    for step in (4, 8):
+        (base / "checkpoints" / str(step)).mkdir(parents=True)
+    config = dataclasses.asdict(FAMILIES["deepseek_v3"])
+    (base / "settings.json").write_text(json.dumps({"config": config}))
+    ask = Args(model=str(base), output_dir=tmp_path / "run")
+    assert make_job(ask).base.checkpoint == 8
+    (tmp_path / "run").mkdir()
+    record = {"base": {"folder": str(base.resolve()), "checkpoint": 4}}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(record))
+    asked = dataclasses.replace(ask, resume_from_checkpoint=tmp_path / "run")
+    assert make_job(asked).base.checkpoint == 4
 
 
 def test_mistakes_are_one_sentence(tmp_path: Path, monkeypatch, capsys):

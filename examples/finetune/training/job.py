@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from examples.finetune.args import Args, check, settings_of
-from examples.finetune.base import Base, find_base
+from examples.finetune.base import Base, base_folder, find_base
 from examples.finetune.optim_args import parse_optim_args
-from examples.finetune.training.place import Place, find_place
+from examples.finetune.training.place import ARGS, Place, find_place
+from examples.moonlight.common.files import read_json
+from examples.moonlight.common.untrusted import is_there
 from examples.moonlight.huggingface.config import ModelConfig
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
@@ -98,8 +100,19 @@ def make_job(args: Args) -> Job:
     check(args)
     options = parse_optim_args(args.optim_args, args.optimizer, args.tuner_type)
     place = find_place(args)
-    base = find_base(args.model)
+    base = find_base(args.model, _checkpoint_before(args, place))
     return Job(args, place, base, base.config, make_execution(args), options)
+
+
+def _checkpoint_before(args: Args, place: Place) -> int | None:
+    """Which step of its base a run began with, if it is resumed, and its base is a run of ours."""
+    path = place.folder / ARGS
+    if not place.resume or not is_there(path):
+        return None
+    base = read_json(path).get("base")
+    there = base.get("checkpoint") if isinstance(base, dict) else None
+    same = isinstance(base, dict) and base.get("folder") == str(base_folder(args.model).resolve())
+    return there if same and type(there) is int else None
 
 
 def make_execution(args: Any) -> Execution:

@@ -140,6 +140,12 @@ def _conversations(args: Args, console: Console) -> tuple[list[Conversation], li
         return train, load(args.val_dataset)
     if args.split_dataset_ratio:
         return hold_out(train, args.split_dataset_ratio, seed=args.data_seed)
+    if args.eval_steps is not None or args.eval_strategy not in (None, "no"):
+        console.print(
+            "nothing is held out, so nothing is validated: give --val_dataset, or a share with "
+            "--split_dataset_ratio 0.01",
+            style="yellow",
+        )
     return train, []
 
 
