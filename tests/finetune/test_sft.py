@@ -12,18 +12,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
 import sft_toy
+from flax import nnx
+from rich.console import Console
 
 from examples.finetune.args import Args
 from examples.finetune.base import digest
+from examples.finetune.data.sources import hold_out, load_conversations
+from examples.finetune.lora.adapters import DropoutKey
 from examples.finetune.sft import finetune, main
 from examples.finetune.training import loop
 from examples.finetune.training.job import make_job
 from examples.finetune.training.learner import make_learner
-from examples.finetune.tuned import find_checkpoint, read_adapters
+from examples.finetune.training.steps import Frozen, make_validate
+from examples.finetune.training.texts import load_texts
+from examples.finetune.tuned import find_checkpoint, open_checkpoint, read_adapters
 from examples.moonlight.huggingface.pretrained import load_pretrained
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.run_folder import metrics
@@ -135,6 +142,41 @@ def test_a_checkpoint_holds_the_adapters_and_their_state_alone(whole: Path):
     assert any(np.any(leaf) for leaf in jax.tree.leaves(adapters))
 
 
+def test_the_validation_is_of_the_model_that_is_decoded(whole: Path):
+    """Adapters merged, and nothing dropped."""
+    job = make_job(sft_toy.arguments(whole, split_dataset_ratio=0.2, output_dir=whole / "other"))
+    rows = load_texts(job, Console(quiet=True)).validation
+    opened = open_checkpoint(find_checkpoint(whole / "run" / "checkpoint-6"), Execution())
+    frozen = Frozen(nnx.State({}), nnx.State({}), opened.bias)
+    sums = jax.jit(make_validate(opened.graphdef))(opened.params, frozen, rows)
+    [*_, last] = metrics.read_metrics(whole / "run" / metrics.FILE, metrics.VALIDATION)
+    assert last["val_loss"] == pytest.approx(float(sums.loss / sums.weight), rel=1e-6)
+    assert last["val_token_acc"] == pytest.approx(float(sums.hits / sums.weight))
+    # Every answer's tokens count, its end among them, and nothing else.
+    assert float(sums.weight) == sum(
+        len(answer) + 1
+        for conversation in held_out(job)
+        for role, answer in conversation.messages
+        if role == "assistant"
+    )
+
+
+def held_out(job):
+    loaded = load_conversations(job.args.dataset, seed=job.args.data_seed)
+    return hold_out(loaded.conversations, job.args.split_dataset_ratio, seed=job.args.data_seed)[1]
+
+
+def test_dropout_differs_by_step_and_micro_batch():
+    keys = nnx.State({"key": DropoutKey(jax.random.key_data(jax.random.key(0))[None])})
+    frozen = Frozen(keys, nnx.State({}), nnx.State({}))
+    found = {
+        tuple(np.ravel(*jax.tree.leaves(frozen.at(jnp.int32(step), jnp.int32(micro)).dropout)))
+        for step in range(3)
+        for micro in range(3)
+    }
+    assert len(found) == 9
+
+
 def test_a_stopped_run_goes_on_the_same(tmp_path: Path, whole: Path, during):
     shutil.copytree(whole / "qwen2", tmp_path / "qwen2")
     ask = sft_toy.arguments(tmp_path, split_dataset_ratio=0.2, save_total_limit=2)
@@ -242,6 +284,9 @@ def test_in_full_everything_is_trained_but_the_routers_bias(tmp_path: Path, opti
     finetune(ask)
     _, params, bias = load_pretrained(tmp_path / "deepseek_v3")
     model = read_folder(tmp_path / "run" / "checkpoint-2", {"params": params, "router_bias": bias})
+    logits = [record["max_attention_logit"] for record in records(tmp_path / "run")]
+    # A step of QK-Clip brings them down to the threshold.
+    assert (logits[1] < 0.1 * logits[0]) == (optimizer == "muonclip")
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), model["params"], params)
     assert all(jax.tree.leaves(changed))
     for ours, theirs in zip(*map(jax.tree.leaves, (model["router_bias"], bias)), strict=True):

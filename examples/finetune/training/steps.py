@@ -80,14 +80,12 @@ class Sums(NamedTuple):
 
 
 def summed_loss(
-    graphdef: nnx.GraphDef, trained: nnx.State, frozen: Frozen, rows_bt: Rows
+    graphdef: nnx.GraphDef, trained: nnx.State, frozen: Frozen, rows: Rows
 ) -> tuple[jax.Array, tuple[Sums, jax.Array]]:
     """The loss of a micro-batch, summed over its tokens; its sums, and the largest logits."""
     model: Any = nnx.merge(graphdef, trained, *frozen)
-    packed = Packed(rows_bt.segment_bt, rows_bt.position_bt)
-    loss, weight, stats = model.weighted_loss(
-        rows_bt.tokens_bt, rows_bt.targets_bt, rows_bt.weight_bt, packed
-    )
+    tokens_bt, targets_bt, weight_bt, *packed = map(jnp.asarray, rows)
+    loss, weight, stats = model.weighted_loss(tokens_bt, targets_bt, weight_bt, Packed(*packed))
     return loss, (Sums(loss, stats.hits, weight), stats.max_logit_lh)
 
 
@@ -133,7 +131,7 @@ def make_train_step(
         weight = jnp.maximum(sums.weight, 1.0)
         grads = jax.tree.map(lambda g: g / weight, grads)
         loss = sums.loss / weight
-        extra = {}
+        extra: dict[str, Any] = {}
         if not jax.tree.leaves(frozen.base):
             extra = {"max_logits": logits_by_module(state.params, max_logit_lh)}
         after, _ = apply_gradients(state, grads, None, optimizer, bias_rate=0.0, **extra)
