@@ -74,7 +74,8 @@ def export_pretrained(
         FileExistsError: The folder is in use.
         FileNotFoundError: There is no such tokenizer.
         ValueError: The dtype or the shard size is none, the tokenizer has more tokens than the
-            model, or parts of the parameters lie in other processes.
+            model, parts of the parameters lie in other processes, or one has no place in such a
+            directory, as an adapter.
     """
     folder = folder.absolute()
     if dtype not in DTYPES:
@@ -90,6 +91,11 @@ def export_pretrained(
         raise ValueError(
             "parts of the parameters lie in other processes: export from a checkpoint, in one "
             "process"
+        )
+    if extra := leaves.keys() - {row.path for row in hf_names.rows(config)}:
+        raise ValueError(
+            f"{'/'.join(map(str, min(extra, key=str)))} has no place in the directory of such a "
+            "model: merge adapters into the weights first"
         )
     ids = token_ids(tokenizer, config)
     folder.parent.mkdir(parents=True, exist_ok=True)

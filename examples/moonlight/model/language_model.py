@@ -20,6 +20,7 @@ from examples.moonlight.model.layers import (
     Embed,
     Linear,
     RMSNorm,
+    check_drops_nothing,
     mean_square,
     run_layer,
     scan_layers,
@@ -309,7 +310,11 @@ class LanguageModel(nnx.Module):
 
         Returns:
             Activations behind the last norm, `[batch * new, hidden]`, and the cache.
+
+        Raises:
+            ValueError: The model has adapters that drop inputs.
         """
+        check_drops_nothing(self)
         position_bt = start_b[:, None] + jnp.arange(tokens_bt.shape[1])[None]
         first = len(self.first_layers)
 

@@ -88,6 +88,20 @@ class Linear(nnx.Module):
         return jnp.where(kept_nd, x_nd / (1 - self.lora_dropout), 0)
 
 
+def check_drops_nothing(model: nnx.Module) -> None:
+    """Checks that no adapter of a model drops inputs, before it generates.
+
+    Raises:
+        ValueError: One does.
+    """
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear) and module.lora_key is not None and not module.deterministic:
+            raise ValueError(
+                f"the adapters of {'.'.join(map(str, path))} drop inputs, as in training: call "
+                "model.eval(), or merge them into the weights."
+            )
+
+
 def lora_product(lora_a: Any, lora_b: Any, scale: float) -> jax.Array:
     """`scale * a @ b`: what a pair adds to its matrix, float32 `[..., in, out]`."""
     return scale * jnp.matmul(lora_a[...], lora_b[...], precision="highest")

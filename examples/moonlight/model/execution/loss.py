@@ -90,7 +90,7 @@ def _sums(
         return summed_loss(plan, act_nd, kernel_dv, target_n, weight_n)
     store_axis, vocab_axis = spec = sharding.param_spec(("lm_head", "kernel"), kernel_dv.shape)
     used = (axis if axis and sharding.size(axis) > 1 else None for axis in (vocab_axis, store_axis))
-    plan = _Plan(execution.dtype, execution.loss_block, *used, count_hits)
+    plan = _Plan(execution.dtype, execution.loss_block, *used, count_hits=count_hits)
     batch = P(BATCH_AXES)
 
     def on_device(*args: Any) -> tuple[jax.Array, ...]:
