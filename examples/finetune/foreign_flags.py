@@ -82,7 +82,7 @@ IN_TRAINING: dict[str, Foreign] = {
     "padding_free": Foreign("see --packing, which keeps samples apart as well"),
     "full_determinism": Foreign("a run on one machine always repeats bit for bit"),
     "optim": Foreign("see --optimizer", harmless=("adamw_torch", "adamw_torch_fused")),
-    "bf16": Foreign("see --torch_dtype"),
+    "bf16": Foreign("see --torch_dtype bfloat16", harmless=_OFF),
     "fp16": Foreign("see --torch_dtype", harmless=_OFF),
     "tf32": Foreign("see --torch_dtype"),
     "torch_compile": Foreign("every program here is compiled"),
@@ -107,7 +107,7 @@ IN_TRAINING: dict[str, Foreign] = {
     "load_args": Foreign("a run's folder is checked against its command"),
     "load_data_args": Foreign("a run's folder is checked against its command"),
     "ignore_args_error": Foreign("a command is read whole or not at all", harmless=_OFF),
-    "report_to": Foreign(_TRACKERS, harmless=("tensorboard", "none")),
+    "report_to": Foreign(_TRACKERS),
     "logging_dir": Foreign("TensorBoard's file lies in tensorboard/ of the output folder"),
     "logging_first_step": Foreign("every step is in metrics.jsonl"),
     "create_checkpoint_symlink": Foreign("the last line names the last and the best checkpoint"),
@@ -119,7 +119,7 @@ IN_TRAINING: dict[str, Foreign] = {
     "router_aux_loss_coef": Foreign(
         "routers have no auxiliary loss: their biases are frozen", harmless=("0", "0.0", *_OFF)
     ),
-    "save_only_model": Foreign("checkpoints can always be gone on from", harmless=_OFF),
+    "save_only_model": Foreign("checkpoints can always be gone on from"),
     "resume_only_model": Foreign("a run is resumed whole", harmless=_OFF),
     "ignore_data_skip": Foreign("a run is resumed whole", harmless=_OFF),
     "streaming": Foreign(_DATA_WHOLE, harmless=_OFF),
@@ -218,7 +218,7 @@ IN_TRAINING: dict[str, Foreign] = {
 }
 
 IN_INFERENCE: dict[str, Foreign] = {
-    "infer_backend": Foreign(_ENGINE, harmless=("pt", "transformers")),
+    "infer_backend": Foreign(_ENGINE),
     "merge_lora": Foreign("adapters are always merged before anything is decoded"),
     "load_data_args": Foreign("give the file with --val_dataset", harmless=_OFF),
     "load_args": Foreign("args.json is always read", harmless=("true",)),

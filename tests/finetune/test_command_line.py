@@ -7,6 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from examples.finetune import export, infer
 from examples.finetune.args import ALIASES, Args, check
 from examples.finetune.command_line import parse
 from examples.finetune.foreign_flags import IN_EXPORT, IN_INFERENCE, IN_TRAINING
@@ -73,6 +74,19 @@ def test_a_command_of_the_documentation_is_read(capsys):
     said = capsys.readouterr().out
     assert said.startswith("--dataloader_num_workers is ignored: rows are read in a thread")
     assert said.count("is ignored") == 1
+
+
+def test_commands_of_the_documentation_for_tuned_models_are_read(capsys):
+    argv = "--adapters output/checkpoint-20 --stream true --temperature 0 --max_new_tokens 2048"
+    argv += " --infer_backend vllm --vllm_max_model_len 8192 --merge_lora true"
+    args = parse(infer.Args, argv.split(), aliases=infer.ALIASES, foreign=IN_INFERENCE)
+    assert args == infer.Args(adapters=Path("output/checkpoint-20"), max_new_tokens=2048)
+    assert capsys.readouterr().out.count("is ignored") == 3
+    argv = "--adapters output/checkpoint-20 --merge_lora true --output_dir merged"
+    args = parse(export.Args, argv.split(), aliases=export.ALIASES, foreign=IN_EXPORT)
+    assert (args.merge_lora, args.output_dir) == (True, Path("merged"))
+    with pytest.raises(ValueError, match="--push_to_hub true means nothing here: nothing is down"):
+        parse(export.Args, ["--push_to_hub", "true"], aliases={}, foreign=IN_EXPORT)
 
 
 def test_the_defaults_are_ms_swifts():
