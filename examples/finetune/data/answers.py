@@ -15,44 +15,45 @@ from tokenizers import Encoding
 from examples.finetune.data.conversations import ASSISTANT
 from examples.moonlight.common.untrusted import shown, shown_name
 from examples.moonlight.generation.chat import Message
+from examples.moonlight.generation.template_process import Rendered
 
-# Renders messages, with or without the prompt for an answer: the text, and its marked spans.
-Render = Callable[[Sequence[Message], bool], tuple[str, list[tuple[int, int]]]]
+# Renders conversations, each with or without the prompt for an answer after it.
+Render = Callable[[Sequence[tuple[Sequence[Message], bool]]], list[Rendered]]
 
 _REMEDY = "put {% generation %} and {% endgeneration %} around the answer in the template"
 
 
 def answer_spans(
-    render: Render, text: str, messages: Sequence[Message], path: Path
-) -> list[tuple[int, int]]:
+    render: Render, messages: Sequence[Message], path: Path
+) -> tuple[str, list[tuple[int, int]]]:
     """The part of a rendered conversation that each answer adds to the prompt before it.
 
     Args:
         render: The template.
-        text: The whole conversation, rendered.
         messages: The conversation.
         path: The template's file, for messages.
 
     Returns:
-        Characters from and to, of each answer with all that the template writes after it.
+        The whole text, and of each answer the characters from and to, with all that the template
+        writes after the content.
 
     Raises:
         ValueError: A beginning of the conversation is not rendered as a beginning of the text.
     """
-    spans = []
-    for i, message in enumerate(messages):
-        if message.role != ASSISTANT:
-            continue
-        before, _ = render(messages[:i], True)
-        after = text if i + 1 == len(messages) else render(messages[: i + 1], False)[0]
+    answers = [i for i, message in enumerate(messages) if message.role == ASSISTANT]
+    prompts = [(messages[:i], True) for i in answers]
+    ends = [(messages[: i + 1], False) for i in answers]
+    rendered = [each.text for each in render([(messages, False), *prompts, *ends])]
+    text, befores, afters = rendered[0], rendered[1 : 1 + len(answers)], rendered[-len(answers) :]
+    for i, before, after in zip(answers, befores, afters, strict=True):
         if not text.startswith(before):
             _refuse(path, i, "the prompt before it is no beginning of the whole", before, text)
         if not text.startswith(after):
             _refuse(path, i, "it is written otherwise when the conversation goes on", after, text)
         if len(after) <= len(before):
             _refuse(path, i, "it is left out", before, after)
-        spans.append((len(before), len(after)))
-    return spans
+    spans = [(len(before), len(after)) for before, after in zip(befores, afters, strict=True)]
+    return text, spans
 
 
 def end_of_answer(

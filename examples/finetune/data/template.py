@@ -37,7 +37,7 @@ from examples.moonlight.generation.chat import (
     special_token,
 )
 from examples.moonlight.generation.model_folder import STOP_TOKENS
-from examples.moonlight.generation.template_process import Limits, TemplateProcess
+from examples.moonlight.generation.template_process import Limits, Rendered, TemplateProcess
 
 CHATML_START = "<|im_start|>"
 
@@ -180,24 +180,26 @@ def _jinja(source: ChatSource, tokenizer: Tokenizer, limits: Limits) -> Writer:
     process = TemplateProcess(source.text, source.path, limits)
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
 
-    def render(messages: Sequence[Message], prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        return process.render_marked(source.variables(messages, prompt=prompt))
+    def render(asked: Sequence[tuple[Sequence[Message], bool]]) -> list[Rendered]:
+        return process.render_marked(
+            [source.variables(messages, prompt=prompt) for messages, prompt in asked]
+        )
 
     def write(messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
-        text, marked = render(messages, False)
-        spans = marked or answer_spans(render, text, messages, source.path)
+        if "endgeneration" in source.text:
+            ((text, marks),) = render([(messages, False)])
+            encoding = _encode(tokenizer, text)
+            return encoding.ids, [_token_span(encoding, *mark) for mark in marks]
+        text, spans = answer_spans(render, messages, source.path)
         encoding = _encode(tokenizer, text)
-        if marked:
-            ends = [stop for _, stop in marked]
-        else:
-            answers = [message.content for message in messages if message.role == ASSISTANT]
-            ends = [
-                end_of_answer(encoding, text, span, answer, special)
-                for span, answer in zip(spans, answers, strict=True)
-            ]
+        answers = [message.content for message in messages if message.role == ASSISTANT]
+        ends = [
+            end_of_answer(encoding, text, span, answer, special)
+            for span, answer in zip(spans, answers, strict=True)
+        ]
         starts = [start for start, _ in spans]
         return encoding.ids, [
-            _token_span(encoding, start, stop) for start, stop in zip(starts, ends, strict=True)
+            _token_span(encoding, *span) for span in zip(starts, ends, strict=True)
         ]
 
     return write

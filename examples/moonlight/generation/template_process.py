@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,19 @@ class Limits(NamedTuple):
     characters: int = 8_000_000
 
 
+class Rendered(NamedTuple):
+    """A conversation as text.
+
+    Attributes:
+        text: All of it.
+        marks: Where each `{% generation %}` block begins and ends in the text, in characters; none
+            for the many templates without such a tag.
+    """
+
+    text: str
+    marks: list[tuple[int, int]]
+
+
 class TemplateProcess:
     """A template in a process of its own, which ends with this object, or with this program.
 
@@ -66,27 +80,27 @@ class TemplateProcess:
 
     def render(self, variables: dict[str, Any]) -> str:
         """The text that a conversation becomes; see `render_marked`."""
-        return self.render_marked(variables)[0]
+        return self.render_marked([variables])[0].text
 
-    def render_marked(self, variables: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-        """The text that a conversation becomes, and the parts that the assistant writes.
+    def render_marked(self, asked: Sequence[dict[str, Any]]) -> list[Rendered]:
+        """The texts that conversations become, and the parts that the assistant writes.
 
         Args:
-            variables: What the template is given; as JSON has it.
-
-        Returns:
-            The text, and where each `{% generation %}` block begins and ends in it, in characters;
-            no blocks for the many templates that have no such tag.
+            asked: What the template is given for each; as JSON has it. One exchange with the
+                process, and one time limit, is for all.
 
         Raises:
-            ValueError: The template refuses it, fails, or exceeds its limits.
+            ValueError: The template refuses one of them, fails, or exceeds its limits.
         """
         if self._process is None or self._process.poll() is not None:
             self._start()
-        answer = self._exchange(variables, self._limits.seconds)
+        answer = self._exchange(list(asked), self._limits.seconds)
         if answer["error"]:
             raise ValueError(f"{self._path}: the chat template refuses this: {answer['error']}")
-        return answer["text"], [(start, stop) for start, stop in answer["spans"]]
+        return [
+            Rendered(text, [(start, stop) for start, stop in spans])
+            for text, spans in answer["texts"]
+        ]
 
     def close(self) -> None:
         """Ends the process."""
@@ -116,7 +130,7 @@ class TemplateProcess:
                 f"{self._path}: the chat template cannot be compiled: {answer['error']}"
             )
 
-    def _exchange(self, request: dict[str, Any] | None, seconds: float) -> dict[str, Any]:
+    def _exchange(self, request: Any, seconds: float) -> dict[str, Any]:
         """Sends a line and waits for one; a process that does not answer in time is killed."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None

@@ -1,11 +1,12 @@
 """Renders one chat template, in a process of its own that `template_process.py` starts.
 
 It imports nothing but jinja2 and the standard library, and talks in lines of JSON: the limits and
-the template come first, then conversations, each of which is answered with a text or an error.
+the template come first, then lists of conversations, which are answered with texts or an error.
 """
 
 import contextlib
 import datetime
+import functools
 import json
 import signal
 import sys
@@ -114,6 +115,13 @@ def render(
     return text, marks.spans(text)
 
 
+def render_all(
+    template: jinja2.Template, asked: list[dict[str, Any]], longest: int
+) -> list[tuple[str, list[tuple[int, int]]]]:
+    """`render` for several conversations."""
+    return [render(template, variables, longest) for variables in asked]
+
+
 def attempt(work: Callable[[], Any]) -> tuple[Any, str]:
     """What some work returns, or why it does not."""
     try:
@@ -144,10 +152,9 @@ def main(lines: TextIO) -> None:
     _tell({"error": error})
     for line in lines if template else ():
         limit_time(first["seconds"])
-        variables = json.loads(line)
-        result, error = attempt(lambda: render(template, variables, first["characters"]))  # noqa: B023
-        text, spans = result or ("", [])
-        _tell({"error": error, "text": text, "spans": spans})
+        work = functools.partial(render_all, template, json.loads(line), first["characters"])
+        texts, error = attempt(work)
+        _tell({"error": error, "texts": texts})
 
 
 def _tell(answer: dict[str, Any]) -> None:
