@@ -21,7 +21,13 @@ from examples.finetune.command_line import parse
 from examples.finetune.foreign_flags import IN_EXPORT
 from examples.finetune.lora.peft_files import write_peft
 from examples.finetune.training.job import make_execution
-from examples.finetune.tuned import Checkpoint, find_checkpoint, open_checkpoint, read_adapters
+from examples.finetune.tuned import (
+    Checkpoint,
+    find_checkpoint,
+    open_checkpoint,
+    read_adapters,
+    with_adapters,
+)
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.untrusted import is_there
 from examples.moonlight.generation.chat import TEMPLATE
@@ -73,13 +79,9 @@ def export(args: Args) -> Path:
     folder = args.output_dir or _beside(checkpoint, merges)
     if not merges:
         assert checkpoint.lora is not None and checkpoint.base is not None
-        write_peft(
-            folder,
-            checkpoint.config,
-            read_adapters(checkpoint, execution),
-            checkpoint.lora,
-            base=str(checkpoint.base.folder),
-        )
+        factors = read_adapters(checkpoint, execution)
+        model = with_adapters(checkpoint.config, execution, checkpoint.lora, factors)
+        write_peft(folder, model, checkpoint.lora, base=str(checkpoint.base.folder.resolve()))
         console.print(
             f'adapters of {checkpoint.folder}: peft.PeftModel.from_pretrained(base, "{folder}")',
             highlight=False,

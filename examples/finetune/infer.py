@@ -20,12 +20,14 @@ from rich.console import Console
 from examples.finetune.base import find_base
 from examples.finetune.command_line import parse
 from examples.finetune.foreign_flags import IN_INFERENCE
+from examples.finetune.lora.peft_files import CONFIG_FILE
 from examples.finetune.prompts import Question, load_encoder, questions_of
 from examples.finetune.training.job import make_execution
 from examples.finetune.training.texts import system_text
-from examples.finetune.tuned import find_checkpoint, in_dtype, open_checkpoint
+from examples.finetune.tuned import find_checkpoint, in_dtype, open_checkpoint, open_peft
 from examples.moonlight.common.files import write_atomically
 from examples.moonlight.common.program import run_program
+from examples.moonlight.common.untrusted import is_there
 from examples.moonlight.generate import CHAT_LENGTH, ask, cache_length
 from examples.moonlight.generation.chat import Encoder, Message
 from examples.moonlight.generation.decoding import Generator, check_lengths
@@ -45,7 +47,8 @@ class Args:
     """Talks with a tuned model. A boolean has its value behind it: --stream true."""
 
     adapters: Path | None = None
-    """Checkpoint of examples.finetune.sft, such as output/checkpoint-20, of LoRA or in full."""
+    """Checkpoint of examples.finetune.sft, such as output/checkpoint-20, of LoRA or in full; or a
+    directory of adapters that peft wrote."""
     model: str | None = None
     """Folder of a model to talk with as it is; beside --adapters, where the base has moved to."""
     prompt: tuple[str, ...] = ()
@@ -130,6 +133,10 @@ def _open(
         base = find_base(args.model)
         opened = base.load(execution, aside)
         return in_dtype(opened, execution), load_encoder(base.folder, opened.tokenizer), None
+    if is_there(args.adapters / CONFIG_FILE):
+        base, opened = open_peft(args.adapters, args.model, execution, aside)
+        aside.print(f"[dim]{args.adapters}, adapters of peft, merged into {base}[/]")
+        return in_dtype(opened, execution), load_encoder(base, opened.tokenizer), None
     checkpoint = find_checkpoint(args.adapters, args.model)
     opened = open_checkpoint(checkpoint, execution, aside)
     encode = load_encoder(checkpoint.texts, opened.tokenizer)

@@ -75,13 +75,13 @@ def _finetune(args: Args, stop: StopRequest) -> dict[str, Any]:
     texts = load_texts(job, console)
     job = job.with_rows(texts.length)
     settings = job.settings(texts.settings)
+    learner = make_learner(job, texts.steps)
     with contextlib.ExitStack() as held:
         stop.check("stopped before the first step: nothing was written")
         lock, checkpoints = _enter_folder(job, texts, settings, console, held)
         if (job.folder / RESULTS).exists():
             console.print(f"{job.folder} holds a finished run: nothing left to train")
             return present(job.folder, read_json(job.folder / RESULTS))
-        learner = make_learner(job, texts.steps)
         learner.describe(console)
         if (report := learner.sharding_report()) is not None:
             write_atomically(job.folder / SHARDING, f"{report}\n".encode())

@@ -14,8 +14,9 @@ from flax import nnx
 from rich.console import Console
 
 from examples.finetune.base import Base, find_base
-from examples.finetune.lora.adapters import DropoutKey, LoraConfig
+from examples.finetune.lora.adapters import LoraConfig
 from examples.finetune.lora.merge import merged
+from examples.finetune.lora.peft_files import CONFIG_FILE, read_peft
 from examples.finetune.training.learner import adapted, check_base
 from examples.finetune.training.place import ARGS, PREFIX
 from examples.moonlight.common.files import read_json
@@ -121,10 +122,44 @@ def open_checkpoint(
             checkpoint.args["base"]["digest"], (opened.params, opened.bias), checkpoint.base.folder
         )
         factors = read_adapters(checkpoint, execution)
-        params, bias = merge(config, execution, checkpoint.lora, opened, factors)
+        weights = opened.params, opened.bias
+        whole = with_adapters(config, execution, checkpoint.lora, factors, weights)
+        _, params, bias = nnx.split(merged(whole), nnx.Param, RouterBias)
     tokenizer = load_tokenizer(checkpoint.texts)
     stop_ids = stop_tokens(checkpoint.texts, tokenizer)
     return OpenModel(config, graphdef, params, bias, tokenizer, stop_ids)
+
+
+def open_peft(
+    folder: Path, model: str | None, execution: Execution, console: Console | None = None
+) -> tuple[Path, OpenModel]:
+    """Reads a directory of PEFT's and its base, adapters merged.
+
+    Args:
+        folder: Holds `adapter_config.json`.
+        model: The base; None takes it from the directory.
+        execution: How it will be run.
+        console: Shows progress; None shows none.
+
+    Returns:
+        The base's folder, and the model.
+
+    Raises:
+        FileNotFoundError: The base is not there.
+        ValueError: The adapters are not for this model, or no plain LoRA.
+    """
+    named = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
+    if model is None and not (isinstance(named, str) and Path(named).is_dir()):
+        raise FileNotFoundError(
+            f"--adapters {folder}: its base is {shown(named)}, which is no folder here: give "
+            "--model with the base's folder"
+        )
+    base = find_base(model or named)
+    opened = base.load(execution, console)
+    whole: Any = nnx.merge(opened.graphdef, opened.params, opened.bias)
+    read_peft(folder, whole)
+    _, params, bias = nnx.split(merged(whole), nnx.Param, RouterBias)
+    return base.folder, opened._replace(params=params, bias=bias)
 
 
 def read_adapters(checkpoint: Checkpoint, execution: Execution) -> nnx.State:
@@ -141,17 +176,27 @@ def read_adapters(checkpoint: Checkpoint, execution: Execution) -> nnx.State:
     return read_folder(checkpoint.folder, target)["adapters"]
 
 
-def merge(
-    config: ModelConfig, execution: Execution, lora: LoraConfig, opened: OpenModel, factors: Any
-) -> tuple[nnx.State, nnx.State]:
-    """The parameters and the router biases of a model with its adapters merged."""
-    # The masks of dropout are no part of a model that is decoded.
-    lora = dataclasses.replace(lora, dropout=0.0)
-    model = nnx.eval_shape(lambda: adapted(config, execution, lora))
-    graphdef, *_ = nnx.split(model, nnx.LoRAParam, DropoutKey, nnx.Param, RouterBias)
-    whole = merged(nnx.merge(graphdef, factors, opened.params, opened.bias))
-    _, params, bias = nnx.split(whole, nnx.Param, RouterBias)
-    return params, bias
+def with_adapters(
+    config: ModelConfig,
+    execution: Execution,
+    lora: LoraConfig,
+    factors: nnx.State,
+    weights: tuple[nnx.State, nnx.State] | None = None,
+) -> Any:
+    """A model with its adapters beside its weights, to be merged or written.
+
+    Args:
+        config: The architecture.
+        execution: How the model is computed.
+        lora: What the adapters are.
+        factors: The adapters.
+        weights: Parameters and router biases; None leaves shapes in their place.
+    """
+    # The masks of dropout are no part of a model that is not trained.
+    plain = dataclasses.replace(lora, dropout=0.0)
+    model = nnx.eval_shape(lambda: adapted(config, execution, plain))
+    graphdef, _, params, bias = nnx.split(model, nnx.LoRAParam, nnx.Param, RouterBias)
+    return nnx.merge(graphdef, factors, *(weights or (params, bias)))
 
 
 def in_dtype(opened: OpenModel, execution: Execution) -> OpenModel:

@@ -13,6 +13,7 @@ import pytest
 import sft_toy
 import torch
 from flax import nnx
+from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,6 +89,36 @@ def test_the_merged_model_has_our_logits_and_our_words(run: Path, tmp_path: Path
         )[0, ids["input_ids"].shape[1] :]
         assert answer == tokenizer.decode(new, skip_special_tokens=True)
         assert answer in said.getvalue()
+
+
+# peft asks transformers by a name that this has replaced.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_loads_the_adapters_and_ours_reads_peft(run: Path, tmp_path: Path):
+    family = next(name for name in TUNERS if (run.parent / name).is_dir())
+    ask = export.Args(adapters=run, output_dir=tmp_path / "peft")
+    if family == "deepseek_v3":
+        with pytest.raises(ValueError, match="merge"):
+            export.export(ask)
+        return
+    folder = export.export(ask)
+    merged = export.export(
+        export.Args(adapters=run, merge_lora=True, output_dir=tmp_path / "merged")
+    )
+    if TUNERS[family] == "full":  # no adapters: the model itself
+        assert (folder / "model.safetensors").read_bytes() == (
+            merged / "model.safetensors"
+        ).read_bytes()
+        return
+    tokens = np.random.default_rng(0).integers(0, 200, (2, 12)).astype(np.int32)
+    base: Any = AutoModelForCausalLM.from_pretrained(run.parent / family, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = PeftModel.from_pretrained(base, folder)(torch.from_numpy(tokens).long()).logits
+    ours = logits_of(merged, tokens)
+    np.testing.assert_allclose(ours, theirs, atol=LOGIT_TOLERANCE * np.abs(ours).max())
+    asked = {"prompt": ("sum 3 1",), "system": "Add.", "max_new_tokens": 4}
+    console = Console(file=io.StringIO())
+    answers = [infer.infer(infer.Args(adapters=path, **asked), console) for path in (run, folder)]
+    assert answers[0] == answers[1]
 
 
 def test_a_conversation_in_the_terminal(run: Path, monkeypatch):
