@@ -78,6 +78,7 @@ class Job:
         """
         args = dataclasses.asdict(self.args) | {"learning_rate": self.args.peak_rate}
         content = args | {
+            "output_dir": str(self.folder),
             "torch_dtype": jnp.dtype(self.execution.dtype).name,
             "base": self.base.record() | {"digest": base},
             "config": dataclasses.asdict(self.config),
