@@ -1,5 +1,6 @@
 """Small models of both families, with weights and adapters that hide nothing."""
 
+import zlib
 from typing import Any
 
 import jax
@@ -76,10 +77,13 @@ def make(config: Any, execution: Execution | None = None, lora: LoraConfig | Non
     if lora is not None:
         add_lora(model, lora, nnx.Rngs(1))
     graphdef, params, bias, keys = nnx.split(model, nnx.Param, RouterBias, DropoutKey)
-    rng, where = np.random.default_rng(1), model.execution.sharding
+    where = model.execution.sharding
 
     def draw(path: Any, leaf: jax.Array) -> jax.Array:
-        name, value = jax.tree_util.keystr(path), rng.standard_normal(leaf.shape)
+        # By its name: adapters beside it change no weight.
+        name = jax.tree_util.keystr(path)
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        value = rng.standard_normal(leaf.shape)
         if "scale" in name:
             value = rng.uniform(0.5, 1.5, leaf.shape)
         elif "embedding" not in name:

@@ -60,6 +60,7 @@ class TensorFiles:
 
     Args:
         folder: Holds `model.safetensors`, or shards and their index.
+        file: The one file to open, where it has another name than a model's.
 
     Attributes:
         folder: The directory.
@@ -71,15 +72,16 @@ class TensorFiles:
             contradicts the shards, or a tensor has a dtype that is no plain float.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, file: str | None = None):
         self.folder = folder
         self._stack = contextlib.ExitStack()
         self._open: dict[Path, Any] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
-            assigned = _assigned(folder)
-            for file in dict.fromkeys(assigned.values()) if assigned else [SINGLE_FILE]:
-                self._add(_inside(folder, file), assigned, file)
+            assigned = _assigned(folder) if file is None else {}
+            files = dict.fromkeys(assigned.values()) if assigned else [file or SINGLE_FILE]
+            for name in files:
+                self._add(_inside(folder, name), assigned, name)
             for name, file in assigned.items():
                 if name not in self.tensors:
                     raise ValueError(
