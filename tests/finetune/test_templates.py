@@ -1,5 +1,7 @@
 """Tokens and the loss mask of conversations, against what transformers makes of them."""
 
+import json
+
 import pytest
 from chat_toy import (
     LLAMA3,
@@ -135,17 +137,18 @@ def test_moonlights_built_in_template_is_its_own_but_for_special_names(templates
 
 
 @pytest.mark.parametrize(
-    ("special", "start", "end"),
+    ("special", "eos", "start", "end"),
     [
-        (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_start|>", "<|im_end|>"),
-        (["<|endoftext|>"], "", "<|endoftext|>"),
-        (["<|im_start|>", "</s>'\\"], "<|im_start|>", "</s>'\\"),
+        (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|endoftext|>", "<|im_start|>", None),
+        (["<|endoftext|>"], None, "", "<|endoftext|>"),
+        (["<|im_start|>", "</s>'\\"], "</s>'\\", "<|im_start|>", "</s>'\\"),
     ],
 )
-def test_a_model_without_a_template_gets_chatml(special, start, end, tmp_path):
+def test_a_model_without_a_template_gets_chatml(special, eos, start, end, tmp_path):
+    end = end or "<|im_end|>"
     tokenizer = make_tokenizer(special)
-    if len(special) == 2:  # a token that only the settings call an end
-        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>\'\\\\"}')
+    # What the settings call the end of a text ends a message where nothing does it better.
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": eos}))
     template = load_template(tmp_path, tokenizer)
     chat = conversation("Hi.", "One.", system="Be brief.")
     sample = encode(chat, template)
