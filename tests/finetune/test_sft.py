@@ -46,11 +46,14 @@ ENVIRONMENT = os.environ | {
     "XLA_FLAGS": " ".join(f for f in os.environ["XLA_FLAGS"].split() if "device" not in f),
 }
 
-# Sums of float32 gradients in another order; measured 3e-7 of the largest weight.
-SPLIT_TOLERANCE = 3e-6
+# Sums of float32 losses and gradients in another order; measured 7e-8.
+SPLIT_TOLERANCE = 1e-6
 
-# The same, and Muon's bfloat16 products after that; measured 2e-5.
-MESH_TOLERANCE = 2e-4
+# A step of bfloat16, in which Muon's update is rounded; measured 4e-3.
+SPLIT_WEIGHTS = 2e-2
+
+# Both together, over three steps; measured 7e-7.
+MESH_TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module", name="whole")
@@ -294,25 +297,27 @@ def test_in_full_everything_is_trained_but_the_routers_bias(tmp_path: Path, opti
 
 
 def test_every_split_of_a_batch_gives_the_same_update(tmp_path: Path):
-    def weights(micro: int, accumulation: int):
+    """Of samples of unequal lengths, so that micro-batches count unequally many tokens."""
+
+    def trained(micro: int, accumulation: int):
         ask = sft_toy.arguments(
             tmp_path,
             output_dir=tmp_path / f"{micro}x{accumulation}",
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=accumulation,
             lora_dropout=0.0,
-            max_steps=1,
+            max_steps=3,
         )
         finetune(ask)
-        loss = records(ask.output_dir)[0]["loss"]
+        measured = [(record["loss"], record["grad_norm"]) for record in records(ask.output_dir)]
         checkpoint = find_checkpoint(ask.output_dir)
-        return loss, jax.tree.leaves(read_adapters(checkpoint, Execution()))
+        return measured, jax.tree.leaves(read_adapters(checkpoint, Execution()))
 
-    (loss, first), *others = (weights(*split) for split in ((1, 16), (4, 4), (16, 1)))
-    for other_loss, other in others:
-        assert other_loss == pytest.approx(loss, rel=SPLIT_TOLERANCE)
-        for a, b in zip(first, other, strict=True):
-            np.testing.assert_allclose(a, b, atol=SPLIT_TOLERANCE * np.abs(a).max())
+    (measured, first), *others = (trained(*split) for split in ((1, 16), (4, 4), (16, 1)))
+    for other, weights in others:
+        np.testing.assert_allclose(measured, other, rtol=SPLIT_TOLERANCE)
+        for a, b in zip(first, weights, strict=True):
+            np.testing.assert_allclose(a, b, atol=SPLIT_WEIGHTS * np.abs(a).max())
 
 
 def test_a_mesh_has_the_losses_of_one_device(tmp_path: Path):
