@@ -33,7 +33,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 ELSEWHERE = {
     *("results.json", "metrics.jsonl", "loss.png", "stability.png", "seal.json", "damaged/"),
     *("tensorboard/", "tokenizer.json", "tokenizer_config.json", "config.json"),
-    *("generation_config.json",),
+    *("generation_config.json", "adapter_config.json"),
 }
 NAMES_A_FILE = re.compile(r"[\w./-]*\w\.(py|md|ipynb|json|jsonl|png|toml|txt)|[\w./-]+/")
 OURS = re.compile(rf"({'|'.join(map(re.escape, FOLDERS))})/[\w./-]+")

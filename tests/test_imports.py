@@ -25,7 +25,7 @@ LAYERS = (
         f"examples.moonlight.{program}"
         for program in ("train", "stages", "compare", "generate", "hf_check", "hf_export")
     ),
-    ("examples.scaling_law", "examples.colab", "examples.minimal"),
+    ("examples.scaling_law", "examples.colab", "examples.minimal", "examples.finetune"),
     ("benchmarks",),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}

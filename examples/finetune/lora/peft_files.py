@@ -178,7 +178,8 @@ def _check_fields(fields: dict[str, Any], path: Path) -> tuple[int, list[str]]:
     rank, alpha, targets = (fields.get(name) for name in ("r", "lora_alpha", "target_modules"))
     if type(rank) is not int or rank < 1:
         raise ValueError(f"{path}: r must be a positive integer, got {shown(rank)}")
-    if type(alpha) not in (int, float) or not 0 < alpha < float("inf"):
+    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+    if not number or not 0 < alpha < float("inf"):
         raise ValueError(f"{path}: lora_alpha must be a positive number, got {shown(alpha)}")
     names = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     if not targets or not names:
