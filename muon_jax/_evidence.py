@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from muon_jax import _names as names
 from muon_jax._heads import find_heads
+from muon_jax._lora import find_pairs
 from muon_jax._paths import Path
 
 Leaves = Sequence[tuple[Path, tuple[int, ...]]]
@@ -34,6 +35,8 @@ class Beside:
       head: why it is an unembedding head; None where it is not, or nothing says so.
       hidden: whether it is a layer of a head's module before the last.
       shares_first: whether a layer beside it, of three axes too, has its first axis.
+      factor: the shape of the other factor of its adapter, without stack axes; None where it is
+        none, or has none beside it.
     """
 
     attention: bool = False
@@ -42,6 +45,7 @@ class Beside:
     head: str | None = None
     hidden: bool = False
     shares_first: bool = False
+    factor: tuple[int, ...] | None = None
 
 
 def look_beside(leaves: Leaves, stacks: Sequence[Sequence[str]]) -> list[Beside]:
@@ -62,6 +66,7 @@ def look_beside(leaves: Leaves, stacks: Sequence[Sequence[str]]) -> list[Beside]
     whole = _attention(leaves, [None] * len(leaves))
     heads, hidden = find_heads(cores, stacks)
     sharing = _sharing_first(cores)
+    factors = find_pairs(cores)
     return [
         Beside(
             attention=attention[i] is True,
@@ -70,6 +75,7 @@ def look_beside(leaves: Leaves, stacks: Sequence[Sequence[str]]) -> list[Beside]
             head=heads.get(i),
             hidden=i in hidden,
             shares_first=i in sharing,
+            factor=factors[i],
         )
         for i in range(len(cores))
     ]

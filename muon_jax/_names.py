@@ -17,6 +17,7 @@ the name of the module that owns it; indices are skipped and case does not matte
 |                  | \*_gain, layer_scale, sinks                       |                         |
 | convolution      | conv, conv1, conv2d, Conv_0, \*_conv, conv_in     | [window and in] x [out] |
 | attention input  | query, key, value, q, q_proj, wq, to_q, query_w   | [d] x [heads, head_dim] |
+| LoRA factor      | lora_a, lora_A, \*_lora_a; lora_b, ...            | [in] x [r]; [r] x [out] |
 | attention output | out, o, o_proj, out_proj, wo, to_out, output_w    | [heads, head_dim] x [d] |
 
 Names propose and shapes decide (`_evidence`, `_stacks`): but for a convolution's, no name alone

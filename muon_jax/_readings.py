@@ -46,7 +46,7 @@ def read_leaves(
         for (path, shape), stack, other in zip(leaves, stacks, beside, strict=True)
     ]
     doubted = _unnamed_stacks(leaves, stacks, read) - {
-        i for i, other in enumerate(beside) if other.attention
+        i for i, other in enumerate(beside) if other.attention or other.factor
     }
     asked = {i for i, role in enumerate(read) if isinstance(role, Question)}
     # Windows and einsum layouts have axes of their own that leaves may share.

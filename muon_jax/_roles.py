@@ -9,8 +9,9 @@ The first that fits decides:
    axes by name, or with a bias that has the last axis only;
 3. embeddings, tables of rows, norms, biases and gains, by name (`_names`);
 4. vectors, and stacks of them;
-5. two axes: a matrix, "assumed matrix" in the report unless a ``kernel`` or in a stack;
-6. three axes: attention's, where the other projections or a bias agree (`_evidence`).
+5. a LoRA factor, by name, its axes by the factor beside it (`_lora`); those of a head go to AdamW;
+6. two axes: a matrix, "assumed matrix" in the report unless a ``kernel`` or in a stack;
+7. three axes: attention's, where the other projections or a bias agree (`_evidence`).
 
 All else is a `Question`, and raises.
 
@@ -26,6 +27,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from muon_jax import _names as names
 from muon_jax._evidence import Beside
+from muon_jax._lora import factor_of, stack_axes
 from muon_jax._paths import Path
 
 _IN_OUT = MuonDimensionNumbers(-2, -1)
@@ -104,6 +106,8 @@ def role_of(
         return Role("vector")
     if len(core) < 2:
         return Role("stacked vector")
+    if role := _lora(path, shape, stacks, beside):
+        return role
     if len(core) == 2:
         return _matrix(leaf, name, shape, stacks, beside)
     return _of_heads(leaf, name, shape, stacks, per_head, beside)
@@ -128,6 +132,28 @@ def _by_name(leaf: str, name: str, core: tuple[int, ...], beside: Beside) -> Rol
     if names.is_gain(leaf):
         return Role("gain")
     return None
+
+
+def _lora(
+    path: Path, shape: tuple[int, ...], stacks: tuple[str, ...], beside: Beside
+) -> Role | Question | None:
+    if (factor := factor_of(path)) is None:
+        return None
+    if any(names.is_head(name) for name in path[:-1]) and names.has_heads(path):
+        return Role("LoRA factor of an unembedding head")
+    more = stack_axes(factor, shape[len(stacks) :], beside.factor)
+    if more is None:
+        return Question(
+            "it is a factor of an adapter (LoRA), and the shape of the other one beside it does "
+            "not say which axes are a stack's"
+        )
+    first, last = len(stacks) + more, len(shape) - 1
+    stack = _under(stacks) + (", a stack as its other factor" if more else "")
+    if factor == "a":
+        spec = MuonDimensionNumbers(tuple(range(first, last)), last)
+        return Role(f"LoRA factor [in, r]{stack}", spec)
+    spec = MuonDimensionNumbers(first, tuple(range(first + 1, last + 1)))
+    return Role(f"LoRA factor [r, out]{stack}", spec)
 
 
 def _matrix(

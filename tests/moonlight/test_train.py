@@ -283,7 +283,7 @@ def test_statistics_are_those_of_the_micro_batches_that_were_taken():
         2,
     )
     taken = [None if x is None else x.item() for x in merged]
-    assert taken == [7, None, -3, 0.375, pytest.approx(np.sqrt(12.5)), None]
+    assert taken == [7, None, -3, 0.375, pytest.approx(np.sqrt(12.5)), None, None]
 
 
 def test_an_occupied_folder_needs_resume(finished: Path):

@@ -37,6 +37,8 @@ from examples.moonlight.huggingface.files import TensorFiles
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 
+_INFINITE = float("inf")
+
 # What these say does not change what an adapter computes once its tensors are there.
 _FREE = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "peft_type", "task_type"),
@@ -178,7 +180,7 @@ def _check_fields(fields: dict[str, Any], path: Path) -> tuple[int, list[str]]:
     rank, alpha, targets = (fields.get(name) for name in ("r", "lora_alpha", "target_modules"))
     if type(rank) is not int or rank < 1:
         raise ValueError(f"{path}: r must be a positive integer, got {shown(rank)}")
-    if type(alpha) not in (int, float) or not 0 < alpha < float("inf"):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < _INFINITE:
         raise ValueError(f"{path}: lora_alpha must be a positive number, got {shown(alpha)}")
     names = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
     if not targets or not names:
