@@ -58,8 +58,8 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "no transposition back": Mutant(
         "_orthogonalize.py",
-        "return out if rows <= cols else out.mT",
-        "return out if rows <= cols else out.reshape(x.shape)",
+        "return out.mT if is_tall(x.shape) else out",
+        "return out.reshape(x.shape)",
         f"{ORTHOGONALIZE} -k 'transposition or exact_laws or singular_basis'",
     ),
     "polynomial left unrounded": Mutant(
@@ -145,9 +145,9 @@ MUTANTS: dict[str, Mutant] = {
         f"{STATE} -k float16",
     ),
     "float16 gradients squared in float16": Mutant(
-        "_scale_by_adam.py",
-        "return gradient.astype(jnp.float32) if gradient.dtype == jnp.float16 else gradient",
-        "return gradient",
+        "_adam_step.py",
+        "gradients = [g.astype(jnp.float32) if g.dtype == jnp.float16 else g for g in gradients]",
+        "pass",
         f"{STATE} -k float16",
     ),
     # --- Scale and decay
@@ -183,28 +183,28 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "decay before scaling": Mutant(
         "_muon.py",
-        """make_muon(weight_dimension_numbers=numbers, heads="joint", param_specs=where),
-                    optax.add_decayed_weights(weight_decay, mask),
+        """                    step.on(decided.leaves_of("muon")),
+                    optax.add_decayed_weights(weight_decay, decided.mask),
 """,
-        """optax.add_decayed_weights(weight_decay, mask),
-                    make_muon(weight_dimension_numbers=numbers, heads="joint", param_specs=where),
+        """                    optax.add_decayed_weights(weight_decay, decided.mask),
+                    step.on(decided.leaves_of("muon")),
 """,
         f"{MUON} -k 'ten_steps or zero_gradients'",
     ),
     "AdamW never decays": Mutant(
         "_muon.py",
-        "optax.add_decayed_weights(adam_decay, mask)",
-        "optax.add_decayed_weights(0.0, mask)",
+        "optax.add_decayed_weights(adam_decay, decided.mask)",
+        "optax.add_decayed_weights(0.0, decided.mask)",
         f"{MUON} -k 'ten_steps or zero_gradients'",
     ),
     "AdamW's betas exchanged": Mutant(
         "_muon.py",
-        "scale_by_adam(adam_b1, adam_b2,",
-        "scale_by_adam(adam_b2, adam_b1,",
+        "(adam_b1, adam_b2, eps,",
+        "(adam_b2, adam_b1, eps,",
         f"{MUON} -k ten_steps",
     ),
     "states of other parameters taken": Mutant(
-        "_muon.py", "check_state_of(state, routes)", "pass", f"{STATE} -k state_of"
+        "_optimizer.py", "check_state_of(state, routes)", "pass", f"{STATE} -k state_of"
     ),
     # --- Batches and chunks
     "tall matrices not turned back": Mutant(
@@ -261,14 +261,14 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "mesh without Nesterov": Mutant(
         "_distributed.py",
-        "new, direction = heavy_ball(m, g, step.rule.beta, step.rule.nesterov)",
-        "new, direction = heavy_ball(m, g, step.rule.beta, False)",
+        "new, direction = heavy_ball(m, g, self.rule.beta, self.rule.nesterov)",
+        "new, direction = heavy_ball(m, g, self.rule.beta, False)",
         f"{MESH} -k ten_gaussian",
     ),
     "mesh with another beta": Mutant(
         "_distributed.py",
-        "new, direction = heavy_ball(m, g, step.rule.beta, step.rule.nesterov)",
-        "new, direction = heavy_ball(m, g, 0.9, step.rule.nesterov)",
+        "new, direction = heavy_ball(m, g, self.rule.beta, self.rule.nesterov)",
+        "new, direction = heavy_ball(m, g, 0.9, self.rule.nesterov)",
         f"{MESH} -k ten_gaussian",
     ),
 }

@@ -13,12 +13,13 @@ from muon_jax._diagnostics import (
 )
 from muon_jax._matrices import FusedBlocks
 from muon_jax._muon import muon
+from muon_jax._muon_step import MuonState
 from muon_jax._orthogonalize import orthogonalize
 from muon_jax._polynomials import SCHEDULES
 from muon_jax._qk_clip import QKClipState, qk_clip
 from muon_jax._report import RoutingReport, RoutingRow, routing_report
 from muon_jax._routing import by_path
-from muon_jax._scale_by_muon import MuonState, scale_by_muon
+from muon_jax._scale_by_muon import scale_by_muon
 from muon_jax._scaling import AdjustedLR, FixedScale, UpdateNorm
 from muon_jax._sharding_report import LeafRow, ShardingReport, ShardingRow, sharding_report
 from muon_jax._split_heads import split_heads

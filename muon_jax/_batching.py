@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
 from muon_jax._loops import BatchFunction, concatenate, in_chunks
-from muon_jax._matrices import LeafViews
+from muon_jax._matrices import LeafViews, is_tall
 from muon_jax._matrix_update import MatrixUpdate
 from muon_jax._momentum import heavy_ball
 
@@ -53,8 +53,8 @@ def map_by_shape(
     for (rows, cols, dtype), members in groups.items():
         capacity = max(1, max_group_bytes // (rows * cols * dtype.itemsize))
         # Wide stacks first, so that a batch has its tall ones together and transposes them once.
-        members.sort(key=lambda index: _is_tall(stacks[index]))
-        turn = sum(not _is_tall(stacks[index]) for index in members)
+        members.sort(key=lambda index: is_tall(stacks[index].shape))
+        turn = sum(not is_tall(stacks[index].shape) for index in members)
         wide, tall = ([stacks[i] for i in some] for some in (members[:turn], members[turn:]))
         turned = [concatenate(tall).mT] if tall else []
         out = in_chunks(function, [*wide, *turned], capacity)
@@ -101,10 +101,6 @@ def batched_update(
             matrices.append(update.finish(result, measured, (matrix[0], matrix[1])))
         updates.append(leaf.put(matrices).astype(gradient.dtype))
     return updates, new_momenta
-
-
-def _is_tall(stack: Inexact[Array, "_ _ _"]) -> bool:
-    return stack.shape[1] > stack.shape[2]
 
 
 def _cut(

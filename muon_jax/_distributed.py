@@ -37,7 +37,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Inexact
 
 from muon_jax._layout import Layout, local_view
@@ -46,8 +45,9 @@ from muon_jax._matrix_update import MatrixUpdate
 from muon_jax._momentum import heavy_ball
 from muon_jax._plan import Plan, PlannedLeaf
 from muon_jax._run_group import run_group
-from muon_jax._specs import Sizes, partition_spec
-from muon_jax._zero1 import Zero1, on_shards
+from muon_jax._shards import on_shards
+from muon_jax._specs import Sizes
+from muon_jax._zero1 import Zero1
 
 Stacks = dict[tuple[int, int], Inexact[Array, "_ _ _"]]
 """A stack of matrices for each view: by the index of its leaf, and its own in the leaf."""
@@ -74,17 +74,13 @@ def distributed_update(
     Returns:
       The updates, in the parameters' layout and the gradients' dtypes, and the momenta.
     """
-    step = _Step(plan, leaves, rule, zero1.sizes)
-    state = [partition_spec(leaf.layout.state, zero1.mesh) for leaf in leaves]
-    param = [partition_spec(leaf.layout.param, zero1.mesh) for leaf in leaves]
-    # Phase 1: unreduced sums of gradients arrive in the state's layout.
-    gradients = zero1.arrive(gradients, [leaf.layout for leaf in leaves])
-    # Arrays among the rule's numbers come in as arguments: closed over, JAX refuses them on
-    # Explicit axes.
-    numbers = rule.numbers()
-    args = (gradients, list(momenta), numbers)
-    in_specs = (state, state, [PartitionSpec()] * len(numbers))
-    return on_shards(step.on_device, zero1.mesh, args, in_specs, (param, state))
+    layouts = [leaf.layout for leaf in leaves]
+
+    def on_device(rule: MatrixUpdate, gradients: list[Any], momenta: list[Any]) -> Any:
+        return _Step(plan, leaves, rule, zero1.sizes).on_device(gradients, momenta)
+
+    # Phase 1 is its border: unreduced sums of gradients arrive in the state's layout.
+    return on_shards(zero1.mesh, on_device, rule, layouts, gradients, momenta)
 
 
 class _Step(NamedTuple):
@@ -95,20 +91,17 @@ class _Step(NamedTuple):
     rule: MatrixUpdate
     sizes: Sizes
 
-    def on_device(
-        self, gradients: list[Any], momenta: list[Any], numbers: list[Any]
-    ) -> tuple[list[Any], list[Any]]:
+    def on_device(self, gradients: list[Any], momenta: list[Any]) -> tuple[list[Any], list[Any]]:
         """Phases 2 to 6: the updates of the parameters' shards, and the momenta."""
-        step = self._replace(rule=self.rule.with_numbers(numbers))
         directions: Stacks = {}
         new_momenta = []
         for index, (leaf, g, m) in enumerate(zip(self.leaves, gradients, momenta, strict=True)):
-            new, direction = heavy_ball(m, g, step.rule.beta, step.rule.nesterov)  # phase 2
+            new, direction = heavy_ball(m, g, self.rule.beta, self.rule.nesterov)  # phase 2
             new_momenta.append(new.astype(m.dtype))
-            directions |= step.pieces(index, leaf, direction)
-        scaled = step.orthogonalized(directions)
+            directions |= self.pieces(index, leaf, direction)
+        scaled = self.orthogonalized(directions)
         updates = [
-            step.joined(index, leaf, scaled, g.dtype)
+            self.joined(index, leaf, scaled, g.dtype)
             for index, (leaf, g) in enumerate(zip(self.leaves, gradients, strict=True))
         ]
         return updates, new_momenta

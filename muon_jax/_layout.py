@@ -14,10 +14,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Inexact
 
-from muon_jax._matrices import LeafViews, MatrixView
-from muon_jax._specs import Sizes, Spec, local_shape, spec_axes
+from muon_jax._matrices import LeafViews, MatrixView, is_tall
+from muon_jax._specs import AnyMesh, Sizes, Spec, local_shape, partition_spec, spec_axes
 from muon_jax._split_layout import SplitLayout, split_layout, whole_parts
 
 
@@ -35,6 +36,14 @@ class Layout(NamedTuple):
     param: Spec
     state: Spec
     split: SplitLayout | None = None
+
+    def param_spec(self, mesh: AnyMesh) -> PartitionSpec:
+        """The parameter's spec, as JAX writes it."""
+        return partition_spec(self.param, mesh)
+
+    def state_spec(self, mesh: AnyMesh) -> PartitionSpec:
+        """Its state's spec, as JAX writes it."""
+        return partition_spec(self.state, mesh)
 
     @property
     def of_views(self) -> "Layout":
@@ -93,11 +102,10 @@ def _dimension_order(shape: tuple[int, ...], views: LeafViews | None) -> list[in
     if views is None:
         return [*reversed(range(len(shape)))]  # stacks come first in a shape
     view = views.views[0]
-    fan_in, fan_out = (
-        math.prod(view.shape[d] for d in dims) for dims in (view.reduction, view.output)
-    )
+    sides = (view.reduction, view.output)
     # Along the longer side all matrices of one shape are cut alike once they are turned wide.
-    sides = (view.output, view.reduction) if fan_in <= fan_out else (view.reduction, view.output)
+    if not is_tall([math.prod(view.shape[d] for d in dims) for dims in sides]):
+        sides = sides[::-1]
     # Blocks that lie side by side cannot be cut out of shards of their common axis.
     fused = {view.block.axis for view in views.views if view.block is not None}
     order = [d for d in (*sides[0], *sides[1], *view.batch_axes) if d not in fused]
@@ -183,8 +191,7 @@ def cut_of(view: MatrixView, spec: Spec, sizes: Sizes) -> Cut:
             else:
                 runs.append((axes, local[dim]))
         sides.append(tuple(runs))
-    _, fan_in, fan_out = view.matrices
-    return Cut(*(sides if fan_in <= fan_out else sides[::-1]))
+    return Cut(*(sides[::-1] if view.is_tall else sides))
 
 
 def local_view(view: MatrixView, spec: Spec, sizes: Sizes) -> MatrixView:

@@ -84,6 +84,11 @@ def is_matrix_spec(node: object) -> bool:
     return isinstance(node, MatrixSpec)
 
 
+def is_tall(shape: Sequence[int]) -> bool:
+    """Whether matrices `[..., rows, cols]` are taller than wide: those are turned for the work."""
+    return shape[-2] > shape[-1]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Block:
     """One slice of the leaf along one axis."""
@@ -133,8 +138,7 @@ class MatrixView:
     @property
     def is_tall(self) -> bool:
         """Whether its matrices have more rows than columns: Newton-Schulz turns them wide."""
-        _, fan_in, fan_out = self.matrices
-        return fan_in > fan_out
+        return is_tall(self.matrices)
 
     def take(self, leaf: Inexact[Array, "*shape"]) -> Inexact[Array, "batch fan_in fan_out"]:
         """The matrices of this view."""

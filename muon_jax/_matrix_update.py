@@ -1,10 +1,7 @@
 """The mathematics of one matrix's update, whoever computes which part of it where."""
 
-import dataclasses
-from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
@@ -32,18 +29,6 @@ class MatrixUpdate(NamedTuple):
     def is_measured(self) -> bool:
         """Whether the factor depends on the values of the whole matrix."""
         return self.adaptive or isinstance(self.scale, UpdateNorm)
-
-    def numbers(self) -> list[jax.Array]:
-        """The arrays among its numbers, which `optax.inject_hyperparams` makes of them."""
-        return [x for x in (self.beta, *vars(self.scale).values()) if isinstance(x, jax.Array)]
-
-    def with_numbers(self, numbers: Sequence[jax.Array]) -> "MatrixUpdate":
-        """The same with other arrays in their places: those that a `shard_map` was given."""
-        left = iter(numbers)
-        new = lambda x: next(left) if isinstance(x, jax.Array) else x  # noqa: E731
-        beta = new(self.beta)
-        fields = {name: new(value) for name, value in vars(self.scale).items()}
-        return self._replace(beta=beta, scale=dataclasses.replace(self.scale, **fields))
 
     def measure(
         self, source: Inexact[Array, "batch rows cols"], result: Inexact[Array, "batch rows cols"]

@@ -6,6 +6,9 @@ from typing import Literal
 from muon_jax._matrices import LeafViews, MatrixSpec
 from muon_jax._paths import Path
 
+Group = Literal["muon", "adam"]
+"""The optimizers that update a leaf."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Route:
@@ -31,6 +34,6 @@ class Route:
     in_heads: bool = False
 
     @property
-    def group(self) -> Literal["muon", "adam"]:
+    def group(self) -> Group:
         """The optimizer that updates this leaf."""
         return "adam" if self.views is None else "muon"

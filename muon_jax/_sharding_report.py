@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
-from muon_jax._muon import muon
-from muon_jax._paths import flatten_with_names, show
+from muon_jax._leaves import Leaf
+from muon_jax._muon import muon, optimizer_of
+from muon_jax._paths import show
 from muon_jax._plan import Group, Part, PlannedLeaf, Split
-from muon_jax._record import Record, recording
-from muon_jax._specs import param_layouts, partition_spec, spec_axes
+from muon_jax._specs import local_shape, spec_axes
 from muon_jax._tables import in_units, table
+from muon_jax._zero1 import Zero1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +141,8 @@ def _bytes(count: int) -> str:
 def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingReport:
     """How `muon` divides its work and its state over a mesh.
 
-    The optimizer is traced, not run, and reports what it decided: what the report says is what the
-    program does.
+    No step is run or traced: the report is made by the functions of shapes that the optimizer
+    itself calls, so what it says is what the program does.
 
     Args:
       params: arrays or `jax.ShapeDtypeStruct`s.
@@ -166,42 +168,41 @@ def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingRe
     """
     if mesh is None:
         raise ValueError("sharding_report needs mesh=, the mesh that muon is given.")
-    tx = muon(**{"learning_rate": 1e-3, **keywords}, mesh=mesh)
-    param_layouts(params, keywords.get("param_specs"), mesh)  # tracers would hide a sharding
-    with recording() as record:
-        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
-    return _report(record, params)
-
-
-def _report(record: Record, params: PyTree) -> ShardingReport:
-    mesh = record.mesh
-    assert mesh is not None
-    sizes = dict(mesh.shape)
-    devices = math.prod(sizes.values())
-    rows, flops, share = [], 0, 0.0
-    if record.plan is not None:
-        plan, planned = record.plan
-        rows = [_row(group, planned, devices) for group in plan.groups]
-        flops = int(plan.flops.max())
-        share = sum(_matrices(group, planned) * group.flops_of_one for group in plan.groups)
-    leaves = []
-    for path, _ in flatten_with_names(params)[0]:
-        layout, entry = record.layouts[path], record.state[path]
-        unused = [a for a in sizes if sizes[a] > 1 and a not in spec_axes(layout.state)]
-        leaves.append(
-            LeafRow(
-                show(path),
-                entry.group,
-                partition_spec(layout.param, mesh),
-                partition_spec(layout.state, mesh),
-                entry.bytes,
-                math.prod(sizes[axis] for axis in unused),
-                any(axis in record.zero1_axes for axis in unused),
-            )
-        )
-    balance = flops * devices / share if share else 1.0
+    optimizer = optimizer_of(muon(**{"learning_rate": 1e-3, **keywords}, mesh=mesh))
+    decided, step, adam = optimizer.decide(params), optimizer.muon, optimizer.adam
+    zero1, rows, like = step.zero1, [], {"muon": [], "adam": []}
+    assert zero1 is not None
+    for param, leaf in zip(jax.tree.leaves(params), decided.leaves, strict=True):
+        group, dtype = leaf.route.group, jnp.result_type(param)
+        like[group].append(jax.ShapeDtypeStruct(jnp.shape(param), dtype))
+        kept = (step if group == "muon" else adam).moments(dtype)
+        rows.append(_leaf_row(zero1, leaf, sum(moment.itemsize for moment in kept)))
+    step.check(decided.leaves_of("muon"))
+    momenta = [x.update(dtype=step.moments(x.dtype)[0]) for x in like["muon"]]
+    plan, planned = step.plan(decided.leaves_of("muon"), like["muon"], momenta)
+    devices, flops = math.prod(zero1.sizes.values()), int(plan.flops.max())
+    share = sum(_matrices(group, planned) * group.flops_of_one for group in plan.groups)
     return ShardingReport(
-        tuple(rows), tuple(leaves), devices, flops, balance, int(record.adam_gather)
+        tuple(_row(group, planned, devices) for group in plan.groups),
+        tuple(rows),
+        devices,
+        flops,
+        flops * devices / share if share else 1.0,
+        adam.gather_bytes(like["adam"], decided.leaves_of("adam")),
+    )
+
+
+def _leaf_row(zero1: Zero1, leaf: Leaf, itemsize: int) -> LeafRow:
+    sizes, layout = zero1.sizes, leaf.lies
+    unused = [a for a in sizes if sizes[a] > 1 and a not in spec_axes(layout.state)]
+    return LeafRow(
+        show(leaf.route.path),
+        leaf.route.group,
+        layout.param_spec(zero1.mesh),
+        layout.state_spec(zero1.mesh),
+        math.prod(local_shape(layout.shape, layout.state, sizes)) * itemsize,
+        math.prod(sizes[axis] for axis in unused),
+        any(axis in zero1.axes for axis in unused),
     )
 
 

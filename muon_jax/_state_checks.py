@@ -11,13 +11,19 @@ def check_state_of(state: Any, routes: Sequence[Route]) -> None:
     """Raise where the state of `muon` has not one momentum for each parameter, of its shape.
 
     Args:
-      state: as `optax.partition` keeps it; anything else is left to Optax.
+      state: as `optax.partition` keeps it; one with other groups is left to Optax.
       routes: those of the parameters.
 
     Raises:
       ValueError: with the leaf, what it is and what the state holds.
+      TypeError: for what is no state of `optax.partition`.
     """
-    groups = getattr(state, "inner_states", None)
+    if not hasattr(state, "inner_states"):
+        raise TypeError(
+            f"muon was given a state of type {type(state).__name__}; expected the one that its "
+            "init made, as tx.update(grads, state, params)."
+        )
+    groups = state.inner_states
     if not isinstance(groups, dict) or not {"muon", "adam"} <= {*groups}:
         return
     held = {

@@ -4,13 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from muon_jax._paths import Path, flatten_with_names
-from muon_jax._record import Record, recording
-from muon_jax._specs import Spec, param_layouts, partition_spec
+from muon_jax._placed import Placed, asked
+from muon_jax._specs import param_layouts, partition_spec
+from muon_jax._zero1 import Zero1
 
 
 def opt_state_shardings(tx: Any, params: PyTree) -> PyTree:
@@ -42,62 +42,38 @@ def opt_state_shardings(tx: Any, params: PyTree) -> PyTree:
     """
     if not callable(getattr(tx, "init", None)):
         raise TypeError(f"opt_state_shardings takes an optimizer, not its state; got {tx!r}.")
-    with recording() as record:
-        # A function of its own: JAX would not trace one again that it knows.
-        jaxpr, state = jax.make_jaxpr(lambda p: tx.init(p), return_shape=True)(params)
-    leaves, structure = flatten_with_names(state)
-    written = [_written_sharding(jaxpr.jaxpr, var) for var in jaxpr.jaxpr.outvars]
-    mesh = next((sharding.mesh for sharding in written if sharding is not None), None)
-    if mesh is None:
+    with asked(True):
+        state = jax.eval_shape(tx.init, params)
+    leaves, structure = flatten_with_names(state, lambda node: isinstance(node, Placed))
+    places = [leaf.place for _, leaf in leaves if isinstance(leaf, Placed)]
+    if not places:
         raise ValueError(
             "opt_state_shardings found no optimizer of muon_jax with a mesh: pass "
             "muon(..., mesh=mesh), or scale_by_muon(..., mesh=mesh)."
         )
-    shardings = []
-    for (path, leaf), sharding in zip(leaves, written, strict=True):
-        if sharding is None:
-            spec = _beside(record, path, tuple(leaf.shape), params) if leaf.ndim else None
-            spec = PartitionSpec() if spec is None else partition_spec(spec, mesh)
-            sharding = NamedSharding(mesh, spec)
-        shardings.append(sharding)
-    return structure.unflatten(shardings)
+    zero1, layouts = places[0].zero1, {x.path: x.layout for x in places if x.layout is not None}
+    specs = [
+        leaf.place.spec
+        if isinstance(leaf, Placed)
+        else _beside(zero1, layouts, params, path, tuple(leaf.shape))
+        for path, leaf in leaves
+    ]
+    return structure.unflatten([NamedSharding(zero1.mesh, spec) for spec in specs])
 
 
-def _beside(record: Record, path: Path, shape: tuple[int, ...], params: PyTree) -> Spec | None:
+def _beside(
+    zero1: Zero1, layouts: Any, params: PyTree, path: Path, shape: tuple[int, ...]
+) -> PartitionSpec:
     """Where the parameter lies whose path ends `path`, for the state of another transformation."""
-    layout = record.layout_of(path, shape)
-    if layout is not None or record.mesh is None:
-        return layout and layout.param
-    # A parameter that muon_jax does not update: its own word, or that of the given specs.
-    for start in range(len(path) + 1):
-        for name, leaf in flatten_with_names(params)[0]:
-            if name == path[start:] and tuple(jnp.shape(leaf)) == shape:
-                named = _nested(name, leaf)
-                specs, mesh = record.param_specs, record.mesh
-                return param_layouts(named, specs, mesh, whole=False)[0]
-    return None
-
-
-def _nested(path: Path, leaf: Any) -> Any:
-    """A tree of dicts with one leaf, at this path."""
-    for name in reversed(path):
-        leaf = {name: leaf}
-    return leaf
-
-
-def _written_sharding(jaxpr: Jaxpr, var: Any) -> NamedSharding | None:
-    """The sharding that the program itself gives to a variable where it is made."""
-    if isinstance(var, Literal):
-        return None
-    for eqn in jaxpr.eqns:
-        if var not in eqn.outvars:
-            continue
-        index = eqn.outvars.index(var)
-        if eqn.primitive.name == "sharding_constraint":
-            return eqn.params["sharding"]
-        if eqn.primitive.name == "device_put":
-            return eqn.params["devices"][index]
-        inner = eqn.params.get("jaxpr")
-        if isinstance(inner, ClosedJaxpr):
-            return _written_sharding(inner.jaxpr, inner.jaxpr.outvars[index])
-    return None
+    named = dict(flatten_with_names(params)[0])
+    for name in (path[start:] for start in range(len(path) + 1)):
+        layout, param = layouts.get(name), named.get(name)
+        if layout is not None and layout.shape == shape:
+            return layout.param_spec(zero1.mesh)
+        if param is not None and tuple(jnp.shape(param)) == shape:
+            # A parameter that muon_jax does not update: its own word, or that of the given specs.
+            for key in reversed(name):
+                param = {key: param}
+            (spec,) = param_layouts(param, zero1.param_specs, zero1.mesh, whole=False)
+            return partition_spec(spec, zero1.mesh)
+    return PartitionSpec()

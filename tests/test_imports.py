@@ -38,7 +38,8 @@ KERNEL = (
 MESH = (
     *("_collectives", "_specs", "_split_layout", "_layout", "_cost", "_plan", "_grouping"),
     *("_pricing", "_choices", "_planner", "_part_runner", "_owner_runners", "_run_group"),
-    *("_distributed", "_zero1", "_record", "_sharding_report", "_state_shardings"),
+    *("_distributed", "_zero1", "_placed", "_leaves", "_shards", "_gather", "_step"),
+    *("_muon_step", "_sharding_report", "_state_shardings"),
 )
 
 

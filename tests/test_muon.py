@@ -368,3 +368,18 @@ def test_the_checkers_reject(fault, check):
 def test_the_public_names_are_these():
     for name in muon_jax.__all__:
         assert getattr(muon_jax, name) is not None
+
+
+def test_every_leaf_is_routed_once_for_each_trace():
+    asked = []
+
+    def numbers(params):
+        asked.append(params)
+        return {"kernel": MuonDimensionNumbers(0, 1), "bias": None}
+
+    params = {"kernel": jnp.ones((4, 6)), "bias": jnp.ones(6)}
+    tx = muon(1e-3, muon_weight_dimension_numbers=numbers)
+    state = tx.init(params)
+    assert len(asked) == 1
+    tx.update(params, state, params)
+    assert len(asked) == 2

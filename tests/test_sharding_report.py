@@ -4,7 +4,9 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -77,6 +79,41 @@ def test_bytes_and_flops_are_those_of_the_program(name, flops_per_byte):
     assert heaviest >= report.flops
     if not any(row.padding for row in report.rows):
         assert heaviest == report.flops
+
+
+def test_the_gather_of_adamw_is_that_of_the_program():
+    """Gathered over two axes, over one, together and alone; in float16 what is float16."""
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    specs = {"table": P("fsdp")}
+    params = abstract({"table": (16, 24), "norm": (64,), "few": (4,), "odd": (3,)}, mesh, specs)
+    params["half"] = jax.ShapeDtypeStruct((32,), np.float16, sharding=params["norm"].sharding)
+    keywords = {
+        "param_specs": {name: specs.get(name, P()) for name in params},
+        "muon_weight_dimension_numbers": dict.fromkeys(params),
+    }
+    text = compiled(params, mesh, **keywords)
+    sent = [c.wire_bytes for c in hlo.collectives(text) if "adamw.gather" in c.scope]
+    report = sharding_report(params, mesh=mesh, **keywords)
+    assert sum(sent) == pytest.approx(report.adam_gather_bytes, abs=2 * len(sent))
+    assert report.adam_gather_bytes > 0
+
+
+def test_wrappers_show_where_their_state_lies():
+    """A wrapper that compiles `init` leaves no answer in JAX's caches, nor takes an old one."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tx = muon(1e-3, mesh=mesh)
+    wrapped = optax.GradientTransformation(jax.jit(lambda p: (p, tx.init(p))), tx.update)
+    params = {"kernel": jnp.ones((16, 8)), "bias": jnp.ones(8)}
+    for _ in range(2):
+        beside, state = wrapped.init(params)
+        at_rest, shardings = opt_state_shardings(wrapped, params)
+        assert jax.tree.structure(state) == jax.tree.structure(shardings)
+        assert all(sharding.spec == P() for sharding in jax.tree.leaves(at_rest))
+        for x, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+            assert x.sharding.is_equivalent_to(sharding, x.ndim)
+    kernel = shardings.inner_states["muon"].inner_state[0].mu["kernel"]
+    assert kernel.spec == P("data")
+    assert jax.tree.structure(beside) == jax.tree.structure(at_rest)
 
 
 def test_what_the_report_says_of_a_model():
