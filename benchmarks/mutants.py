@@ -164,19 +164,19 @@ MUTANTS: dict[str, Mutant] = {
         f"{MUON} -k each_scale",
     ),
     "Update Norm of the real part": Mutant(
-        "_matrix_update.py",
+        "_update_rule.py",
         "jnp.square(jnp.abs(scaled))",
         "jnp.square(scaled.real)",
         f"{STATE} -k update_norm",
     ),
     "Update Norm over the stack": Mutant(
-        "_matrix_update.py",
+        "_update_rule.py",
         "rms = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(scaled)), axis=(-2, -1)))",
         "rms = jnp.sqrt(jnp.mean(jnp.square(jnp.abs(scaled)))) * jnp.ones(len(wide))",
         f"{MUON} -k update_norm",
     ),
     "adaptive without 1 - beta": Mutant(
-        "_matrix_update.py",
+        "_update_rule.py",
         "factor = (1 - jnp.asarray(self.beta, dual.dtype)) * dual",
         "factor = dual",
         f"{MUON} -k adaptive",

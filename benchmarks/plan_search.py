@@ -36,7 +36,7 @@ from muon_jax._plan import PlannedLeaf
 from muon_jax._planner import Search
 from muon_jax._pricing import Pricing
 from muon_jax._routing import route_leaves
-from muon_jax._specs import param_layouts
+from muon_jax._specs import resolve_param_specs
 
 PRESETS = ("moonlight-16b-a3b", "small", "tiny")
 MESHES = {
@@ -59,7 +59,7 @@ def search_of(params: Any, specs: Any, mesh: AbstractMesh, numbers: Any = None) 
             jnp.dtype(jnp.bfloat16),
             jnp.dtype(jnp.float32),
         )
-        for route, spec in zip(routes, param_layouts(params, specs, mesh), strict=True)
+        for route, spec in zip(routes, resolve_param_specs(params, specs, mesh), strict=True)
         if route.views is not None
     ]
     members = group_matrices(leaves, sizes, mesh.axis_names)

@@ -201,7 +201,7 @@ def parts_of(leaves: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[s
     for name, shape in leaves.items():
         views = known[name].views if name in known else None
         if views is not None:
-            view = views.views[0]
+            view = views[0]
             kinds = tuple(
                 "in" if n in view.reduction else "out" if n in view.output else "batch"
                 for n in range(len(shape))

@@ -5,9 +5,9 @@ from optax.contrib import MuonDimensionNumbers
 from muon_jax._attention import GroupedQuery, MultiHead, MultiHeadLatent
 from muon_jax._cost import MeshCosts
 from muon_jax._diagnostics import (
-    group_rms,
     map_matrices,
     orthogonality_error,
+    rms_by_optimizer,
     svd_entropy,
     update_rms,
 )
@@ -49,13 +49,13 @@ __all__ = [
     "UseRoles",
     "by_path",
     "by_use",
-    "group_rms",
     "map_matrices",
     "muon",
     "opt_state_shardings",
     "orthogonality_error",
     "orthogonalize",
     "qk_clip",
+    "rms_by_optimizer",
     "routing_report",
     "scale_by_muon",
     "sharding_report",

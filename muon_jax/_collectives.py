@@ -1,13 +1,15 @@
 """The collectives of a `shard_map` body, moving bfloat16 as two bytes on every backend."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact, Num
+
+from muon_jax._newton_schulz import Rows
 
 
 def all_to_all(
@@ -34,10 +36,9 @@ def all_gather(x: Num[Array, "*shape"], axes: Sequence[str]) -> Num[Array, "devi
     return _moved(x, gather)
 
 
-class RowShare(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class RowShare(Rows):
     """Neighbours that hold the same matrices and divide the work on them by rows.
-
-    The `Rows` of Newton-Schulz (`_newton_schulz`), inside a `shard_map`.
 
     Attributes:
       axis: the mesh axis along which they are neighbours.

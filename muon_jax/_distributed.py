@@ -41,12 +41,12 @@ from jaxtyping import Array, Inexact
 
 from muon_jax._layout import Layout, local_view
 from muon_jax._matrices import LeafViews
-from muon_jax._matrix_update import MatrixUpdate
 from muon_jax._momentum import heavy_ball
 from muon_jax._plan import Plan, PlannedLeaf
 from muon_jax._run_group import run_group
 from muon_jax._shards import on_shards
 from muon_jax._specs import Sizes
+from muon_jax._update_rule import UpdateRule
 from muon_jax._zero1 import Zero1
 
 Stacks = dict[tuple[int, int], Inexact[Array, "_ _ _"]]
@@ -57,7 +57,7 @@ def distributed_update(
     zero1: Zero1,
     plan: Plan,
     leaves: Sequence[PlannedLeaf],
-    rule: MatrixUpdate,
+    rule: UpdateRule,
     gradients: Sequence[Inexact[Array, "..."]],
     momenta: Sequence[Inexact[Array, "..."]],
 ) -> tuple[list[Inexact[Array, "..."]], list[Inexact[Array, "..."]]]:
@@ -76,7 +76,7 @@ def distributed_update(
     """
     layouts = [leaf.layout for leaf in leaves]
 
-    def on_device(rule: MatrixUpdate, gradients: list[Any], momenta: list[Any]) -> Any:
+    def on_device(rule: UpdateRule, gradients: list[Any], momenta: list[Any]) -> Any:
         return _Step(plan, leaves, rule, zero1.sizes).on_device(gradients, momenta)
 
     # Phase 1 is its border: unreduced sums of gradients arrive in the state's layout.
@@ -88,7 +88,7 @@ class _Step(NamedTuple):
 
     plan: Plan
     leaves: Sequence[PlannedLeaf]
-    rule: MatrixUpdate
+    rule: UpdateRule
     sizes: Sizes
 
     def on_device(self, gradients: list[Any], momenta: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -115,7 +115,7 @@ class _Step(NamedTuple):
         stacks = _local_views(leaf.views, leaf.layout, self.sizes, state=True).take(narrow)
         return {
             (index, number): stack.mT if view.is_tall else stack
-            for number, (view, stack) in enumerate(zip(leaf.views.views, stacks, strict=True))
+            for number, (view, stack) in enumerate(zip(leaf.views, stacks, strict=True))
         }
 
     def orthogonalized(self, directions: Stacks) -> Stacks:
@@ -125,7 +125,7 @@ class _Step(NamedTuple):
             stacks = [directions[member.leaf, member.view] for member in group.members]
             outcome = run_group(group, self.leaves, self.sizes, self.rule, stacks)
             for member, result, measured in outcome:
-                view = self.leaves[member.leaf].views.views[member.view]
+                view = self.leaves[member.leaf].views[member.view]
                 _, fan_in, fan_out = view.matrices
                 # Scaled where it arrives, in float32: what travels is the bfloat16 result.
                 done = self.rule.finish(result, measured, (fan_in, fan_out))
@@ -141,7 +141,7 @@ class _Step(NamedTuple):
         update = local.put(
             [
                 scaled.get((index, number), jnp.zeros(view.matrices, dtype))
-                for number, view in enumerate(local.views)
+                for number, view in enumerate(local)
             ]
         )
         if leaf.layout.split is not None:
@@ -151,4 +151,4 @@ class _Step(NamedTuple):
 
 def _local_views(views: LeafViews, layout: Layout, sizes: Sizes, *, state: bool) -> LeafViews:
     spec = layout.of_views.state if state else layout.of_views.param
-    return LeafViews(tuple(local_view(view, spec, sizes) for view in views.views), views.split)
+    return LeafViews(tuple(local_view(view, spec, sizes) for view in views), views.split)

@@ -19,7 +19,7 @@ def group_matrices(
     """The members of each group, in the order of the leaves; views without matrices are in none."""
     groups = defaultdict(list)
     for index, leaf in enumerate(leaves):
-        for number, view in enumerate(leaf.views.views):
+        for number, view in enumerate(leaf.views):
             rows, cols = sorted(view.matrices[1:])
             if not all(view.matrices):
                 continue

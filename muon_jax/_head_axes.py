@@ -102,7 +102,7 @@ def _in_heads(route: Route, held: KernelHeads, structure: AttentionHeads, sure: 
         )
     spec = _split(route, held, f"{where}: its {'output' if held.on_output else 'input'}", by)
     views = leaf_views(route.shape, spec, show(route.path))
-    _, fan_in, fan_out = views.views[0].matrices
+    _, fan_in, fan_out = views[0].matrices
     reason = route.reason.replace(", heads joint", "")
     return dataclasses.replace(
         route,
@@ -116,7 +116,7 @@ def _in_heads(route: Route, held: KernelHeads, structure: AttentionHeads, sure: 
 def _split(route: Route, held: KernelHeads, where: str, by: str) -> MatrixSpec:
     """The matrices of single heads or of groups."""
     assert route.views is not None
-    (view,) = route.views.views
+    (view,) = route.views
     sides = {"reduction": view.reduction, "output": view.output}
     name, other = ("output", "reduction") if held.on_output else ("reduction", "output")
     lengths = _lengths(route, sides[name])

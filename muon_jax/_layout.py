@@ -101,13 +101,13 @@ def _dimension_order(shape: tuple[int, ...], views: LeafViews | None) -> list[in
     """Dimensions in the order in which they are tried."""
     if views is None:
         return [*reversed(range(len(shape)))]  # stacks come first in a shape
-    view = views.views[0]
+    view = views[0]
     sides = (view.reduction, view.output)
     # Along the longer side all matrices of one shape are cut alike once they are turned wide.
     if not is_tall([math.prod(view.shape[d] for d in dims) for dims in sides]):
         sides = sides[::-1]
     # Blocks that lie side by side cannot be cut out of shards of their common axis.
-    fused = {view.block.axis for view in views.views if view.block is not None}
+    fused = {view.block.axis for view in views if view.block is not None}
     order = [d for d in (*sides[0], *sides[1], *view.batch_axes) if d not in fused]
     if views.split is None:
         return order

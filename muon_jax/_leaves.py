@@ -36,7 +36,7 @@ class Leaf(NamedTuple):
 
 
 def decide_leaves(zero1: Zero1 | None, params: PyTree, routes: Sequence[Route]) -> list[Leaf]:
-    """The leaves of `params`, which `routes` were made for; raise as `param_layouts` does."""
+    """The leaves of `params`, which `routes` were made for; raise as `resolve_param_specs` does."""
     if zero1 is None:
         return [Leaf(route, None) for route in routes]
     return [*map(Leaf, routes, zero1.layouts(params, routes))]

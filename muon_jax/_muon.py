@@ -73,7 +73,7 @@ def muon(
        norm of each matrix, where Optax takes that of the leaf.
     2. `eps` is AdamW's only: Newton-Schulz is scale-invariant and needs none.
     3. `nesterov` is Muon's only: AdamW stays AdamW.
-    4. `weight_decay_mask` covers both groups, and `adam_weight_decay=None` follows
+    4. `weight_decay_mask` covers Muon's leaves and AdamW's, and `adam_weight_decay=None` follows
        `weight_decay`.
     5. Leaves are routed by their roles, not by ``ndim == 2``: see `routing_report(params)`.
     6. A list of coefficients runs whole, and another `ns_steps` raises; Optax runs its last rows.
@@ -83,8 +83,8 @@ def muon(
     numbers that are functions are not taken for schedules.
 
     Args:
-      learning_rate: a number or a schedule; it multiplies the update and the weight decay of both
-        groups.
+      learning_rate: a number or a schedule; it multiplies the update and the weight decay of all
+        leaves.
       ns_coeffs: see `scale_by_muon`, as for `ns_steps`, `beta`, `nesterov`, `adaptive`,
         `preconditioning`, `consistent_rms`, `update_scale`, `ns_dtype`, `heads` and
         `max_group_bytes`.
@@ -93,7 +93,7 @@ def muon(
       eps: AdamW's, added to the root of the second moment.
       weight_decay: decoupled, multiplied by the learning rate; 0.1 is Moonlight's.
       weight_decay_mask: a tree of booleans, a prefix of the parameters' tree, or a function from
-        parameters to one; False leaves do not decay, in either group.
+        parameters to one; False leaves do not decay, whoever updates them.
       mu_dtype: the dtype of Muon's momentum and AdamW's first moment; None means each
         parameter's, and float32 for float16, as AdamW's second moment is in any case.
       nesterov: see `scale_by_muon`.

@@ -18,7 +18,6 @@ from muon_jax._batching import DEFAULT_MAX_GROUP_BYTES, batched_update
 from muon_jax._checks import Scalar, check_bool, check_group_bytes, check_scalar
 from muon_jax._distributed import distributed_update
 from muon_jax._leaves import Leaf
-from muon_jax._matrix_update import MatrixUpdate
 from muon_jax._momentum import check_mu_dtype, momentum_dtype
 from muon_jax._orthogonalize import Iteration
 from muon_jax._paths import show
@@ -26,6 +25,7 @@ from muon_jax._plan import Plan, PlannedLeaf
 from muon_jax._planner import make_plan
 from muon_jax._scaling import check_update_scale, resolve_update_scale
 from muon_jax._step import Arrays, Step
+from muon_jax._update_rule import UpdateRule
 from muon_jax._zero1 import Zero1
 
 
@@ -46,11 +46,11 @@ class MuonStep(Step):
     """The settings of a step of Muon, besides those of any step.
 
     Attributes:
-      matrix: what is done to each matrix.
+      rule: what is done to each matrix.
       group_bytes: the largest batch of matrices that is orthogonalized at once.
     """
 
-    matrix: MatrixUpdate
+    rule: UpdateRule
     group_bytes: int
     state = MuonState
     kept = 1
@@ -65,8 +65,8 @@ class MuonStep(Step):
         Asked before a step: there the function's own error would be far from the leaf.
         """
         for leaf in leaves:
-            for _, fan_in, fan_out in (view.matrices for view in leaf.holds.views):
-                check_update_scale(self.matrix.scale, fan_in, fan_out, show(leaf.route.path))
+            for _, fan_in, fan_out in (view.matrices for view in leaf.holds):
+                check_update_scale(self.rule.scale, fan_in, fan_out, show(leaf.route.path))
 
     def run(
         self, count: Any, leaves: list[Leaf], dtypes: list[Any], gradients: Arrays, *kept: Arrays
@@ -76,9 +76,9 @@ class MuonStep(Step):
         (momenta,) = kept
         if self.zero1 is None:
             views = [leaf.holds for leaf in leaves]
-            return batched_update(views, self.matrix, gradients, momenta, self.group_bytes)
+            return batched_update(views, self.rule, gradients, momenta, self.group_bytes)
         plan, planned = self.plan(leaves, gradients, momenta)
-        return distributed_update(self.zero1, plan, planned, self.matrix, gradients, momenta)
+        return distributed_update(self.zero1, plan, planned, self.rule, gradients, momenta)
 
     def plan(
         self, leaves: Sequence[Leaf], gradients: Sequence[Any], momenta: Sequence[Any]
@@ -91,7 +91,7 @@ class MuonStep(Step):
           momenta: the same.
         """
         assert self.zero1 is not None
-        iteration = self.matrix.iteration
+        iteration = self.rule.iteration
         planned = [
             PlannedLeaf(leaf.holds, leaf.lies, iteration.storage_dtype(g, m), m.dtype)
             for leaf, g, m in zip(leaves, gradients, momenta, strict=True)
@@ -102,7 +102,7 @@ class MuonStep(Step):
             self.zero1.axes,
             steps=len(iteration.schedule),
             max_group_bytes=self.group_bytes,
-            whole_result=self.matrix.is_measured,
+            whole_result=self.rule.is_measured,
             costs=self.zero1.costs,
         )
         return plan, planned
@@ -124,6 +124,6 @@ def resolve_step(
     check_scalar("beta", beta, below=1.0)
     scale = resolve_update_scale(consistent_rms, update_scale)
     adaptive, nesterov = check_bool("adaptive", adaptive), check_bool("nesterov", nesterov)
-    matrix = MatrixUpdate(iteration, scale, adaptive, beta, nesterov)
+    rule = UpdateRule(iteration, scale, adaptive, beta, nesterov)
     group_bytes = check_group_bytes(max_group_bytes, DEFAULT_MAX_GROUP_BYTES)
-    return MuonStep(zero1, check_mu_dtype(mu_dtype), matrix, group_bytes)
+    return MuonStep(zero1, check_mu_dtype(mu_dtype), rule, group_bytes)

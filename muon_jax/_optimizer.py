@@ -17,7 +17,7 @@ from muon_jax._gradients import gradient_leaves
 from muon_jax._leaves import Leaf, decide_leaves
 from muon_jax._muon_step import MuonStep
 from muon_jax._prefix import resolve_mask
-from muon_jax._routes import Group, Route
+from muon_jax._routes import OptimizerName, Route
 from muon_jax._routing import warn_of_tables
 from muon_jax._state_checks import check_state_of
 
@@ -42,12 +42,12 @@ class Decided(NamedTuple):
 
     @property
     def labels(self) -> PyTree:
-        """The group of each leaf, as a tree."""
-        return self.structure.unflatten([route.group for route in self.routes])
+        """The optimizer of each leaf, as a tree."""
+        return self.structure.unflatten([route.optimizer for route in self.routes])
 
-    def leaves_of(self, group: Group) -> list[Leaf]:
-        """The leaves of one group."""
-        return [leaf for leaf in self.leaves if leaf.route.group == group]
+    def leaves_of(self, optimizer: OptimizerName) -> list[Leaf]:
+        """The leaves that one optimizer updates."""
+        return [leaf for leaf in self.leaves if leaf.route.optimizer == optimizer]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +74,16 @@ class Optimizer:
         leaves = decide_leaves(self.muon.zero1, params, routes)
         return Decided(leaves, structure, resolve_mask(self.mask, params, structure))
 
-    def init(self, params: PyTree) -> optax.OptState:
-        """The state of both groups."""
+    def decide_first(self, params: PyTree) -> Decided:
+        """The same once, before any step: it warns of what may be wrong, and asks the scales."""
         decided = self.decide(params)
         warn_of_tables(decided.routes)
         self.muon.check(decided.leaves_of("muon"))
+        return decided
+
+    def init(self, params: PyTree) -> optax.OptState:
+        """The state of Muon and of AdamW."""
+        decided = self.decide_first(params)
         state = self.chains(decided).init(params)
         if self.muon.zero1 is None:
             return state

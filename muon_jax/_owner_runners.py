@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Inexact
 
 from muon_jax._collectives import RowShare, all_gather, all_to_all, axes_index
 from muon_jax._layout import Cut
-from muon_jax._part_runner import PartRunner
+from muon_jax._part_runner import Directions, Outcome, PartRunner, Pieces, Results
 from muon_jax._plan import Exchange, Split
 
 AnyExchange = TypeVar("AnyExchange", bound=Exchange)
@@ -21,18 +21,14 @@ class ExchangeRunner(PartRunner[AnyExchange]):
 
     # --- Phase 3: to the owners ------------------------------------------------------------------
 
-    def to_owners(
-        self, pieces: Inexact[Array, "count *piece"]
-    ) -> Inexact[Array, "slots rows cols"]:
+    def to_owners(self, pieces: Pieces) -> Directions:
         """Send each matrix's piece to its owner, who puts the pieces of all devices together."""
         axes = self.key.cut_axes
         received = all_to_all(self.addressed(pieces), axes)
         join = lambda cut: cut.join(received, axes, self.sizes)  # noqa: E731
         return self.by_cut(self.state_cuts, self.part.owners, join, axis=0)
 
-    def addressed(
-        self, pieces: Inexact[Array, "count *piece"]
-    ) -> Inexact[Array, "devices slots *piece"]:
+    def addressed(self, pieces: Pieces) -> Inexact[Array, "devices slots *piece"]:
         """For each coordinate along the cut axes, the pieces that this device sends there.
 
         Devices that differ along copy axes alone hold the same pieces. Each sends to the owners
@@ -52,9 +48,7 @@ class ExchangeRunner(PartRunner[AnyExchange]):
 
     # --- Phase 4: on the owners ------------------------------------------------------------------
 
-    def orthogonalize(
-        self, directions: Inexact[Array, "slots rows cols"]
-    ) -> Inexact[Array, "slots _ cols"]:
+    def orthogonalize(self, directions: Directions) -> Results:
         """Orthogonalize whole matrices, unless all slots of this device are empty."""
         iteration = self.rule.iteration
         if not self.part.padding:
@@ -68,18 +62,15 @@ class ExchangeRunner(PartRunner[AnyExchange]):
 
     # --- Phases 5 and 6: and back ----------------------------------------------------------------
 
-    def back(self, results: Inexact[Array, "slots _ cols"]) -> Inexact[Array, "stacks count *_"]:
+    def back(self, results: Results) -> Outcome:
         """Return pieces along the axes that cut the parameter, and gather over all others."""
         if self.part.through_state:
             return self.back_through_state(results)
         kept, gathered = self.key.kept_axes, self.key.gathered_axes
         with jax.named_scope("muon.return"):  # phase 5
-            returned = all_to_all(
-                self.cut_for(
-                    kept, self.param_cuts, self.part.owners, self.group.param_piece, results
-                ),
-                kept,
-            )
+            piece, owners = self.group.param_piece, self.part.owners
+            cut = self.cut_for(kept, self.param_cuts, owners, piece, results)
+            returned = all_to_all(cut, kept)
         with jax.named_scope("muon.gather"):  # phase 6
             rest = returned.ndim - 1
             out = all_gather(returned, gathered)
@@ -94,20 +85,14 @@ class ExchangeRunner(PartRunner[AnyExchange]):
         """The results, whole, with the table that says which matrix each slot holds."""
         return out, self.part.owners
 
-    def back_through_state(
-        self, results: Inexact[Array, "slots rows cols"]
-    ) -> Inexact[Array, "stacks count *_"]:
+    def back_through_state(self, results: Results) -> Outcome:
         """Return the momentum's pieces first: what is then gathered has no empty slots."""
         cut_axes, gathered = self.key.cut_axes, self.key.gathered_axes
         with jax.named_scope("muon.return"):  # phase 5
-            returned = all_to_all(
-                self.cut_for(
-                    cut_axes, self.state_cuts, self.part.owners, self.group.state_piece, results
-                ),
-                cut_axes,
-            )
-            slots = returned.reshape(1, -1, *returned.shape[2:])
-            mine = self.in_order(slots, self.part.owners)[0]
+            piece, owners = self.group.state_piece, self.part.owners
+            cut = self.cut_for(cut_axes, self.state_cuts, owners, piece, results)
+            returned = all_to_all(cut, cut_axes)
+            mine = self.in_order(returned.reshape(1, -1, *returned.shape[2:]), owners)[0]
         with jax.named_scope("muon.gather"):  # phase 6
             out = all_gather(mine, gathered)
             stack_axes = self.key.gathered_stack_axes
@@ -129,9 +114,7 @@ class ExchangeRunner(PartRunner[AnyExchange]):
             out = out.reshape(self.length(stack_axes), -1, 1)
             return self.in_order(out, self.part.owners)[..., 0]
 
-    def in_order(
-        self, slots: Inexact[Array, "stacks slots *_"], owners: np.ndarray
-    ) -> Inexact[Array, "stacks count *_"]:
+    def in_order(self, slots: Inexact[Array, "stacks slots *_"], owners: np.ndarray) -> Outcome:
         """From all slots of all devices to the matrices in the group's order."""
         flat = owners.ravel()
         # Sharers hold the same result: the first of them is taken.
@@ -144,9 +127,7 @@ class ExchangeRunner(PartRunner[AnyExchange]):
 class SplitRunner(ExchangeRunner[Split]):
     """The same, but that owners share a matrix and divide its rows."""
 
-    def orthogonalize(
-        self, directions: Inexact[Array, "slots rows cols"]
-    ) -> Inexact[Array, "slots _ cols"]:
+    def orthogonalize(self, directions: Directions) -> Results:
         """The rows that this device computes, or the whole of what the sharers did."""
         axis = self.part.axis
         share = RowShare(axis, self.sizes[axis], self.part.ways, self.key.dtype)

@@ -20,9 +20,21 @@ from jaxtyping import Array, Float, Inexact
 
 from muon_jax._collectives import all_gather, axes_index
 from muon_jax._layout import Cut
-from muon_jax._matrix_update import MatrixUpdate
 from muon_jax._plan import Everywhere, Exchange, Group, length
 from muon_jax._specs import Sizes
+from muon_jax._update_rule import UpdateRule
+
+Pieces = Inexact[Array, "count *piece"]
+"""This device's piece of each of a part's directions."""
+
+Directions = Inexact[Array, "slots rows cols"]
+"""Whole matrices on this device, turned wide."""
+
+Results = Inexact[Array, "slots _ cols"]
+"""What Newton-Schulz gave on this device: whole matrices, or their rows where they are shared."""
+
+Outcome = Inexact[Array, "stacks count *_"]
+"""A part's results as the parameter's shards cut them, of each of the gathered stacks."""
 
 AnyPart = TypeVar("AnyPart", bound=Everywhere | Exchange)
 
@@ -46,7 +58,7 @@ class PartRunner(abc.ABC, Generic[AnyPart]):
         alike: Sequence[AnyPart],
         chunk: jax.Array | int,
         sizes: Sizes,
-        rule: MatrixUpdate,
+        rule: UpdateRule,
     ):
         """Bind a runner to the part of number `chunk` among those that are alike."""
         self.part = alike[0]
@@ -59,34 +71,26 @@ class PartRunner(abc.ABC, Generic[AnyPart]):
         self._starts = [part.start for part in alike]
         self._chunk = chunk
 
-    def run(
-        self, pieces: Inexact[Array, "count *piece"]
-    ) -> tuple[Inexact[Array, "stacks count *_"], Float[Array, "stacks count"] | None]:
+    def run(self, pieces: Pieces) -> tuple[Outcome, Float[Array, "stacks count"] | None]:
         """The results as the parameter's shards cut them, and their measured factors."""
         with jax.named_scope("muon.exchange"):  # phase 3
             directions = self.to_owners(pieces)
         with jax.named_scope("muon.newton_schulz"):  # phase 4
             results = self.orthogonalize(directions)
-            measured = None
-            if self.rule.is_measured:
-                measured = self.rule.measure(directions, results)
+            measured = self.rule.measure(directions, results) if self.rule.is_measured else None
         back = self.back(results)  # phases 5 and 6
         return back, None if measured is None else self.factors_to_all(measured)
 
     @abc.abstractmethod
-    def to_owners(
-        self, pieces: Inexact[Array, "count *piece"]
-    ) -> Inexact[Array, "slots rows cols"]:
+    def to_owners(self, pieces: Pieces) -> Directions:
         """Phase 3: the whole matrices that this device is to orthogonalize."""
 
     @abc.abstractmethod
-    def orthogonalize(
-        self, directions: Inexact[Array, "slots rows cols"]
-    ) -> Inexact[Array, "slots _ cols"]:
+    def orthogonalize(self, directions: Directions) -> Results:
         """Phase 4: the results of the matrices on this device."""
 
     @abc.abstractmethod
-    def back(self, results: Inexact[Array, "slots _ cols"]) -> Inexact[Array, "stacks count *_"]:
+    def back(self, results: Results) -> Outcome:
         """Phases 5 and 6: from every device's results to the parameter's shard on each."""
 
     @abc.abstractmethod
@@ -105,7 +109,7 @@ class PartRunner(abc.ABC, Generic[AnyPart]):
         cuts: Sequence[Cut],
         owners: np.ndarray | None,
         piece: tuple[int, ...],
-        matrices: Inexact[Array, "slots rows cols"],
+        matrices: Directions,
     ) -> Inexact[Array, "devices slots *piece"]:
         """Cut the matrices on this device into pieces, one for each coordinate along `axes`."""
         if not axes:
@@ -164,22 +168,18 @@ class EverywhereRunner(PartRunner[Everywhere]):
     Where the team is one device, the gather over its cut axes is over none, and moves nothing.
     """
 
-    def to_owners(
-        self, pieces: Inexact[Array, "count *piece"]
-    ) -> Inexact[Array, "count rows cols"]:
+    def to_owners(self, pieces: Pieces) -> Directions:
         """Gather all pieces of all matrices."""
         axes = self.key.cut_axes
         received = all_gather(pieces, axes)
         join = lambda cut: cut.join(received, axes, self.sizes)  # noqa: E731
         return self.by_cut(self.state_cuts, None, join, axis=0)
 
-    def orthogonalize(
-        self, directions: Inexact[Array, "count rows cols"]
-    ) -> Inexact[Array, "count rows cols"]:
+    def orthogonalize(self, directions: Directions) -> Results:
         """All of them, as one device alone does."""
         return self.rule.iteration(directions)
 
-    def back(self, results: Inexact[Array, "count rows cols"]) -> Inexact[Array, "stacks count *_"]:
+    def back(self, results: Results) -> Outcome:
         """Nothing returns: each device cuts its piece out. Results of other stacks are gathered."""
         kept = self.key.kept_axes
         with jax.named_scope("muon.gather"):

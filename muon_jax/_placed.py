@@ -12,7 +12,7 @@ import jax
 from jax.sharding import PartitionSpec
 
 from muon_jax._layout import Layout
-from muon_jax._paths import Path
+from muon_jax._paths import Path, show
 
 # Part of the key of JAX's caches: a program that was traced unasked is not taken for an answer.
 asked = jax.make_user_context(False)
@@ -33,10 +33,6 @@ class Place:
     path: Path | None = None
     layout: Layout | None = None
 
-    @property
-    def spec(self) -> PartitionSpec:
-        """The array's spec, as JAX writes it."""
-        return PartitionSpec() if self.layout is None else self.layout.state_spec(self.zero1.mesh)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["place"])
@@ -46,6 +42,25 @@ class Placed:
 
     array: Any
     place: Place
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """The array's spec, as JAX writes it.
+
+        Axes that a wrapper put before those of the parameter, such as those of `jax.vmap`, are
+        whole.
+        """
+        if self.place.layout is None:
+            return PartitionSpec()
+        shape, kept = tuple(self.array.shape), self.place.layout.shape
+        added = len(shape) - len(kept)
+        if shape[added:] != kept:
+            raise ValueError(
+                f"{show(self.place.path or ())}, shape {kept}: something around the optimizer gave "
+                f"its state the shape {shape}, which says no longer how it lies on the mesh."
+            )
+        spec = self.place.layout.state_spec(self.place.zero1.mesh)
+        return PartitionSpec(*[None] * added, *spec)
 
 
 def answer(array: Any, place: Place) -> Any:

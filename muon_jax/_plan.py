@@ -11,7 +11,7 @@ Cut and copy axes span the *team*, the devices that divide the work on the matri
 the parameter is cut too, along its *kept axes*, the update returns to it in pieces.
 
 What enters Newton-Schulz is the *direction*, ``mu M + G``; what leaves it is the *result*; a *rule*
-(`_matrix_update`) makes the *update* of it. A group's matrices lie in *parts*, runs of them that
+(`_update_rule`) makes the *update* of it. A group's matrices lie in *parts*, runs of them that
 take one *route*:
 
     local       the team is one device, which has whole matrices: no direction travels

@@ -29,7 +29,7 @@ class RoutingRow:
     Attributes:
       path: its path, such as ``layers/0/attn/q_proj/kernel``.
       shape: its shape.
-      group: ``"muon"`` or ``"adam"``.
+      optimizer: ``"muon"`` or ``"adam"``.
       matrices: `(batch, fan_in, fan_out)` of its matrices, one triple for each fused block; empty
         for AdamW.
       scale: the update scale of each triple, as text; empty for AdamW.
@@ -38,7 +38,7 @@ class RoutingRow:
 
     path: str
     shape: tuple[int, ...]
-    group: str
+    optimizer: str
     matrices: tuple[tuple[int, int, int], ...]
     scale: tuple[str, ...]
     reason: str
@@ -51,12 +51,12 @@ class RoutingReport:
     rows: tuple[RoutingRow, ...]
 
     def __str__(self) -> str:
-        header = ("path", "shape", "group", "matrix", "batch", "scale", "because")
+        header = ("path", "shape", "optimizer", "matrix", "batch", "scale", "because")
         cells = [
             (
                 row.path,
                 "x".join(map(str, row.shape)) or "()",
-                row.group,
+                row.optimizer,
                 " + ".join(f"{rows}x{cols}" for _, rows, cols in row.matrices) or "-",
                 " + ".join(str(batch) for batch, _, _ in row.matrices) or "-",
                 " + ".join(row.scale) or "-",
@@ -71,7 +71,7 @@ class RoutingReport:
     def _totals(self) -> str:
         size = {"muon": 0, "adam": 0}
         for row in self.rows:
-            size[row.group] += math.prod(row.shape)
+            size[row.optimizer] += math.prod(row.shape)
         matrices = sum(batch for row in self.rows for batch, _, _ in row.matrices)
         share = size["muon"] / max(1, sum(size.values()))
         return (
@@ -88,7 +88,7 @@ def routing_report(
     consistent_rms: Scalar | DefaultRMS | None = DEFAULT_RMS,
     update_scale: UpdateScale | ShapeFunction | None = None,
 ) -> RoutingReport:
-    """For each parameter its group, its matrices, their update scale and the reason.
+    """For each parameter its optimizer, its matrices, their update scale and the reason.
 
     Args:
       params: a pytree of arrays or of `jax.ShapeDtypeStruct`s.
@@ -106,10 +106,10 @@ def routing_report(
 
     Example:
       >>> routing_report({"embed": jnp.ones((9, 4)), "proj": {"kernel": jnp.ones((4, 4))}})
-      path         shape  group  matrix  batch  scale  because
-      --------------------------------------------------------------
-      embed        9x4    adam   -       -      -      embedding
-      proj/kernel  4x4    muon   4x4     1      0.4    linear kernel
+      path         shape  optimizer  matrix  batch  scale  because
+      ------------------------------------------------------------------
+      embed        9x4    adam       -       -      -      embedding
+      proj/kernel  4x4    muon       4x4     1      0.4    linear kernel
       muon: 1 matrices, 16 parameters (30.8%); adam: 36 parameters
     """
     scale = resolve_update_scale(consistent_rms, update_scale)
@@ -120,11 +120,11 @@ def routing_report(
 
 
 def _row(route: Route, scale: UpdateScale) -> RoutingRow:
-    matrices = tuple(view.matrices for view in route.views.views) if route.views else ()
+    matrices = tuple(view.matrices for view in route.views) if route.views else ()
     return RoutingRow(
         show(route.path),
         route.shape,
-        route.group,
+        route.optimizer,
         matrices,
         tuple(describe_update_scale(scale, fan_in, fan_out) for _, fan_in, fan_out in matrices),
         route.reason,

@@ -6,7 +6,7 @@ from typing import Literal
 from muon_jax._matrices import LeafViews, MatrixSpec
 from muon_jax._paths import Path
 
-Group = Literal["muon", "adam"]
+OptimizerName = Literal["muon", "adam"]
 """The optimizers that update a leaf."""
 
 
@@ -34,6 +34,6 @@ class Route:
     in_heads: bool = False
 
     @property
-    def group(self) -> Group:
+    def optimizer(self) -> OptimizerName:
         """The optimizer that updates this leaf."""
         return "adam" if self.views is None else "muon"

@@ -194,7 +194,7 @@ def _route_by_role(path: Path, shape: tuple[int, ...], role: Role) -> Route:
     if role.spec is None:
         return Route(path, shape, role.reason)
     views = leaf_views(shape, role.spec, show(path))
-    _, fan_in, fan_out = views.views[0].matrices
+    _, fan_in, fan_out = views[0].matrices
     if min(fan_in, fan_out) <= 1:
         return Route(path, shape, f"{role.reason}, of one row or column")
     return Route(path, shape, role.reason, role.spec, views, role.maybe_table)

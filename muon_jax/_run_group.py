@@ -10,9 +10,8 @@ from jaxtyping import Array, Float, Inexact
 from muon_jax._layout import Layout, local_view
 from muon_jax._loops import map_chunks
 from muon_jax._matrices import MatrixView
-from muon_jax._matrix_update import MatrixUpdate
 from muon_jax._owner_runners import ExchangeRunner, SplitRunner
-from muon_jax._part_runner import EverywhereRunner, PartRunner
+from muon_jax._part_runner import EverywhereRunner, Outcome, PartRunner, Pieces
 from muon_jax._plan import (
     Everywhere,
     Exchange,
@@ -25,6 +24,7 @@ from muon_jax._plan import (
     runs_of_equal_parts,
 )
 from muon_jax._specs import Sizes
+from muon_jax._update_rule import UpdateRule
 
 RUNNERS: dict[type[Part], type[PartRunner[Any]]] = {
     Everywhere: EverywhereRunner,
@@ -37,7 +37,7 @@ def run_group(
     group: Group,
     leaves: Sequence[PlannedLeaf],
     sizes: Sizes,
-    rule: MatrixUpdate,
+    rule: UpdateRule,
     directions: Sequence[Inexact[Array, "_ _ _"]],
 ) -> list[tuple[Member, Inexact[Array, "_ _ _"], Float[Array, "_"] | None]]:
     """Orthogonalize a group, inside a `shard_map`.
@@ -65,17 +65,18 @@ def run_group(
     for member in group.members:
         stop = start + member.matrices
         leaf = leaves[member.leaf]
-        view = leaf.views.views[member.view]
+        view = leaf.views[member.view]
         _, fan_in, fan_out = local_view(view, leaf.layout.of_views.param, sizes).matrices
         shape = (fan_out, fan_in) if view.is_tall else (fan_in, fan_out)
         results = _cut_out([result for result, _ in outcomes], bounds, start, stop)
         results = results.reshape(-1, member.matrices, *shape)
-        unstack = _Unstack(view, leaf.layout.of_views, group.key, sizes)
-        factor = None
+        where = (view, leaf.layout.of_views, group.key, sizes)
+        results = _unstacked(results.mT if view.is_tall else results, *where)
+        factors = None
         if rule.is_measured:
-            factors = [factor for _, factor in outcomes if factor is not None]
-            factor = unstack(_cut_out(factors, bounds, start, stop))
-        out.append((member, unstack(results.mT if view.is_tall else results), factor))
+            factors = [factors for _, factors in outcomes if factors is not None]
+            factors = _unstacked(_cut_out(factors, bounds, start, stop), *where)
+        out.append((member, results, factors))
         start = stop
     return out
 
@@ -84,9 +85,9 @@ def _run_alike(
     group: Group,
     alike: Sequence[Part],
     sizes: Sizes,
-    rule: MatrixUpdate,
-    pieces: Inexact[Array, "count *piece"],
-) -> tuple[Inexact[Array, "stacks count *_"], Float[Array, "stacks count"] | None]:
+    rule: UpdateRule,
+    pieces: Pieces,
+) -> tuple[Outcome, Float[Array, "stacks count"] | None]:
     """Run parts that are alike and follow each other, with the outcome of one large part.
 
     They run in a loop: the program holds one of them, and what one needs is free before the next.
@@ -119,20 +120,19 @@ def _cut_out(
     return jnp.concatenate(held, axis=1) if len(held) > 1 else held[0]
 
 
-class _Unstack:
+def _unstacked(
+    x: Inexact[Array, "coordinates count *rest"],
+    view: MatrixView,
+    layout: Layout,
+    key: GroupKey,
+    sizes: Sizes,
+) -> Inexact[Array, "_ *rest"]:
     """Put the parts of a stack that was gathered over several axes in their order."""
-
-    def __init__(self, view: MatrixView, layout: Layout, key: GroupKey, sizes: Sizes):
-        gathered = key.gathered_stack_axes
-        local = local_view(view, layout.state, sizes).block_shape
-        self.lengths = [sizes[a] for a in gathered] + [local[d] for d in view.batch_axes]
-        self.order: list[int] = []
-        for number, dim in enumerate(view.batch_axes):
-            self.order += [gathered.index(a) for a in layout.state[dim] if a in gathered]
-            self.order.append(len(gathered) + number)
-
-    def __call__(self, x: Inexact[Array, "coordinates count *rest"]) -> Inexact[Array, "_ *rest"]:
-        rest = x.shape[2:]
-        x = x.reshape(*self.lengths, *rest)
-        kept = range(len(self.lengths), x.ndim)
-        return x.transpose(*self.order, *kept).reshape(-1, *rest)
+    gathered, rest = key.gathered_stack_axes, x.shape[2:]
+    local = local_view(view, layout.state, sizes).block_shape
+    order: list[int] = []
+    for number, dim in enumerate(view.batch_axes):
+        order += [gathered.index(axis) for axis in layout.state[dim] if axis in gathered]
+        order.append(len(gathered) + number)
+    x = x.reshape(*(sizes[a] for a in gathered), *(local[d] for d in view.batch_axes), *rest)
+    return x.transpose(*order, *range(len(order), x.ndim)).reshape(-1, *rest)

@@ -55,7 +55,7 @@ class LeafRow:
 
     Attributes:
       path: the parameter's path.
-      group: ``"muon"`` or ``"adam"``.
+      optimizer: ``"muon"`` or ``"adam"``.
       param: the parameter's own PartitionSpec.
       state: the PartitionSpec of the parameter's state.
       state_bytes: bytes of the state on one device.
@@ -65,7 +65,7 @@ class LeafRow:
     """
 
     path: str
-    group: str
+    optimizer: str
     param: PartitionSpec
     state: PartitionSpec
     state_bytes: int
@@ -93,9 +93,9 @@ class ShardingReport:
     balance: float
     adam_gather_bytes: int
 
-    def state_bytes(self, group: str) -> int:
+    def state_bytes(self, optimizer: str) -> int:
         """Bytes of the state of ``"muon"`` or ``"adam"`` on one device."""
-        return sum(leaf.state_bytes for leaf in self.leaves if leaf.group == group)
+        return sum(leaf.state_bytes for leaf in self.leaves if leaf.optimizer == optimizer)
 
     def __str__(self) -> str:
         header = ("matrix", "matrices", "route", "owners", "padding")
@@ -115,7 +115,7 @@ class ShardingReport:
             )
             for row in self.rows
         ]
-        muon_state, adam_state = (_bytes(self.state_bytes(group)) for group in ("muon", "adam"))
+        muon_state, adam_state = (_bytes(self.state_bytes(name)) for name in ("muon", "adam"))
         lines = [
             f"per device and step, on {self.devices} devices:",
             *table(header, cells),
@@ -169,15 +169,14 @@ def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingRe
     if mesh is None:
         raise ValueError("sharding_report needs mesh=, the mesh that muon is given.")
     optimizer = optimizer_of(muon(**{"learning_rate": 1e-3, **keywords}, mesh=mesh))
-    decided, step, adam = optimizer.decide(params), optimizer.muon, optimizer.adam
+    decided, step, adam = optimizer.decide_first(params), optimizer.muon, optimizer.adam
     zero1, rows, like = step.zero1, [], {"muon": [], "adam": []}
     assert zero1 is not None
     for param, leaf in zip(jax.tree.leaves(params), decided.leaves, strict=True):
-        group, dtype = leaf.route.group, jnp.result_type(param)
-        like[group].append(jax.ShapeDtypeStruct(jnp.shape(param), dtype))
-        kept = (step if group == "muon" else adam).moments(dtype)
+        name, dtype = leaf.route.optimizer, jnp.result_type(param)
+        like[name].append(jax.ShapeDtypeStruct(jnp.shape(param), dtype))
+        kept = (step if name == "muon" else adam).moments(dtype)
         rows.append(_leaf_row(zero1, leaf, sum(moment.itemsize for moment in kept)))
-    step.check(decided.leaves_of("muon"))
     momenta = [x.update(dtype=step.moments(x.dtype)[0]) for x in like["muon"]]
     plan, planned = step.plan(decided.leaves_of("muon"), like["muon"], momenta)
     devices, flops = math.prod(zero1.sizes.values()), int(plan.flops.max())
@@ -197,7 +196,7 @@ def _leaf_row(zero1: Zero1, leaf: Leaf, itemsize: int) -> LeafRow:
     unused = [a for a in sizes if sizes[a] > 1 and a not in spec_axes(layout.state)]
     return LeafRow(
         show(leaf.route.path),
-        leaf.route.group,
+        leaf.route.optimizer,
         layout.param_spec(zero1.mesh),
         layout.state_spec(zero1.mesh),
         math.prod(local_shape(layout.shape, layout.state, sizes)) * itemsize,
@@ -239,4 +238,4 @@ def _describe(parts: Sequence[Part], teams: int) -> list[str]:
 
 
 def _matrices(group: Group, leaves: Sequence[PlannedLeaf]) -> int:
-    return sum(leaves[m.leaf].views.views[m.view].matrices[0] for m in group.members)
+    return sum(leaves[m.leaf].views[m.view].matrices[0] for m in group.members)

@@ -117,7 +117,7 @@ def place(x: jax.Array, mesh: AnyMesh, spec: PartitionSpec) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding)
 
 
-def param_layouts(
+def resolve_param_specs(
     params: PyTree, param_specs: Any, mesh: AnyMesh, *, whole: bool = True
 ) -> list[Spec]:
     """How each parameter lies on the mesh, in the order of ``jax.tree.leaves(params)``.

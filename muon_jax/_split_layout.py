@@ -71,14 +71,14 @@ class SplitLayout(NamedTuple):
 def whole_parts(spec: Spec, views: LeafViews, sizes: Sizes) -> int:
     """How many whole parts one device holds along the split axis; 0 where some are cut."""
     assert views.split is not None
-    parts = views.views[0].shape[views.split]
+    parts = views[0].shape[views.split]
     whole, left = divmod(parts, math.prod(sizes[axis] for axis in spec[views.split]))
     return 0 if left else whole
 
 
 def split_layout(param: Spec, state: Spec, views: LeafViews, sizes: Sizes) -> SplitLayout:
     """See both specs of a leaf as specs of its views' shape."""
-    axis, shape = views.split, views.views[0].shape
+    axis, shape = views.split, views[0].shape
     assert axis is not None
     specs, gathered = [], ()
     for spec in (param, state):

@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from muon_jax._paths import Path, flatten_with_names
 from muon_jax._placed import Placed, asked
-from muon_jax._specs import param_layouts, partition_spec
+from muon_jax._specs import partition_spec, resolve_param_specs
 from muon_jax._zero1 import Zero1
 
 
@@ -53,7 +53,7 @@ def opt_state_shardings(tx: Any, params: PyTree) -> PyTree:
         )
     zero1, layouts = places[0].zero1, {x.path: x.layout for x in places if x.layout is not None}
     specs = [
-        leaf.place.spec
+        leaf.spec
         if isinstance(leaf, Placed)
         else _beside(zero1, layouts, params, path, tuple(leaf.shape))
         for path, leaf in leaves
@@ -74,6 +74,6 @@ def _beside(
             # A parameter that muon_jax does not update: its own word, or that of the given specs.
             for key in reversed(name):
                 param = {key: param}
-            (spec,) = param_layouts(param, zero1.param_specs, zero1.mesh, whole=False)
+            (spec,) = resolve_param_specs(param, zero1.param_specs, zero1.mesh, whole=False)
             return partition_spec(spec, zero1.mesh)
     return PartitionSpec()

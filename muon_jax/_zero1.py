@@ -20,9 +20,9 @@ from muon_jax._specs import (
     Spec,
     check_mesh,
     check_zero1_axes,
-    param_layouts,
     partition_spec,
     place,
+    resolve_param_specs,
 )
 
 
@@ -43,7 +43,7 @@ class Zero1(NamedTuple):
         """The layout of each leaf of `params`, which `routes` were made for."""
         _check_outside_shard_map()
         layouts = []
-        specs = param_layouts(params, self.param_specs, self.mesh)
+        specs = resolve_param_specs(params, self.param_specs, self.mesh)
         for route, spec in zip(routes, specs, strict=True):
             _check_blocks(route, spec, self.mesh)
             layouts.append(zero1_layout(route.shape, spec, self.axes, self.sizes, route.views))
@@ -94,7 +94,7 @@ def resolve_zero1(
 
 def _check_blocks(route: Route, spec: Spec, mesh: AnyMesh) -> None:
     views: LeafViews | None = route.views
-    block = views.views[0].block if views else None
+    block = views[0].block if views else None
     if block is not None and any(mesh.shape[axis] > 1 for axis in spec[block.axis]):
         raise ValueError(
             f"{show(route.path)}, shape {route.shape}: the axis {block.axis} that holds its blocks "

@@ -460,7 +460,7 @@ def test_orthogonalize_refuses_vectors_and_integers(untyped):
 def test_diagnostics_of_trees_that_do_not_fit_raise(untyped):
     params = {"w": jnp.ones((2, 3))}
     measure = functools.partial(muon_jax.map_matrices, muon_jax.svd_entropy)
-    for function in (measure, muon_jax.group_rms):
+    for function in (measure, muon_jax.rms_by_optimizer):
         with pytest.raises(ValueError, match="The tree differs from that of params"):
             function({"v": jnp.ones((2, 3))}, params)
         with pytest.raises(ValueError, match=r"w has shape \(6,\) in the tree, and \(2, 3\)"):

@@ -9,10 +9,10 @@ import pytest
 from muon_jax import (
     FusedBlocks,
     by_path,
-    group_rms,
     map_matrices,
     orthogonality_error,
     orthogonalize,
+    rms_by_optimizer,
     svd_entropy,
     update_rms,
 )
@@ -91,8 +91,10 @@ def test_update_rms_for_each_leaf():
     assert update_rms(jnp.ones(3, jnp.bfloat16)).dtype == jnp.float32
 
 
-def test_group_rms_pools_the_elements_of_each_group():
-    rms = jax.jit(lambda tree: group_rms(tree, PARAMS, muon_weight_dimension_numbers=RULES))(PARAMS)
+def test_rms_by_optimizer_pools_the_elements_of_each_group():
+    rms = jax.jit(lambda tree: rms_by_optimizer(tree, PARAMS, muon_weight_dimension_numbers=RULES))(
+        PARAMS
+    )
     muon_rms = ((9 * 9.0 + 27 * 1.0) / 36) ** 0.5
     adam_rms = ((12 * 4.0 + 3 * 25.0) / 15) ** 0.5
     np.testing.assert_allclose(rms["muon"], muon_rms, rtol=RTOL)
@@ -104,15 +106,15 @@ def test_more_elements_than_an_int32_holds():
     experts = {"gate_proj": jax.ShapeDtypeStruct((26, 64, 2048, 1408), jnp.float32)}
     params = {"layers": {"experts": experts}}
     assert jax.tree.leaves(jax.eval_shape(update_rms, params))[0].shape == ()
-    group = jax.eval_shape(lambda tree: group_rms(tree, params), params)
+    group = jax.eval_shape(lambda tree: rms_by_optimizer(tree, params), params)
     assert group["muon"].dtype == jnp.float32
 
 
-def test_group_rms_leaves_out_absent_leaves():
+def test_rms_by_optimizer_leaves_out_absent_leaves():
     updates = {**PARAMS, "qkv": None, "embed": optax.MaskedNode()}
-    rms = group_rms(updates, PARAMS, muon_weight_dimension_numbers=RULES)
+    rms = rms_by_optimizer(updates, PARAMS, muon_weight_dimension_numbers=RULES)
     assert {group: float(value) for group, value in rms.items()} == {"muon": 3.0, "adam": 5.0}
-    only_adam = group_rms({"bias": jnp.ones(3)}, {"bias": jnp.ones(3)})
+    only_adam = rms_by_optimizer({"bias": jnp.ones(3)}, {"bias": jnp.ones(3)})
     assert only_adam["muon"] == 0
 
 

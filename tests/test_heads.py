@@ -18,9 +18,9 @@ from muon_jax import (
     MultiHeadLatent,
     MuonDimensionNumbers,
     by_path,
-    group_rms,
     map_matrices,
     muon,
+    rms_by_optimizer,
     routing_report,
     scale_by_muon,
     sharding_report,
@@ -212,7 +212,7 @@ def test_the_whole_optimizer_and_diagnostics_take_it():
     updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
     given = params["attn"]["q_proj"]["kernel"]
     assert_close(-updates["attn"]["q_proj"]["kernel"], by_loop(given, H, 1), TOLERANCE)
-    assert group_rms(updates, params, heads=HEADS).keys() == {"muon", "adam"}
+    assert rms_by_optimizer(updates, params, heads=HEADS).keys() == {"muon", "adam"}
     injected = optax.inject_hyperparams(muon)(learning_rate=1e-3, heads=HEADS)
     injected.update(params, injected.init(params), params)
 

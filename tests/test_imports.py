@@ -33,7 +33,7 @@ LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # The first part of the library's story, one matrix after the other, knows of no mesh.
 KERNEL = (
     *("_polynomials", "_arithmetic", "_preconditioning", "_newton_schulz", "_orthogonalize"),
-    *("_scaling", "_momentum", "_matrix_update", "_batching"),
+    *("_scaling", "_momentum", "_update_rule", "_batching"),
 )
 MESH = (
     *("_collectives", "_specs", "_split_layout", "_layout", "_cost", "_plan", "_grouping"),

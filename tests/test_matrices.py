@@ -11,7 +11,6 @@ from optax.contrib import MuonDimensionNumbers as Dims
 from muon_jax import AdjustedLR, FixedScale, FusedBlocks, UpdateNorm, muon
 from muon_jax._batching import map_by_shape
 from muon_jax._matrices import leaf_views
-from muon_jax._matrix_update import MatrixUpdate
 from muon_jax._orthogonalize import Iteration
 from muon_jax._scaling import (
     DEFAULT_RMS,
@@ -19,6 +18,7 @@ from muon_jax._scaling import (
     resolve_update_scale,
     width_transfer,
 )
+from muon_jax._update_rule import UpdateRule
 
 EXACT = settings(deadline=None, derandomize=True, max_examples=40)
 
@@ -43,7 +43,7 @@ def test_put_inverts_take(case):
     views = leaf_views(shape, numbers, "leaf")
     leaf = integers(*shape)
     stacks = views.take(leaf)
-    assert [stack.shape for stack in stacks] == [view.matrices for view in views.views]
+    assert [stack.shape for stack in stacks] == [view.matrices for view in views]
     np.testing.assert_array_equal(views.put(stacks), leaf)
 
 
@@ -108,7 +108,7 @@ def test_chunks_are_nearly_equal():
 
 def apply_update_scale(stack, scale):
     """What `muon` does to the results of Newton-Schulz."""
-    update = MatrixUpdate(Iteration((), "frobenius", "float32"), scale, False, 0.95, True)
+    update = UpdateRule(Iteration((), "frobenius", "float32"), scale, False, 0.95, True)
     measured = update.measure(stack, stack) if update.is_measured else None
     return update.finish(stack, measured, stack.shape[1:])
 

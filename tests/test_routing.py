@@ -34,7 +34,7 @@ def matrices(path, shape, beside=(), **options):
     params = params if beside else nest(path, struct(*shape))
     routes, _ = route_leaves(params, **options)
     (route,) = (route for route in routes if show(route.path) == path)
-    return [view.matrices for view in route.views.views] if route.views else []
+    return [view.matrices for view in route.views] if route.views else []
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_attention_is_read_where_its_projections_agree(module, heads, expected):
     params = {f"{module}/{name}": struct(*layers, *shape) for name, shape in ATTENTION.items()}
     params[f"{module}/query/bias"] = struct(*layers, 4, 6)
     routes, _ = route_leaves(params, heads=heads)
-    assert {show(r.path).split("/")[-2]: r.views.views[0].matrices for r in routes if r.views} == {
+    assert {show(r.path).split("/")[-2]: r.views[0].matrices for r in routes if r.views} == {
         name: (batch * (3 if layers else 1), fan_in, fan_out)
         for name, (batch, fan_in, fan_out) in expected.items()
     }
@@ -180,9 +180,7 @@ def stack_groups(**leaves):
     for path, shape in leaves.items():
         params[path.replace("__", "/")] = struct(*shape)
     routes, _ = route_leaves(params)
-    return {
-        show(r.path).split("/", 1)[1]: r.views.views[0].matrices if r.views else () for r in routes
-    }
+    return {show(r.path).split("/", 1)[1]: r.views[0].matrices if r.views else () for r in routes}
 
 
 def test_a_stack_is_believed_with_evidence():
@@ -250,7 +248,7 @@ def test_the_line_that_the_error_says_to_write_works():
 
 def groups(params, dimension_numbers=None):
     routes, _ = route_leaves(params, dimension_numbers)
-    return {show(route.path): route.group for route in routes}
+    return {show(route.path): route.optimizer for route in routes}
 
 
 PARAMS = {
@@ -452,7 +450,7 @@ class LinenModel(nn.Module):
 def test_linen_model_with_scanned_layers():
     shapes = jax.eval_shape(LinenModel().init, jax.random.key(0), jnp.ones((1, 4), jnp.int32))
     routes, _ = route_leaves(shapes["params"])
-    muon_leaves = {show(r.path): r.views.views[0].matrices for r in routes if r.views}
+    muon_leaves = {show(r.path): r.views[0].matrices for r in routes if r.views}
     assert muon_leaves == {
         "layers/Dense_0/kernel": (3, 32, 8),
         "layers/Dense_1/kernel": (3, 8, 32),
@@ -593,7 +591,7 @@ def test_a_report_is_a_value_that_prints_as_a_table(capsys):
     assert capsys.readouterr().out == ""
     assert repr(report) == str(report)  # what a notebook shows
     rows = {row.path: row for row in report.rows}
-    assert rows["embed"].group == "adam"
+    assert rows["embed"].optimizer == "adam"
     assert rows["embed"].matrices == ()
     assert rows["experts/up"].matrices == ((3, 4, 16),)
     assert rows["experts/up"].scale == ("0.8",)
@@ -602,7 +600,7 @@ def test_a_report_is_a_value_that_prints_as_a_table(capsys):
     assert rows["qkv"].reason == "declared"
     assert rows["proj/kernel"].reason == "linear kernel"
     text = str(report).splitlines()
-    assert text[0].split() == ["path", "shape", "group", "matrix", "batch", "scale", "because"]
+    assert text[0].split() == ["path", "shape", "optimizer", "matrix", "batch", "scale", "because"]
     assert text[-1] == "muon: 6 matrices, 256 parameters (86.5%); adam: 40 parameters"
 
 
@@ -616,7 +614,7 @@ def test_report_agrees_with_the_optimizer_state():
     state = muon(1e-3).init(params)
     (momentum,) = jax.tree.leaves(state.inner_states["muon"].inner_state[0].mu)
     assert momentum.shape == (4, 4)
-    assert {row.path: row.group for row in routing_report(params).rows} == {
+    assert {row.path: row.optimizer for row in routing_report(params).rows} == {
         "embed": "adam",
         "proj/kernel": "muon",
     }

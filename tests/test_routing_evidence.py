@@ -25,7 +25,7 @@ def tree(**leaves):
 def found(params, rules=None, **options):
     """The matrices of each leaf; None for AdamW."""
     routes, _ = route_leaves(params, rules, **options)
-    return {show(r.path): r.views.views[0].matrices if r.views else None for r in routes}
+    return {show(r.path): r.views[0].matrices if r.views else None for r in routes}
 
 
 def message_of(params, **options):

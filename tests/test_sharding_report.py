@@ -158,4 +158,24 @@ def test_a_model_without_matrices_is_reported_too():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     report = sharding_report(abstract({"norm": (64,)}, mesh, {}), mesh=mesh)
     assert report.rows == () and report.flops == 0
-    assert report.leaves[0].group == "adam"
+    assert report.leaves[0].optimizer == "adam"
+
+
+def test_a_state_of_several_models_keeps_their_axis_whole():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tx = muon(1e-3, mesh=mesh, param_specs={"kernel": P()})
+    several = optax.GradientTransformation(jax.vmap(tx.init), tx.update)
+    shardings = opt_state_shardings(several, {"kernel": jnp.ones((3, 16, 8))})
+    kernel = shardings.inner_states["muon"].inner_state[0].mu["kernel"]
+    assert kernel.spec == P(None, "data")
+
+    behind = optax.GradientTransformation(jax.vmap(tx.init, out_axes=-1), tx.update)
+    with pytest.raises(ValueError, match=r"kernel, shape \(16, 8\): .* the shape \(16, 8, 3\)"):
+        opt_state_shardings(behind, {"kernel": jnp.ones((3, 16, 8))})
+
+
+def test_a_report_warns_as_init_does():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    table = {"lookup": {"rows": jax.ShapeDtypeStruct((50_000, 16), np.float32)}}
+    with pytest.warns(UserWarning, match="are taken for matrices"):
+        sharding_report(table, mesh=mesh)

@@ -19,12 +19,12 @@ def _noted(route: Route, named: Route | None) -> Route:
         return route
     if named is None:
         return dataclasses.replace(route, reason=f"{route.reason} [the names do not tell]")
-    if (route.group, _matrices(route)) == (named.group, _matrices(named)):
+    if (route.optimizer, _matrices(route)) == (named.optimizer, _matrices(named)):
         return route
     shapes = " + ".join(f"{batch} of {rows}x{cols}" for batch, rows, cols in _matrices(named))
-    says = ", ".join(filter(None, (named.group, shapes, named.reason)))
+    says = ", ".join(filter(None, (named.optimizer, shapes, named.reason)))
     return dataclasses.replace(route, reason=f"{route.reason} [the names say: {says}]")
 
 
 def _matrices(route: Route) -> tuple[tuple[int, int, int], ...]:
-    return tuple(view.matrices for view in route.views.views) if route.views else ()
+    return tuple(view.matrices for view in route.views) if route.views else ()

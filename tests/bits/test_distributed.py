@@ -352,7 +352,7 @@ def test_gaussians_are_the_same_where_matrices_stay_whole(layout, ns_dtype):
     on_mesh = {"mesh": mesh, "param_specs": specs, "mesh_costs": CHEAP_WORK}
     report = sharding_report(params, **on_mesh, **keywords)
     assert not any("split" in row.route for row in report.rows)
-    muons = {leaf.path for leaf in report.leaves if leaf.group == "muon"}
+    muons = {leaf.path for leaf in report.leaves if leaf.optimizer == "muon"}
     make = functools.partial(
         muon,
         2.0**-4,

@@ -192,7 +192,7 @@ def test_the_gradients_of_a_tied_matrix_add_up(plain):
 def test_muon_trains_the_matrices_and_adamw_the_rest():
     params = split(dataclasses.replace(TOY, tie_word_embeddings=False))[1]
     rows = routing_report(params).rows
-    routes = {tuple(row.path.split("/")): row.group for row in rows}
+    routes = {tuple(row.path.split("/")): row.optimizer for row in rows}
     kernels = {path for path in routes if path[-1] == "kernel" and path[0] == "layers"}
     assert len(kernels) == 7 and len(routes) == 15
     assert {path for path, group in routes.items() if group == "muon"} == kernels

@@ -172,7 +172,7 @@ def test_every_matrix_of_muon_is_in_one_group(run):
     for row in routing_report(run.params).rows:
         kind = row.path.removeprefix("first_layers/0/").removeprefix("layers/")
         kind = kind.removesuffix("/kernel")
-        assert (monitors.group_of(kind) is not None) == (row.group == "muon"), row.path
+        assert (monitors.group_of(kind) is not None) == (row.optimizer == "muon"), row.path
     assert monitors.group_of("self_attn/k_proj") == "AttnKV"
 
 

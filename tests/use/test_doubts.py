@@ -331,7 +331,7 @@ def test_the_line_to_write_folds_no_stack():
     declared = eval(code, {"muon_jax": muon_jax})
     roles = by_use(loss, params, data(7, D), declared=declared)
     routes, _ = route_leaves(params, roles)
-    matrices = {route.path[-1]: route.views.views[0].matrices for route in routes if route.views}
+    matrices = {route.path[-1]: route.views[0].matrices for route in routes if route.views}
     assert matrices == {"wi": (3, D, 6), "wo": (3, 6, D)}
 
 

@@ -31,7 +31,7 @@ def read_as(config, execution, **options):
 def routes(config, roles):
     _, params, _ = abstract_model(config, Execution())
     return {
-        route.path: (route.group, route.views and [view.matrices for view in route.views.views])
+        route.path: (route.optimizer, route.views and [view.matrices for view in route.views])
         for route in route_leaves(params, roles)[0]
     }
 

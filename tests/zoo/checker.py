@@ -70,7 +70,7 @@ def _same(verdict: Verdict, route: Route) -> str:
         return "warned"
     if route.views is None or verdict.axes is None:
         return "right" if (route.views is None) == (verdict.axes is None) else "wrong"
-    view = route.views.views[0]
+    view = route.views[0]
     found = ({*view.reduction}, {*view.output})
     right = ({*verdict.axes[0]}, {*verdict.axes[1]})
     if verdict.exchanged:

@@ -18,7 +18,7 @@ from examples.moonlight.model.moonlight import max_violation, update_router_bias
 from examples.moonlight.training.monitors import Watched, layer_rms
 from examples.moonlight.training.muonclip import logits_by_module
 from examples.moonlight.training.nonfinite import OnNonfinite, all_finite
-from muon_jax import UseRoles, group_rms
+from muon_jax import UseRoles, rms_by_optimizer
 
 
 class TrainState(NamedTuple):
@@ -175,7 +175,7 @@ def make_train_steps(
             state, grads, load_le, optimizer, bias_rate=bias_rate, max_logits=max_logits
         )
         learning_rate = jnp.asarray(schedule(step), jnp.float32)
-        update_rms = group_rms(updates, state.params, muon_weight_dimension_numbers=roles)
+        update_rms = rms_by_optimizer(updates, state.params, muon_weight_dimension_numbers=roles)
         measured = StepMetrics(
             loss=loss,
             learning_rate=learning_rate,

@@ -1,4 +1,4 @@
-"""The mathematics of one matrix's update, whoever computes which part of it where."""
+"""The rule that makes a matrix's update of its direction, whoever computes which part where."""
 
 from typing import NamedTuple
 
@@ -11,8 +11,8 @@ from muon_jax._orthogonalize import Iteration
 from muon_jax._scaling import UpdateNorm, UpdateScale
 
 
-class MatrixUpdate(NamedTuple):
-    """From what is orthogonalized to the update: iterate, measure, scale.
+class UpdateRule(NamedTuple):
+    """From the direction, which is orthogonalized, to the update: iterate, measure, scale.
 
     Orthogonalizing and measuring need whole matrices, in the dtype of the iteration. Scaling comes
     last, in float32 or wider, and needs no more of a matrix than is there: a bfloat16 product would
@@ -31,7 +31,9 @@ class MatrixUpdate(NamedTuple):
         return self.adaptive or isinstance(self.scale, UpdateNorm)
 
     def measure(
-        self, source: Inexact[Array, "batch rows cols"], result: Inexact[Array, "batch rows cols"]
+        self,
+        direction: Inexact[Array, "batch rows cols"],
+        result: Inexact[Array, "batch rows cols"],
     ) -> Float[Array, "batch"]:
         """The measured factor of each matrix.
 
@@ -41,7 +43,7 @@ class MatrixUpdate(NamedTuple):
         wide = result.astype(promote(result.dtype, jnp.float32))
         factor = jnp.ones(len(wide), jnp.finfo(wide.dtype).dtype)
         if self.adaptive:
-            dual = jnp.sum(source.astype(wide.dtype).conj() * wide, axis=(-2, -1)).real
+            dual = jnp.sum(direction.astype(wide.dtype).conj() * wide, axis=(-2, -1)).real
             factor = (1 - jnp.asarray(self.beta, dual.dtype)) * dual
         if isinstance(self.scale, UpdateNorm):
             scaled = wide * factor[:, None, None]
