@@ -214,59 +214,59 @@ MUTANTS: dict[str, Mutant] = {
         f"{MUON} -k ten_steps",
     ),
     "chunks begin one too early": Mutant(
-        "_loops.py",
+        "_common/loops.py",
         "first = start + number * length",
         "first = number * length",
         f"{LAWS} -k chunks_change",
     ),
     # --- The mesh
     "padding not zero": Mutant(
-        "_owner_runners.py",
+        "_mesh/owner_runners.py",
         "padded = jnp.pad(pieces, ((0, 1), *[(0, 0)] * (pieces.ndim - 1)))",
         "padded = jnp.concatenate([pieces, pieces[:1]])",
         f"{MESH} -k empty_slots",
     ),
     "idle devices work": Mutant(
-        "_owner_runners.py",
+        "_mesh/owner_runners.py",
         "return jnp.asarray(table)[axes_index(self.key.team)]",
         "return jnp.asarray(table)[::-1][axes_index(self.key.team)]",
         f"{MESH} -k empty_slots",
     ),
     "gather in the wrong order": Mutant(
-        "_collectives.py", "for axis in reversed(axes):", "for axis in axes:", TEN_STEPS
+        "_mesh/collectives.py", "for axis in reversed(axes):", "for axis in axes:", TEN_STEPS
     ),
     "rows of another sharer": Mutant(
-        "_collectives.py",
+        "_mesh/collectives.py",
         "start = lax.axis_index(self.axis) % self.ways * rows",
         "start = (lax.axis_index(self.axis) + 1) % self.ways * rows",
         f"{MESH} -k shared_matrices",
     ),
     "pieces joined out of order": Mutant(
-        "_layout.py",
+        "_mesh/layout.py",
         "x = x.transpose(self._order(axes))",
         "x = x.transpose(self._order(axes[::-1]))",
         "tests/test_plan.py -k cutting",
     ),
     "chunks of the mesh all the first": Mutant(
-        "_part_runner.py",
+        "_mesh/part_runner.py",
         "mine = jnp.asarray(kind_of[:, owners])[self._chunk, axes_index(self.key.team)]",
         "mine = jnp.asarray(kind_of[:, owners])[0, axes_index(self.key.team)]",
         f"{MESH} -k chunks",
     ),
     "mesh without scale": Mutant(
-        "_distributed.py",
+        "_mesh/distributed.py",
         "done = self.rule.finish(result, measured, (fan_in, fan_out))",
         "done = self.rule.finish(result, measured, (1, 1))",
         f"{MESH} -k ten_gaussian",
     ),
     "mesh without Nesterov": Mutant(
-        "_distributed.py",
+        "_mesh/distributed.py",
         "new, direction = heavy_ball(m, g, self.rule.beta, self.rule.nesterov)",
         "new, direction = heavy_ball(m, g, self.rule.beta, False)",
         f"{MESH} -k ten_gaussian",
     ),
     "mesh with another beta": Mutant(
-        "_distributed.py",
+        "_mesh/distributed.py",
         "new, direction = heavy_ball(m, g, self.rule.beta, self.rule.nesterov)",
         "new, direction = heavy_ball(m, g, 0.9, self.rule.nesterov)",
         f"{MESH} -k ten_gaussian",

@@ -29,14 +29,14 @@ from examples.moonlight.model.execution.sharding import MESH_AXES as MODEL_AXES
 from examples.moonlight.model.execution.sharding import ModelSharding
 from examples.moonlight.model.moonlight import Moonlight
 from muon_jax import MeshCosts
-from muon_jax._choices import Choices
-from muon_jax._grouping import group_matrices
-from muon_jax._layout import zero1_layout
-from muon_jax._plan import PlannedLeaf
-from muon_jax._planner import Search
-from muon_jax._pricing import Pricing
-from muon_jax._routing import route_leaves
-from muon_jax._specs import resolve_param_specs
+from muon_jax._mesh.choices import Choices
+from muon_jax._mesh.grouping import group_matrices
+from muon_jax._mesh.layout import zero1_layout
+from muon_jax._mesh.plan import PlannedLeaf
+from muon_jax._mesh.planner import Search
+from muon_jax._mesh.pricing import Pricing
+from muon_jax._mesh.specs import resolve_param_specs
+from muon_jax._routing.route_leaves import route_leaves
 
 PRESETS = ("moonlight-16b-a3b", "small", "tiny")
 MESHES = {

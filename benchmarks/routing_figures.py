@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from muon_jax._paths import show
-from muon_jax._routing import route_leaves
+from muon_jax._common.paths import show
+from muon_jax._routing.route_leaves import route_leaves
 
 DOCS = Path(__file__).parents[1] / "docs"
 

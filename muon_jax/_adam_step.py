@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from muon_jax._checks import Scalar
-from muon_jax._gather import gather_bytes, gather_to_params
+from muon_jax._common.checks import Scalar
 from muon_jax._leaves import Leaf
+from muon_jax._mesh.gather import gather_bytes, gather_to_params
+from muon_jax._mesh.shards import on_shards
+from muon_jax._mesh.specs import local_shape
 from muon_jax._momentum import accumulator_dtype, momentum_dtype
-from muon_jax._shards import on_shards
-from muon_jax._specs import local_shape
 from muon_jax._step import Arrays, Step
 
 

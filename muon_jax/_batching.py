@@ -5,9 +5,9 @@ concatenated by shape, iterated together, and cut apart again. The program then 
 iteration for each shape, not one for each layer.
 
 A batch beyond `max_group_bytes`, counted in the dtype it is stacked in, goes through in chunks, one
-after the other in a loop (`_loops`): the iteration's buffers (iterate, Gram matrix, polynomial) are
-those of one chunk, and the program holds two iterations at most, however many chunks there are. The
-batch itself is held whole, narrow, and its results take its place.
+after the other in a loop (`_common.loops`): the iteration's buffers (iterate, Gram matrix,
+polynomial) are those of one chunk, and the program holds two iterations at most, however many
+chunks there are. The batch itself is held whole, narrow, and its results take its place.
 """
 
 import collections
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from muon_jax._loops import BatchFunction, concatenate, in_chunks
+from muon_jax._common.loops import BatchFunction, concatenate, in_chunks
 from muon_jax._matrices import LeafViews, is_tall
 from muon_jax._momentum import heavy_ball
 from muon_jax._update_rule import UpdateRule

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from muon_jax._layout import Layout
+from muon_jax._common.paths import is_absent, show
 from muon_jax._matrices import LeafViews
-from muon_jax._paths import is_absent, show
-from muon_jax._placed import Place, answer
+from muon_jax._mesh.layout import Layout
+from muon_jax._mesh.placed import Place, answer
+from muon_jax._mesh.specs import AnyMesh, is_explicit, place
+from muon_jax._mesh.zero1 import Zero1
 from muon_jax._routes import Route
-from muon_jax._specs import AnyMesh, is_explicit, place
-from muon_jax._zero1 import Zero1
 
 
 class Leaf(NamedTuple):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 from optax.contrib import MuonDimensionNumbers
 
-from muon_jax._checks import is_integer
+from muon_jax._common.checks import is_integer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,18 +15,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from muon_jax._batching import DEFAULT_MAX_GROUP_BYTES, batched_update
-from muon_jax._checks import Scalar, check_bool, check_group_bytes, check_scalar
-from muon_jax._distributed import distributed_update
+from muon_jax._common.checks import Scalar, check_bool, check_group_bytes, check_scalar
+from muon_jax._common.paths import show
 from muon_jax._leaves import Leaf
+from muon_jax._mesh.distributed import distributed_update
+from muon_jax._mesh.plan import Plan, PlannedLeaf
+from muon_jax._mesh.planner import make_plan
+from muon_jax._mesh.zero1 import Zero1
 from muon_jax._momentum import check_mu_dtype, momentum_dtype
 from muon_jax._orthogonalize import Iteration
-from muon_jax._paths import show
-from muon_jax._plan import Plan, PlannedLeaf
-from muon_jax._planner import make_plan
 from muon_jax._scaling import check_update_scale, resolve_update_scale
 from muon_jax._step import Arrays, Step
 from muon_jax._update_rule import UpdateRule
-from muon_jax._zero1 import Zero1
 
 
 class MuonState(NamedTuple):

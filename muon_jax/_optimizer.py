@@ -13,12 +13,12 @@ import optax
 from jaxtyping import PyTree
 
 from muon_jax._adam_step import AdamStep
+from muon_jax._common.prefix import resolve_mask
 from muon_jax._gradients import gradient_leaves
 from muon_jax._leaves import Leaf, decide_leaves
 from muon_jax._muon_step import MuonStep
-from muon_jax._prefix import resolve_mask
 from muon_jax._routes import OptimizerName, Route
-from muon_jax._routing import warn_of_tables
+from muon_jax._routing.route_leaves import warn_of_tables
 from muon_jax._state_checks import check_state_of
 
 

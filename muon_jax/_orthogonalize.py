@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-from muon_jax._checks import as_array, check_dtype
+from muon_jax._common.checks import as_array, check_dtype
 from muon_jax._matrices import is_tall
 from muon_jax._newton_schulz import ALL_ROWS, Rows, newton_schulz
 from muon_jax._polynomials import Schedule, resolve_schedule

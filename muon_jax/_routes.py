@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from muon_jax._common.paths import Path
 from muon_jax._matrices import LeafViews, MatrixSpec
-from muon_jax._paths import Path
 
 OptimizerName = Literal["muon", "adam"]
 """The optimizers that update a leaf."""

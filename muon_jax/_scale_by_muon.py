@@ -7,21 +7,21 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from muon_jax._checks import Scalar
-from muon_jax._cost import MeshCosts
+from muon_jax._attention.split_heads import Heads, resolve_heads
+from muon_jax._common.checks import Scalar
+from muon_jax._common.injectable import Held, injectable, unheld
+from muon_jax._common.paths import show
 from muon_jax._gradients import gradient_leaves
-from muon_jax._injectable import Held, injectable, unheld
 from muon_jax._leaves import decide_in_update, decide_leaves
+from muon_jax._mesh.cost import MeshCosts
+from muon_jax._mesh.specs import AnyMesh
+from muon_jax._mesh.zero1 import resolve_zero1
 from muon_jax._muon_step import MuonState, resolve_step
 from muon_jax._orthogonalize import resolve_iteration
-from muon_jax._paths import show
 from muon_jax._preconditioning import Preconditioning
 from muon_jax._routes import Route
-from muon_jax._routing import DimensionNumbers, route_leaves
+from muon_jax._routing.route_leaves import DimensionNumbers, route_leaves
 from muon_jax._scaling import DEFAULT_RMS, DefaultRMS, ShapeFunction, UpdateScale
-from muon_jax._specs import AnyMesh
-from muon_jax._split_heads import Heads, resolve_heads
-from muon_jax._zero1 import resolve_zero1
 
 
 @injectable

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 from jax.core import Tracer
 
-from muon_jax._checks import Scalar, check_arity, check_scalar
+from muon_jax._common.checks import Scalar, check_arity, check_scalar
 
 ShapeFunction = Callable[[int, int], Scalar]
 

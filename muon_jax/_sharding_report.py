@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
+from muon_jax._common.paths import show
+from muon_jax._common.tables import in_units, table
 from muon_jax._leaves import Leaf
+from muon_jax._mesh.plan import Group, Part, PlannedLeaf, Split
+from muon_jax._mesh.specs import local_shape, spec_axes
+from muon_jax._mesh.zero1 import Zero1
 from muon_jax._muon import muon, optimizer_of
-from muon_jax._paths import show
-from muon_jax._plan import Group, Part, PlannedLeaf, Split
-from muon_jax._specs import local_shape, spec_axes
-from muon_jax._tables import in_units, table
-from muon_jax._zero1 import Zero1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from muon_jax._paths import flatten_with_names, show
+from muon_jax._common.paths import flatten_with_names, show
 from muon_jax._routes import Route
 
 

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Inexact, PyTree
 
-from muon_jax._dtypes import promote
+from muon_jax._common.dtypes import promote
+from muon_jax._common.paths import is_absent
 from muon_jax._leaves import Leaf, new_count, new_zeros
-from muon_jax._paths import is_absent
-from muon_jax._zero1 import Zero1
+from muon_jax._mesh.zero1 import Zero1
 
 Arrays = list[Inexact[Array, "..."]]
 

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
-from muon_jax._checks import Scalar
-from muon_jax._dtypes import promote
+from muon_jax._common.checks import Scalar
+from muon_jax._common.dtypes import promote
 from muon_jax._orthogonalize import Iteration
 from muon_jax._scaling import UpdateNorm, UpdateScale
 

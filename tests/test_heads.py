@@ -26,8 +26,8 @@ from muon_jax import (
     sharding_report,
     split_heads,
 )
-from muon_jax._layout import zero1_layout
 from muon_jax._matrices import SplitAxis, leaf_views
+from muon_jax._mesh.layout import zero1_layout
 
 D, H, KV, W = 16, 6, 2, 4
 # Measured: 4e-7 in float32.

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from muon_jax import MeshCosts, _plan
-from muon_jax._choices import Choice, Choices, Sharers
-from muon_jax._cost import newton_schulz_flops
-from muon_jax._layout import cut_of, zero1_layout
+from muon_jax import MeshCosts
 from muon_jax._matrices import FusedBlocks, leaf_views
-from muon_jax._plan import Everywhere, PlannedLeaf, Split
-from muon_jax._planner import Search, make_plan
-from muon_jax._pricing import Pricing
+from muon_jax._mesh import plan as _plan
+from muon_jax._mesh.choices import Choice, Choices, Sharers
+from muon_jax._mesh.cost import newton_schulz_flops
+from muon_jax._mesh.layout import cut_of, zero1_layout
+from muon_jax._mesh.plan import Everywhere, PlannedLeaf, Split
+from muon_jax._mesh.planner import Search, make_plan
+from muon_jax._mesh.pricing import Pricing
 
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 LAST_TWO = MuonDimensionNumbers(-2, -1)
@@ -150,7 +151,7 @@ def test_cutting_and_joining_are_inverse_and_pieces_are_shards(spec, tall):
         np.testing.assert_array_equal(pieces[number].ravel(), mine.ravel())
 
 
-# --- The example in `_plan` -----------------------------------------------------------------------
+# --- The example in `_mesh.plan` ---------------------------------------------------------------
 
 
 def example(choice):
@@ -164,7 +165,7 @@ def example(choice):
 
 
 def test_the_plans_example_is_what_the_planner_does():
-    """Its tables, bytes and FLOPs, as the docstring of `_plan` states them."""
+    """Its tables, bytes and FLOPs, as the docstring of `_mesh.plan` states them."""
     text = _plan.__doc__
     assert text is not None
     part, sent, flops, group = example(Choice("exchange"))

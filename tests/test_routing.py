@@ -14,8 +14,8 @@ from optax.contrib import MuonDimensionNumbers as Dims
 
 import muon_jax
 from muon_jax import FusedBlocks, by_path, muon, routing_report
-from muon_jax._paths import flatten_with_names, show
-from muon_jax._routing import route_leaves
+from muon_jax._common.paths import flatten_with_names, show
+from muon_jax._routing.route_leaves import route_leaves
 
 
 def struct(*shape, dtype=jnp.float32):

@@ -10,9 +10,9 @@ from optax.contrib import MuonDimensionNumbers as Dims
 
 import muon_jax
 from muon_jax import by_path, muon, routing_report
-from muon_jax._paths import show
-from muon_jax._remedies import pattern_for
-from muon_jax._routing import route_leaves
+from muon_jax._common.paths import show
+from muon_jax._routing.remedies import pattern_for
+from muon_jax._routing.route_leaves import route_leaves
 
 
 def tree(**leaves):

@@ -31,8 +31,8 @@ from muon_jax import (
     scale_by_muon,
     sharding_report,
 )
-from muon_jax._collectives import axes_index
-from muon_jax._owner_runners import ExchangeRunner
+from muon_jax._mesh.collectives import axes_index
+from muon_jax._mesh.owner_runners import ExchangeRunner
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
 STEPS = 10

@@ -11,7 +11,7 @@ from use_programs import S, arrays, data, mean_square, read, verdicts
 
 import muon_jax
 from muon_jax import MuonDimensionNumbers, by_path, by_use, muon, routing_report
-from muon_jax._routing import route_leaves
+from muon_jax._routing.route_leaves import route_leaves
 
 D = 4
 

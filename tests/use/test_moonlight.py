@@ -14,7 +14,7 @@ from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.language_model import next_token_loss
 from examples.moonlight.training.routing import read_roles
 from muon_jax import MuonDimensionNumbers, by_path, by_use
-from muon_jax._routing import route_leaves
+from muon_jax._routing.route_leaves import route_leaves
 
 TINY = MoonlightConfig.preset("tiny")
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 import muon_jax
-from muon_jax._paths import show
+from muon_jax._common.paths import show
 from muon_jax._routes import Route
-from muon_jax._routing import route_leaves
+from muon_jax._routing.route_leaves import route_leaves
 from tests.zoo.entries import Family, Verdict
 
 Routes = dict[str, Route]
