@@ -7,12 +7,16 @@ clipped, and are harmless.
 
 import re
 
-from muon_jax._attention.structures import QK_NORM, AttentionHeads, MultiHeadLatent
+from muon_jax._attention.structures import AttentionHeads, MultiHeadLatent
 from muon_jax._common.paths import Path, show
 
 Leaves = list[tuple[Path, tuple[int, ...]]]
 """Paths and shapes."""
 
+QK_NORM = (
+    "queries or keys are normalised after their projections, so that scaling these changes no "
+    "logit. Such logits are bounded by the norms' gains; leave qk_clip out for this module."
+)
 _QK_NORM = re.compile(
     r"_*(q|k|qk|query|key)_?(layer_?|rms_?)?(norm|ln)\w*|(layer_?|rms_?)?(norm|ln)_?(q|k|query|key)"
 )
@@ -29,8 +33,8 @@ def check_no_norm(
 ) -> None:
     """Raise where a gain in the module may be that of a norm of its queries or keys.
 
-    Two things tell: a name such as ``q_norm``, and, unless the user says ``qk_norm=False``, a
-    length: Linen calls any norm ``RMSNorm_0``.
+    Two things tell: a name such as ``q_norm``, and, unless the user says ``check_qk_norm=False``,
+    a length: Linen calls any norm ``RMSNorm_0``.
     """
     below = [(path[len(node) :], shape) for path, shape in leaves if path[: len(node)] == node]
     with_matrix = {path[:-1] for path, shape in below if len(shape) >= len(stack) + 2}
@@ -42,7 +46,7 @@ def check_no_norm(
             continue
         if _QK_NORM.fullmatch(path[0].lower()):
             raise ValueError(f"qk_clip: {show(node)} has a {path[0]!r}: {QK_NORM}")
-        if heads.qk_norm is False or _SINKS.fullmatch(path[-1].lower()):
+        if not heads.check_qk_norm or _SINKS.fullmatch(path[-1].lower()):
             continue
         is_bias = _ANY_BIAS.fullmatch(path[-1].lower()) and path[:-1] in with_matrix
         is_gain = any(length in ((width,), (n * width,)) for n, width in heads.normed)
@@ -54,7 +58,7 @@ def check_no_norm(
             raise ValueError(
                 f"qk_clip: {show((*node, *path))}, shape {shape}, may be the gain of a norm by its "
                 f"{told_by}: {QK_NORM} Where it belongs to neither queries nor keys, say so: "
-                f"{kind}(..., qk_norm=False)."
+                f"{kind}(..., check_qk_norm=False)."
             )
 
 

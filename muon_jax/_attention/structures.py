@@ -62,8 +62,7 @@ class AttentionHeads(abc.ABC):
     """What all structures of heads have in common; not to be made itself."""
 
     heads: int
-    logit_soft_cap: float | None = dataclasses.field(default=None, kw_only=True)
-    qk_norm: bool | None = dataclasses.field(default=None, kw_only=True)
+    check_qk_norm: bool = dataclasses.field(default=True, kw_only=True)
 
     @property
     @abc.abstractmethod
@@ -98,20 +97,7 @@ class AttentionHeads(abc.ABC):
             if name in fields:
                 raise ValueError(f"{kind}: {fields[name]} and {field} are both {name!r}; name two.")
             fields[name] = field
-        if self.logit_soft_cap is not None:
-            raise ValueError(
-                f"{kind}.logit_soft_cap={self.logit_soft_cap!r}: logits under a soft cap are not "
-                "linear in the weights, so no factor on these sets them; the cap bounds them "
-                "already. Leave qk_clip out for this module."
-            )
-        if self.qk_norm is not None and check_bool(f"{kind}.qk_norm", self.qk_norm):
-            raise ValueError(f"{kind}.qk_norm={self.qk_norm!r}: {QK_NORM}")
-
-
-QK_NORM = (
-    "queries or keys are normalised after their projections, so that scaling these changes no "
-    "logit. Such logits are bounded by the norms' gains; leave qk_clip out for this module."
-)
+        check_bool(f"{kind}.check_qk_norm", self.check_qk_norm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +114,8 @@ class MultiHead(AttentionHeads):
       key: the name of the key projection; Flax's own attention has "key".
       value: the name of the value projection, which Muon splits too; None leaves it whole.
       output: the name of the output projection `[..., heads * head_dim, out]`, likewise.
-      logit_soft_cap: the model's own, to be passed on: any but None raises ValueError.
-      qk_norm: whether the model normalises queries or keys: True raises ValueError, and so does
-        None where a gain in the module is as long as a head or as all heads. False is your word
-        that such a gain normalises something else.
+      check_qk_norm: whether `qk_clip` refuses a gain in the module that is as long as a head or as
+        all heads: it may normalise queries or keys. False is your word that it does not.
 
     Example:
       >>> llama_2 = MultiHead(heads=32, head_dim=128)
@@ -176,8 +160,7 @@ class GroupedQuery(AttentionHeads):
       key: see `MultiHead`.
       value: see `MultiHead`.
       output: see `MultiHead`.
-      logit_soft_cap: see `MultiHead`.
-      qk_norm: see `MultiHead`.
+      check_qk_norm: see `MultiHead`.
 
     Example:
       >>> qwen2_7b = GroupedQuery(heads=28, kv_heads=4, head_dim=128)
@@ -248,8 +231,7 @@ class MultiHeadLatent(AttentionHeads):
         one, "q_b_proj".
       key_value: the name of the projection from the latent vector to keys and values.
       output: the name of the output projection `[..., heads * v_dim, out]`; see `MultiHead`.
-      logit_soft_cap: see `MultiHead`.
-      qk_norm: see `MultiHead`. Norms of latent vectors, before the projections, are none.
+      check_qk_norm: see `MultiHead`. Norms of latent vectors, before the projections, are none.
 
     Example:
       >>> moonlight = MultiHeadLatent(heads=16, nope_dim=128, rope_dim=64, v_dim=128)
