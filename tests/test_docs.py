@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import muon_jax
-from benchmarks.mutants import MUTANTS
+from benchmarks.mutants.mutations import MUTANTS
 from examples import minimal
 
 ROOT = Path(__file__).parents[1]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.mutants import MUTANTS, ROOT, fits
+from benchmarks.mutants.mutations import MUTANTS, ROOT, fits
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -6,9 +6,11 @@ import math
 
 import pytest
 
-from benchmarks import hlo, scale, scale_steps
-from benchmarks.scale_cases import SCALES
-from benchmarks.scale_steps import Job
+from benchmarks import hlo
+from benchmarks.scale import __main__ as scale
+from benchmarks.scale import counts, steps
+from benchmarks.scale.cases import SCALES
+from benchmarks.scale.job import Job
 from examples.moonlight.model import config as moonlight_config
 from examples.moonlight.model.execution import grouped
 from examples.moonlight.model.execution.dispatch import SLACK
@@ -35,7 +37,7 @@ def _row():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(moonlight_config.PRESETS, "toy", TOY)
         patch.setattr(grouped, "TILE", 8)  # a tile of 512 rows is more than the toy has
-        return scale_steps.row(JOB)
+        return steps.row(JOB)
 
 
 def test_a_device_holds_its_shards_and_no_more(row):
@@ -87,7 +89,7 @@ def test_nothing_gathers_or_sums_the_embedding(row):
 
 def test_phases():
     def phase(opcode, scope, size=1e6):
-        return scale_steps.phase_of(hlo.Collective(opcode, "f32", 0, size, 8, 1, scope))
+        return counts.phase_of(hlo.Collective(opcode, "f32", 0, size, 8, 1, scope))
 
     assert phase("all-to-all", "a/muon.return/all_to_all") == "muon exchange"
     assert phase("all-gather", "a/muon.split/x", 8) == "muon exchange"
@@ -147,8 +149,8 @@ def test_what_a_compiler_says_of_a_program_that_is_too_large():
         "hbm. Used 38.46G of 15.75G hbm. Exceeded hbm capacity by 22.71G.\n\nTotal hbm usage >= ..."
     )
     said = "Used 38.46G of 15.75G hbm. Exceeded hbm capacity by 22.71G"
-    assert scale_steps.out_of_memory(message) == said
-    assert scale_steps.out_of_memory("INTERNAL: something else") is None
+    assert steps.out_of_memory(message) == said
+    assert steps.out_of_memory("INTERNAL: something else") is None
 
 
 def test_the_share_of_newton_schulz_at_the_papers_batch():

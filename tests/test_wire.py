@@ -5,9 +5,12 @@ import json
 
 import pytest
 
-from benchmarks import hlo, targets, wire, wire_steps
+from benchmarks import hlo, targets
 from benchmarks.targets import TARGETS
-from benchmarks.wire_cases import CASES
+from benchmarks.wire import __main__ as wire
+from benchmarks.wire import counts, steps
+from benchmarks.wire.cases import CASES
+from benchmarks.wire.limits import EXPECTED, complete, ideal_total
 
 CPU = TARGETS["cpu-8"]
 TPU = TARGETS["v5e-8"]
@@ -26,8 +29,8 @@ def cpu_rows():
     }
     cases["many"] = dataclasses.replace(CASES["many"], shapes=shapes)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wire_steps, "CASES", cases)
-        rows = wire.complete(list(wire_steps.rows(CPU, cases)))
+        patch.setattr(steps, "CASES", cases)
+        rows = complete(list(steps.rows(CPU, cases)))
     return {(row["case"], row["optimizer"]): row for row in rows}
 
 
@@ -45,7 +48,7 @@ def test_cpu_bytes_of_separate_leaves(cpu_rows):
     assert ours["bytes"]["exchange"] == pytest.approx(2 / 8 * even)
     # What XLA:CPU does with gradients is the same for both.
     assert ours["bytes"]["reduction"] == pytest.approx(adamw["bytes"]["reduction"], rel=1e-5)
-    assert wire.ideal_total(adamw) == pytest.approx(8 * even, rel=1e-5)
+    assert ideal_total(adamw) == pytest.approx(8 * even, rel=1e-5)
 
 
 def test_local_experts_send_nothing(cpu_rows):
@@ -70,7 +73,7 @@ needs_libtpu = pytest.mark.skipif(
 @needs_libtpu
 def test_tpu_row_is_within_its_limits():
     """The eight chips of a v5e, in a process of its own, as `python -m benchmarks.wire` does it."""
-    rows = wire.complete(list(wire.measure(TPU, ["few"])))
+    rows = complete(list(wire.measure(TPU, ["few"])))
     adamw, ours = rows
     even = 7 / 8 * ours["parameters"]
     # Gradients end as reduce-scatters.
@@ -106,7 +109,7 @@ def ours(case="separate", reduction=100.0, exchange=6.0, gather=50.0, **changed)
 
 
 def checked(*rows):
-    return wire.complete(list(rows))[-1]["checks"]
+    return complete(list(rows))[-1]["checks"]
 
 
 def test_checks_fail_where_they_should():
@@ -125,7 +128,7 @@ def test_checks_fail_where_they_should():
 def test_sharded_parameters_count_what_the_optimizer_adds():
     adamw = row("fsdp", "adamw")
     whole = 8 * 7 / 8 * 30
-    done = wire.complete([adamw, ours("fsdp", gather=100.0, exchange=6.0)])[-1]
+    done = complete([adamw, ours("fsdp", gather=100.0, exchange=6.0)])[-1]
     assert done["ratio"] == pytest.approx(6 / whole)
     assert done["checks"]["ratio"]
     assert not checked(row("experts", "adamw"), ours("experts", gather=100.0, exchange=1))["ratio"]
@@ -156,7 +159,7 @@ def test_the_command_refuses_unknown_names():
 
 
 def test_every_case_is_expected_and_every_target_known():
-    assert set(wire.EXPECTED) == set(CASES)
+    assert set(EXPECTED) == set(CASES)
     assert {name for case in CASES.values() for name in case.targets} == set(TARGETS)
 
 
@@ -167,7 +170,7 @@ def test_state_that_cannot_be_divided_raises():
 
 def test_kinds_of_collectives():
     def kind(opcode, scope, optimizer="muon_jax", size=1e6):
-        return wire_steps.kind_of(hlo.Collective(opcode, "f32", 0, size, 8, 1, scope), optimizer)
+        return counts.kind_of(hlo.Collective(opcode, "f32", 0, size, 8, 1, scope), optimizer)
 
     backward = "jit(step)/transpose(jvp())/dot_general"
     assert kind("reduce-scatter", backward) == kind("all-reduce", backward) == "reduction"

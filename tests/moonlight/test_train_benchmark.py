@@ -8,7 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import train, train_ours, train_theirs
+from benchmarks import harness
+from benchmarks.train import __main__ as train
+from benchmarks.train.ours import LEARNING_RATE, WEIGHT_DECAY
+from benchmarks.train.theirs import Theirs
 from examples.moonlight.huggingface.pretrained import abstract_model
 from examples.moonlight.model.execution.options import Execution
 from muon_jax import orthogonalize
@@ -52,19 +55,19 @@ def test_torch_s_muon_gets_the_matrices_of_a_stack_of_experts():
 
     params, bias = (jax.tree.map(draw, tree) for tree in trees)
     tokens = rng.integers(0, 62, (4, 13)).astype(np.int32)
-    theirs = train_theirs.Theirs(hf_toy.MOONLIGHT, params, bias, tokens, ("muon",))
+    theirs = Theirs(hf_toy.MOONLIGHT, params, bias, tokens, ("muon",))
     assert set(theirs.routes) == {"attention", "experts"}
     stack = theirs.model.model.layers[1].mlp.experts.gate_up_proj
     head = theirs.model.lm_head.weight
     before = [value.detach().numpy().copy() for value in (stack, head)]
     theirs.calls["step muon"]()
     moved, head_moved = (
-        (value.detach().numpy() - old) / train_ours.LEARNING_RATE
+        (value.detach().numpy() - old) / LEARNING_RATE
         for value, old in zip((stack, head), before, strict=True)
     )
     for rows in (slice(0, 20), slice(20, 40)):  # gate, then up
         matrices = orthogonalize(jax.numpy.asarray(stack.grad[:, rows].numpy()))
-        expected = -0.2 * 48**0.5 * matrices - train_ours.WEIGHT_DECAY * before[0][:, rows]
+        expected = -0.2 * 48**0.5 * matrices - WEIGHT_DECAY * before[0][:, rows]
         assert np.abs(moved[:, rows] - expected).max() < MUON_TOLERANCE
     # AdamW's first step moves every entry by the learning rate.
     assert np.abs(head_moved).mean() == pytest.approx(1, abs=0.05)
@@ -83,4 +86,4 @@ def test_sides_that_differ_are_noticed():
 
 def test_threads_that_are_not_there_are_refused():
     with pytest.raises(ValueError, match=r"--threads must be between 1 and .*, got 100000"):
-        train.limit_threads(100_000)
+        harness.limit_threads(100_000)

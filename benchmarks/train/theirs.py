@@ -1,7 +1,7 @@
-"""The other side of `benchmarks/train.py`: the same model in transformers, trained by torch.
+"""The other side of `benchmarks.train`: the same model in transformers, trained by torch.
 
 It begins with our weights, by the names of `huggingface/names.py`, so that the losses
-show that both sides compute the same. The calls are those of `train_ours.py`.
+show that both sides compute the same. The calls are those of `ours.py`.
 """
 
 import time
@@ -14,7 +14,7 @@ import torch
 import transformers
 from flax import nnx
 
-from benchmarks.train_ours import LEARNING_RATE, WEIGHT_DECAY, Calls, Optimizer
+from benchmarks.train.ours import LEARNING_RATE, WEIGHT_DECAY, Calls, Optimizer
 from examples.moonlight import hf_export
 from examples.moonlight.huggingface import names as hf_names
 from examples.moonlight.huggingface import pretrained as hf_import

@@ -3,7 +3,7 @@
 A step differentiates a loss on a batch that is sharded over the mesh, then runs
 `optax.chain(optax.clip_by_global_norm(1.0), optimizer)` and `optax.apply_updates`.
 
-`python -m benchmarks.wire_steps v5e-8 separate fsdp` prints the rows of two cases as lines of JSON.
+`python -m benchmarks.wire.steps v5e-8 separate fsdp` prints the rows of two cases as lines of JSON.
 `benchmarks.wire` runs it for each target, in a process with `targets.environment`.
 """
 
@@ -12,7 +12,6 @@ import json
 import math
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -25,17 +24,15 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib import muon as optax_muon
 
-from benchmarks import hlo
 from benchmarks.step import newton_schulz_flops
 from benchmarks.targets import TARGETS, Target, make_mesh
-from benchmarks.wire_cases import CASES, Case, Optimizer
+from benchmarks.wire.cases import CASES, Case, Optimizer
+from benchmarks.wire.counts import count
 from muon_jax import muon, opt_state_shardings
 
 LEARNING_RATE = 3e-4
 WEIGHT_DECAY = 0.1
 MESH_AXES = {1: ("data",), 2: ("data", "pipe")}
-SMALL_BYTES = 4096
-"""A collective below this is a norm, a count or a loss: it belongs to "other"."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,47 +163,6 @@ def _bytes_per_device(tree: Any) -> int:
     )
 
 
-def kind_of(collective: hlo.Collective, optimizer: Optimizer) -> str:
-    """Which column a collective belongs to.
-
-    "reduction" is of gradients, "loss" what else the loss sends (under FSDP, its parameters),
-    "gather" brings updates back, "exchange" is all else that an optimizer sends.
-    """
-    scope = collective.scope
-    if "muon.gather" in scope or "adamw.gather" in scope:
-        return "gather"
-    if "muon." in scope:
-        return "exchange"
-    if collective.bytes <= SMALL_BYTES:
-        return "other"
-    if "jvp(" in scope:
-        reduces = collective.opcode in ("all-reduce", "reduce-scatter")
-        return "reduction" if reduces else "loss"
-    return "gather" if optimizer.startswith("adamw") else "exchange"
-
-
-def count(case: Case, optimizer: Optimizer, text: str, devices: int) -> dict[str, Any]:
-    """What a compiled step sends and multiplies on each device."""
-    found = hlo.collectives(text)
-    sent: dict[str, float] = dict.fromkeys(("reduction", "loss", "exchange", "gather", "other"), 0)
-    times: dict[str, int] = dict.fromkeys(sent, 0)
-    listed: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0])
-    for c in found:
-        kind = kind_of(c, optimizer)
-        sent[kind] += c.wire_bytes
-        times[kind] += c.executions if c.wire_bytes else 0
-        entry = listed[kind, c.opcode, c.dtype, c.elements, c.group_size]
-        entry[0] += c.executions
-        entry[1] += c.wire_bytes
-    keys = ("kind", "opcode", "dtype", "elements", "group", "times", "bytes")
-    return {
-        "bytes": sent,
-        "collectives": times,
-        "flops": hlo.flops(text),
-        "listed": [dict(zip(keys, (*key, *entry), strict=True)) for key, entry in listed.items()],
-    }
-
-
 def rows(target: Target, names: Iterable[str]) -> Iterator[dict[str, Any]]:
     """Compile the cases for a target, one row for each optimizer as soon as it is there."""
     mesh = make_mesh(target, target.mesh, MESH_AXES[len(target.mesh)])
@@ -226,7 +182,7 @@ def rows(target: Target, names: Iterable[str]) -> Iterator[dict[str, Any]]:
                 "even_flops": newton_schulz_flops(case.shapes) / mesh.size,
                 "state_bytes": program.state_bytes,
                 "compile_s": compile_s,
-                **count(case, optimizer, text, mesh.size),
+                **count(optimizer, text),
             }
 
 

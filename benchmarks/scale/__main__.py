@@ -2,7 +2,7 @@
 
 The complete step (forward, backward, Muon with ZeRO-1) is compiled for TPU slices and for eight
 H100s, none of which need be there (`benchmarks.targets` says what to install; rows that cannot be
-compiled are named and left out), and read: `benchmarks.scale_steps`.
+compiled are named and left out), and read: `benchmarks.scale.steps`.
 
 Memory is the compiler's own account of one device. FLOPs are those of the compiled program's
 products, each loop counted as often as it runs, beside a formula that computes nothing twice:
@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks import targets
 from benchmarks.harness import environment, write_json
-from benchmarks.scale_cases import GIB, SCALES
+from benchmarks.scale.cases import GIB, SCALES
 
 PAPER_BATCH = 4096
 """Sequences of 8K tokens for which Newton-Schulz was put at 0.13% of FLOPs."""
@@ -74,7 +74,7 @@ def measure(name: str, args: Args) -> dict[str, Any]:
         key: getattr(args, key) for key in ("preset", "layers", "context", "batch")
     }
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scale_steps", json.dumps(job)],
+        [sys.executable, "-m", "benchmarks.scale.steps", json.dumps(job)],
         cwd=targets.ROOT,
         env=targets.environment(SCALES[name].target),
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Our side of `benchmarks/train.py`: the example's model and training step.
+"""Our side of `benchmarks.train`: the example's model and training step.
 
 Both sides have the same calls, which block until their work is done:
 
@@ -20,7 +20,7 @@ from flax import nnx
 
 from examples.moonlight.huggingface.config import ModelConfig
 from examples.moonlight.model.config import MoonlightConfig
-from examples.moonlight.model.dense import Dense
+from examples.moonlight.model.dense import Dense, DenseConfig
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.language_model import next_token_loss
@@ -28,10 +28,28 @@ from examples.moonlight.model.moonlight import Moonlight
 from examples.moonlight.training.optimizers import make_optimizer
 from examples.moonlight.training.steps import TrainState, make_train_steps
 
+Family = Literal["moonlight", "llama", "qwen2"]
 Optimizer = Literal["muon", "adamw"]
 Calls = dict[str, Callable[[], Any]]
 
 LEARNING_RATE, WEIGHT_DECAY, BIAS_RATE = 3e-4, 0.1, 1e-3
+
+
+def config_of(family: Family, moonlight: MoonlightConfig) -> ModelConfig:
+    """A Moonlight, or a dense model of its width, depth and vocabulary."""
+    if family == "moonlight":
+        return moonlight
+    return DenseConfig(
+        vocab_size=moonlight.vocab_size,
+        hidden_size=moonlight.hidden_size,
+        num_hidden_layers=moonlight.num_hidden_layers,
+        num_attention_heads=moonlight.num_attention_heads,
+        num_key_value_heads=moonlight.num_attention_heads // 2,
+        intermediate_size=moonlight.intermediate_size,
+        max_position_embeddings=moonlight.max_position_embeddings,
+        tie_word_embeddings=family == "qwen2",
+        attention_bias=family == "qwen2",
+    )
 
 
 class Ours:

@@ -12,23 +12,20 @@ gradients takes longer than that, "update" clipping and the optimizer; "step" is
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import environment, median, time_interleaved, write_json
-from benchmarks.train_ours import Optimizer, Ours
-from benchmarks.train_theirs import Theirs
+from benchmarks.harness import environment, limit_threads, median, time_interleaved, write_json
+from benchmarks.train.ours import Family, Optimizer, Ours, config_of
+from benchmarks.train.theirs import Theirs
 from examples.moonlight.huggingface.config import ModelConfig
 from examples.moonlight.model.config import MoonlightConfig
-from examples.moonlight.model.dense import DenseConfig
 from examples.moonlight.model.language_model import count_parameters
 from examples.one_thread import available_cores
-
-Family = Literal["moonlight", "llama", "qwen2"]
 
 # Steps that both sides take first. Their losses before the first update differ by rounding; later
 # by what bfloat16 in Newton-Schulz and a token sent to another expert make of it.
@@ -64,37 +61,6 @@ class Args:
     threads: int | None = None
     repeats: int = 15
     output: Path = Path("runs/benchmarks/train.json")
-
-
-def limit_threads(count: int) -> None:
-    """Keeps this process, and whatever threads it starts from now on, to `count` processors.
-
-    Raises:
-      ValueError: there are not as many, or the system can't.
-    """
-    if not hasattr(os, "sched_setaffinity"):
-        raise ValueError("--threads needs Linux: leave it out to use all processors")
-    there = sorted(os.sched_getaffinity(0))
-    if not 1 <= count <= len(there):
-        raise ValueError(f"--threads must be between 1 and {len(there)}, got {count}")
-    os.sched_setaffinity(0, there[:count])
-
-
-def config_of(family: Family, moonlight: MoonlightConfig) -> ModelConfig:
-    """A Moonlight, or a dense model of its width, depth and vocabulary."""
-    if family == "moonlight":
-        return moonlight
-    return DenseConfig(
-        vocab_size=moonlight.vocab_size,
-        hidden_size=moonlight.hidden_size,
-        num_hidden_layers=moonlight.num_hidden_layers,
-        num_attention_heads=moonlight.num_attention_heads,
-        num_key_value_heads=moonlight.num_attention_heads // 2,
-        intermediate_size=moonlight.intermediate_size,
-        max_position_embeddings=moonlight.max_position_embeddings,
-        tie_word_embeddings=family == "qwen2",
-        attention_bias=family == "qwen2",
-    )
 
 
 def check_losses(ours: Ours, theirs: Theirs, optimizer: Optimizer) -> dict[str, list[float]]:
