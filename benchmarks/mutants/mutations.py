@@ -22,12 +22,12 @@ class Mutant(NamedTuple):
     tests: str
 
 
-ORTHOGONALIZE = "tests/test_orthogonalize.py"
-MUON = "tests/test_muon.py"
-STATE = "tests/test_state.py"
-LAWS = "tests/test_laws.py"
-MESH = "tests/bits/test_distributed.py"
-CLIP = "tests/test_qk_clip.py"
+ORTHOGONALIZE = "tests/optimizer/test_orthogonalize.py"
+MUON = "tests/optimizer/test_muon.py"
+STATE = "tests/optimizer/test_state.py"
+LAWS = "tests/optimizer/test_laws.py"
+MESH = "tests/mesh/test_distributed.py"
+CLIP = "tests/qk_clip/test_qk_clip.py"
 
 TEN_STEPS = f"{MESH} -k 'ten_steps and fsdp-'"
 ONE_MATRIX = f"{MESH} -k 'same_bits_in_any_layout'"
@@ -229,7 +229,7 @@ MUTANTS: dict[str, Mutant] = {
         "_layout.py",
         "x = x.transpose(self._order(axes))",
         "x = x.transpose(self._order(axes[::-1]))",
-        "tests/test_plan.py -k cutting",
+        "tests/mesh/test_plan.py -k cutting",
     ),
     "chunks of the mesh all the first": Mutant(
         "_part_runner.py",

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 
-import hf_toy
 import jax
 import numpy as np
 import pytest
@@ -15,6 +14,9 @@ from benchmarks.train.theirs import Theirs
 from examples.moonlight.huggingface.pretrained import abstract_model
 from examples.moonlight.model.execution.options import Execution
 from muon_jax import orthogonalize
+from tests.moonlight import hf_toy
+
+pytestmark = pytest.mark.one_stack
 
 # Entries of an update over the learning rate reach 0.7; both iterate in bfloat16; measured 0.022.
 MUON_TOLERANCE = 0.06

@@ -14,16 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from checkers import relative_error
-from mesh_model import COSTLY_WORK, LEAVES, make_mesh, make_params
-from process_worker import CASES, DEVICES, Shards, param_specs, train
 
 import muon_jax
 from muon_jax import sharding_report
+from tests.checkers import relative_error
+from tests.mesh.mesh_model import COSTLY_WORK, LEAVES, make_mesh, make_params
+from tests.mesh.process_worker import CASES, DEVICES, Shards, param_specs, train
 
 PROCESSES = 2
 # One worker of pytest starts the processes, and once.
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = [pytest.mark.bits, pytest.mark.one_stack, pytest.mark.xdist_group("processes")]
 TIMEOUT = 240  # seconds; about 20 are needed where nothing else runs
 
 # Gaussian gradients are summed over processes in another order, and a bfloat16 rounding that falls
@@ -97,9 +97,9 @@ def free_port() -> int:
 def of_processes(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """What each of the two processes holds at the end of each case."""
     folder = tmp_path_factory.mktemp("processes")
-    worker = Path(__file__).with_name("process_worker.py")
     address = f"localhost:{free_port()}"
-    command = [sys.executable, "-W", "error", str(worker), address, str(PROCESSES)]
+    worker = ["-m", "tests.mesh.process_worker"]
+    command = [sys.executable, "-W", "error", *worker, address, str(PROCESSES)]
     run_together([[*command, str(n), str(folder)] for n in range(PROCESSES)], folder)
     return [pickle.loads((folder / f"{n}.pickle").read_bytes()) for n in range(PROCESSES)]
 

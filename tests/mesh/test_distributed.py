@@ -13,12 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkers import gaussian, hadamard_rows, relative_error
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from mesh_model import CHEAP_WORK, COSTLY_WORK
-from reference import newton_schulz
 
 from muon_jax import (
     FusedBlocks,
@@ -33,6 +30,11 @@ from muon_jax import (
 )
 from muon_jax._collectives import axes_index
 from muon_jax._owner_runners import ExchangeRunner
+from tests.checkers import gaussian, hadamard_rows, relative_error
+from tests.mesh.mesh_model import CHEAP_WORK, COSTLY_WORK
+from tests.reference import newton_schulz
+
+pytestmark = pytest.mark.bits
 
 KINDS = (AxisType.Auto, AxisType.Explicit)
 STEPS = 10

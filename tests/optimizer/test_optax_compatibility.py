@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkers import assert_close, assert_trees_equal, gaussian, relative_error
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib._muon import orthogonalize_via_newton_schulz
 
 import muon_jax
 from muon_jax import muon, orthogonalize
 from muon_jax._polynomials import resolve_schedule
+from tests.checkers import assert_close, assert_trees_equal, gaussian, relative_error
 
 LR, BETA = 0.02, 0.95
 

@@ -23,7 +23,16 @@ def test_what_this_suite_wants_begins_with_what_every_jaxlib_knows():
 def test_pytest_says_which_flag_it_is():
     environment = os.environ | {"XLA_FLAGS": "--xla_no_such_flag=1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
-    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "--co", "-q", "tests/test_laws.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:xdist",
+        "--co",
+        "-q",
+        "tests/project/test_imports.py",
+    ]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 4
     assert "XLA_FLAGS has --xla_no_such_flag=1, which jaxlib" in ended.stderr + ended.stdout

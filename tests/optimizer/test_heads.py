@@ -5,11 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkers import assert_close
-from checkers import gaussian as normal
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from reference import QUINTIC, newton_schulz
 
 from muon_jax import (
     FusedBlocks,
@@ -28,6 +25,9 @@ from muon_jax import (
 )
 from muon_jax._layout import zero1_layout
 from muon_jax._matrices import SplitAxis, leaf_views
+from tests.checkers import assert_close
+from tests.checkers import gaussian as normal
+from tests.reference import QUINTIC, newton_schulz
 
 D, H, KV, W = 16, 6, 2, 4
 # Measured: 4e-7 in float32.
@@ -137,6 +137,7 @@ def attention_of(axes, per_group=1, d=D):
 HEADS = {"attn": MultiHead(heads=H, head_dim=W)}
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("per_group", [1, 3, 6])
 def test_kernels_of_three_axes_follow_the_declaration(per_group):
     params = attention_of("three")
@@ -158,6 +159,7 @@ def test_kernels_of_three_axes_follow_the_declaration(per_group):
         assert a.size and np.array_equal(np.asarray(a).ravel(), np.asarray(b).ravel())
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("per_group", [1, 3])
 def test_heads_declared_as_a_stack_already_are_grouped_all_the_same(per_group):
     params, heads = attention_of("three"), split_heads(HEADS, per_group)

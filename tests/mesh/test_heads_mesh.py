@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkers import hadamard_rows
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from muon_jax import GroupedQuery, muon, opt_state_shardings, split_heads
+from tests.checkers import hadamard_rows
+
+pytestmark = pytest.mark.bits
 
 D, HEADS, KV, WIDTH, LAYERS = 32, 8, 2, 8, 2
 COUNTS = {"q_proj": HEADS, "k_proj": KV, "v_proj": KV, "o_proj": HEADS}

@@ -172,6 +172,7 @@ def test_a_traced_scale_is_reported_as_such():
     jax.jit(traced)(0.2)
 
 
+@pytest.mark.bits
 def test_fused_and_stacked_leaves_scale_by_their_own_matrices():
     key = jax.random.key(0)
     whole = jax.random.normal(key, (8, 24))

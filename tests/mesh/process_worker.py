@@ -1,8 +1,8 @@
 """Trains a small model on a mesh, as one of several processes or as the only one.
 
-test_processes.py starts it as a script, and calls `train` itself for the single process:
+test_processes.py starts it as a program, and calls `train` itself for the single process:
 
-    python process_worker.py ADDRESS NUMBER_OF_PROCESSES NUMBER FOLDER
+    python -m tests.mesh.process_worker ADDRESS NUMBER_OF_PROCESSES NUMBER FOLDER
 """
 
 import pickle
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from mesh_model import (
+
+from muon_jax import muon, opt_state_shardings
+from tests.mesh.mesh_model import (
     COSTLY_WORK,
     LEAVES,
     Gradients,
@@ -25,8 +27,6 @@ from mesh_model import (
     make_params,
     make_tree,
 )
-
-from muon_jax import muon, opt_state_shardings
 
 STEPS = 10
 DEVICES = 8
@@ -172,6 +172,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     # As a module, so that what is pickled here is known by the same name there.
-    import process_worker
+    from tests.mesh import process_worker
 
     process_worker.main()

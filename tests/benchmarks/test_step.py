@@ -2,7 +2,11 @@
 
 import json
 
+import pytest
+
 from benchmarks import step
+
+pytestmark = pytest.mark.one_stack
 
 
 def test_step_benchmark_measures_every_case_and_peer(tmp_path, capsys):

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from checkers import gaussian
 from optax.contrib import _muon as optax_muon
 
 import muon_jax
 from muon_jax import _polynomials
 from muon_jax._polynomials import resolve_schedule
+from tests import reference
+from tests.checkers import gaussian
 
 # Where singular values from `low` to 1 end, to the digits shown: measured on the grid below.
 BANDS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("muon_jax", "examples", "benchmarks")
 
 # Lowest first: a module imports from its own layer and those before it. A name stands for itself

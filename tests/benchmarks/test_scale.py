@@ -15,6 +15,8 @@ from examples.moonlight.model import config as moonlight_config
 from examples.moonlight.model.execution import grouped
 from examples.moonlight.model.execution.dispatch import SLACK
 
+pytestmark = pytest.mark.one_stack
+
 TOY = dataclasses.replace(
     moonlight_config.PRESETS["tiny"],
     vocab_size=256,

@@ -12,6 +12,8 @@ from benchmarks.wire import counts, steps
 from benchmarks.wire.cases import CASES
 from benchmarks.wire.limits import EXPECTED, complete, ideal_total
 
+pytestmark = pytest.mark.one_stack
+
 CPU = TARGETS["cpu-8"]
 TPU = TARGETS["v5e-8"]
 

@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkers import (
+from flax import nnx
+from flax.training.train_state import TrainState
+
+from muon_jax import MuonDimensionNumbers, UpdateNorm, muon, scale_by_muon
+from tests.checkers import (
     abstract,
     assert_trees_equal,
     check_state_is_a_fixed_point,
     gaussian,
     hadamard_rows,
 )
-from flax import nnx
-from flax.training.train_state import TrainState
-
-from muon_jax import MuonDimensionNumbers, UpdateNorm, muon, scale_by_muon
 
 LR = 2.0**-4
 # A compiled step against an eager one, or inside a scan: the same float32 arithmetic, fused
@@ -567,6 +567,7 @@ def test_chunks_add_no_products_to_the_program(matrices_at_once):
         assert 0 < chunked <= (1 if matrices_at_once == 1 else 2) * whole
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("ns_dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("matrices_at_once", [1, 5, 8])
 def test_chunks_change_no_bit(matrices_at_once, ns_dtype):
@@ -614,6 +615,7 @@ def test_max_group_bytes_bounds_the_temporary_memory():
     assert chunked < 0.4 * whole
 
 
+@pytest.mark.bits
 def test_a_step_does_not_depend_on_the_other_leaves():
     """A matrix moves alike alone, beside others of its shape, and with none of its own."""
     stack = jnp.asarray(hadamard_rows((3, 4, 16)))

@@ -6,8 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from checkers import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import muon_jax
+from muon_jax._orthogonalize import Iteration
+from muon_jax._polynomials import resolve_schedule
+from tests import reference
+from tests.checkers import (
     BFLOAT16_TOLERANCE,
     FLOAT32_TOLERANCE,
     STACK,
@@ -21,12 +27,6 @@ from checkers import (
     hadamard_rows,
     with_singular_values,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import muon_jax
-from muon_jax._orthogonalize import Iteration
-from muon_jax._polynomials import resolve_schedule
 
 PRECONDITIONINGS = ("frobenius", "spectral", "aol", "schatten")
 NS_DTYPES = ("float32", "bfloat16")
@@ -49,6 +49,7 @@ in_float32 = functools.partial(orthogonalize, ns_dtype="float32")
 # --- Exact ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("ns_dtype", NS_DTYPES)
 @pytest.mark.parametrize("preconditioning", PRECONDITIONINGS)
 def test_exact_laws(preconditioning, ns_dtype):
@@ -59,6 +60,7 @@ def test_exact_laws(preconditioning, ns_dtype):
     check_zeros(fn)
 
 
+@pytest.mark.bits
 def test_compiled_into_a_larger_program_it_gives_the_same_bits():
     stack = jnp.asarray(hadamard_rows(STACK))
     compiled = jax.jit(muon_jax.orthogonalize)(stack)

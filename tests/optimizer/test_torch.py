@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkers import assert_close, gaussian
 
 from muon_jax import muon
+from tests.checkers import assert_close, gaussian
 
 torch = pytest.importorskip("torch", reason="torch is part of the test extra")
+
+pytestmark = pytest.mark.one_stack
 
 LEARNING_RATE, WEIGHT_DECAY, MU, STEPS = 0.02, 0.1, 0.95, 10
 SHAPES = {"wide": (48, 200), "tall": (128, 32), "square": (64, 64)}

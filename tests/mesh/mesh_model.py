@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from checkers import gaussian, hadamard_rows
 from jax.sharding import AxisType
 
 from muon_jax import MeshCosts
+from tests.checkers import gaussian, hadamard_rows
 
 Gradients = Literal["hadamard", "gaussian"]
 """Sums of Hadamard matrices' entries are exact in any order, sums of Gaussians are not."""

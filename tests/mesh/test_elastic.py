@@ -8,9 +8,11 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from checkers import abstract, relative_error
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from mesh_model import (
+
+from muon_jax import muon, opt_state_shardings, sharding_report
+from tests.checkers import abstract, relative_error
+from tests.mesh.mesh_model import (
     COSTLY_WORK,
     LEAVES,
     SHAPES,
@@ -22,7 +24,7 @@ from mesh_model import (
     make_tree,
 )
 
-from muon_jax import muon, opt_state_shardings, sharding_report
+pytestmark = [pytest.mark.bits, pytest.mark.one_stack]
 
 STEPS = 3  # before the state is saved
 KINDS = get_args(Gradients)

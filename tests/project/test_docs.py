@@ -18,7 +18,7 @@ import muon_jax
 from benchmarks.mutants.mutations import MUTANTS
 from examples import minimal
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDERS = ("muon_jax", "examples", "benchmarks", "tests", "docs", ".ci")
 PAGES = [
     *ROOT.glob("*.md"),

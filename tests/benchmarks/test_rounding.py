@@ -2,9 +2,12 @@
 
 import dataclasses
 
-import toy
+import pytest
 
 from benchmarks import rounding
+from tests.moonlight import toy
+
+pytestmark = pytest.mark.one_stack
 
 CONFIG = dataclasses.replace(toy.CONFIG, vocab_size=256)
 MESH = "data=2,expert=2,tensor=2"

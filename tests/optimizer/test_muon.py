@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import reference
-from checkers import (
+
+import muon_jax
+from muon_jax import AdjustedLR, FixedScale, MuonDimensionNumbers, UpdateNorm, muon, scale_by_muon
+from tests import reference
+from tests.checkers import (
     LEARNING_RATE,
     WEIGHT_DECAY,
     assert_close,
@@ -21,9 +24,6 @@ from checkers import (
     jitted,
     small_tree,
 )
-
-import muon_jax
-from muon_jax import AdjustedLR, FixedScale, MuonDimensionNumbers, UpdateNorm, muon, scale_by_muon
 
 # Ten steps in bfloat16 against the twin: measured 1.3-2.7% per update, 0.5% in total.
 BFLOAT16_STEPS = 0.06
@@ -51,6 +51,7 @@ def test_ten_steps_in_bfloat16():
     check_ten_steps(make_muon(), tolerance=BFLOAT16_STEPS)
 
 
+@pytest.mark.bits
 def test_the_pieces_chained_by_hand_are_muon():
     """`scale_by_muon`, then decay, then the learning rate: bit for bit Muon's group."""
     params = on_device({k: v for k, v in small_tree().items() if k != "bias"})
@@ -136,12 +137,14 @@ def exact_update(params, **options):
     return jax.jit(tx.update)(params, tx.init(params))[0]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("max_group_bytes", [1, 64 * 2 * 3])
 def test_chunks_change_no_bit(max_group_bytes):
     expected = exact_update(exact_tree())
     assert_trees_equal(exact_update(exact_tree(), max_group_bytes=max_group_bytes), expected)
 
 
+@pytest.mark.bits
 def test_one_batch_for_all_leaves_changes_no_bit():
     """Each leaf alone, each matrix of a stack alone, and each in its other orientation."""
     together = exact_update(exact_tree())

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from checkers import abstract, assert_trees_equal
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from muon_jax import GroupedQuery, MultiHead, MultiHeadLatent, QKClipState, muon, qk_clip
+from tests.checkers import abstract, assert_trees_equal
 
 TOKENS, HIDDEN, LATENT = 5, 6, 3
 
@@ -379,6 +379,7 @@ def test_inject_hyperparams_sets_the_threshold():
     assert update._cache_size() == 1
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_parameters_and_logits(kind):
     """Heads over one axis, inputs over the other, logits over heads: the same bits, laid out so."""
