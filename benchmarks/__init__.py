@@ -1,4 +1,4 @@
-"""What is measured: `python -m benchmarks.NAME` runs the file or the folder of that name.
+"""What is measured: `python -m` runs each file or folder, `python -m benchmarks.wire` for one.
 
 - One device: `step`, `train`, `compile_time`.
 - A mesh, read from compiled programs: `wire`, `scale`, `rounding`, `plan_search`.

@@ -26,7 +26,6 @@ for found in pkgutil.walk_packages(muon_jax.__path__, "muon_jax."):
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel's files, built from a copy, so that the checkout gets no `build`."""
-    pytest.importorskip("setuptools")
     copy = tmp_path_factory.mktemp("copy")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)

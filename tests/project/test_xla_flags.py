@@ -5,10 +5,10 @@ import subprocess
 import sys
 
 import pytest
-import xla_flags
 
 from examples import xla_flags as asking
 from examples.one_thread import one_thread_environment
+from tests import xla_flags
 
 
 def test_known_flags_are_told_from_others():
