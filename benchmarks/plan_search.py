@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import environment, write_json
-from benchmarks.scale_cases import SCALES
+from benchmarks.scale.cases import SCALES
 from benchmarks.targets import TARGETS
-from benchmarks.wire_cases import CASES
-from benchmarks.wire_steps import MESH_AXES
+from benchmarks.wire.cases import CASES
+from benchmarks.wire.steps import MESH_AXES
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.execution.sharding import MESH_AXES as MODEL_AXES
 from examples.moonlight.model.execution.sharding import ModelSharding

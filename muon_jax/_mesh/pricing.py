@@ -1,6 +1,6 @@
 """What a part costs: the FLOPs of each device, and the bytes that one device sends.
 
-`tests/test_sharding_report.py` holds both against the compiled program.
+`tests/mesh/test_sharding_report.py` holds both against the compiled program.
 """
 
 from collections.abc import Sequence

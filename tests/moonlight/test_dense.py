@@ -21,6 +21,8 @@ from examples.moonlight.model.language_model import count_parameters, next_token
 from examples.moonlight.training.steps import TrainState, make_train_steps
 from muon_jax import muon, routing_report
 
+pytestmark = pytest.mark.one_stack
+
 # Logits reach 27; measured 2.0e-5.
 LOGITS_TOLERANCE = 1e-4
 # float32 sums in another order: of the loss, measured 1.2e-7; of a gradient's largest

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.extend.core import Primitive
-from use_programs import S, arrays, data, mean_square, read, verdicts
 
 import muon_jax
 from muon_jax import MuonDimensionNumbers, by_path, by_use, muon, routing_report
 from muon_jax._routing.route_leaves import route_leaves
+from tests.use.use_programs import S, arrays, data, mean_square, read, verdicts
 
 D = 4
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from use_programs import verdicts
 
 from examples.moonlight.huggingface.pretrained import abstract_model
 from examples.moonlight.model.config import MoonlightConfig
@@ -15,6 +14,7 @@ from examples.moonlight.model.language_model import next_token_loss
 from examples.moonlight.training.routing import read_roles
 from muon_jax import MuonDimensionNumbers, by_path, by_use
 from muon_jax._routing.route_leaves import route_leaves
+from tests.use.use_programs import verdicts
 
 TINY = MoonlightConfig.preset("tiny")
 
