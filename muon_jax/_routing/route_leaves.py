@@ -179,7 +179,7 @@ def warn_of_tables(routes: list[Route]) -> None:
         f"muon_weight_dimension_numbers=muon_jax.by_path({{{code_pattern(patterns)}: None}}), or, "
         "where they are matrices, MuonDimensionNumbers(-2, -1) in place of None.",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

@@ -128,7 +128,7 @@ def test_cutting_and_joining_are_inverse_and_pieces_are_shards(spec, tall):
     shape = (16, 8, 4) if not tall else (8, 4, 16)
     numbers = MuonDimensionNumbers(0, (1, 2)) if not tall else MuonDimensionNumbers((0, 1), 2)
     spec = spec if not tall else (spec[1], spec[2], spec[0])
-    view = leaf_views(shape, numbers, "leaf").views[0]
+    view = leaf_views(shape, numbers, "leaf")[0]
     whole = np.arange(math.prod(shape), dtype=np.float32).reshape(shape)
     matrix = np.asarray(view.take(jnp.asarray(whole)))
     wide = matrix.swapaxes(1, 2) if matrix.shape[1] > matrix.shape[2] else matrix
