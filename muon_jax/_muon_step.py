@@ -88,7 +88,7 @@ class MuonStep(Step):
         Args:
           leaves: what each leaf holds, and where it lies.
           gradients: one for each leaf, an array or a `jax.ShapeDtypeStruct`.
-          momenta: the same.
+          momenta: one momentum for each leaf, likewise.
         """
         assert self.zero1 is not None
         iteration = self.rule.iteration

@@ -55,11 +55,11 @@ class Optimizer:
     """The settings of `muon`.
 
     Attributes:
-      route: from the parameters to their routes and their tree's structure.
+      route: a function from the parameters to their routes and their tree's structure.
       muon: the step of the matrices.
       adam: the step of the rest.
       mask: `weight_decay_mask`.
-      chains: from what is decided to the transformation.
+      chains: a function from what is decided to the transformation.
     """
 
     route: Callable[[PyTree], tuple[list[Route], Any]]

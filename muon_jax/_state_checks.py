@@ -12,7 +12,7 @@ def check_state_of(state: Any, routes: Sequence[Route]) -> None:
 
     Args:
       state: as `optax.partition` keeps it; one with other groups is left to Optax.
-      routes: those of the parameters.
+      routes: the routes of the parameters.
 
     Raises:
       ValueError: with the leaf, what it is and what the state holds.

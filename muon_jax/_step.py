@@ -50,7 +50,7 @@ class Step(abc.ABC):
         Args:
           count: the number of steps so far.
           leaves: what each leaf holds, and where it lies.
-          dtypes: those of parameters and gradients, promoted.
+          dtypes: the dtype of each leaf's parameter and gradient, promoted.
           gradients: one gradient for each leaf.
           *kept: one array for each leaf, for each of its `moments`.
         """

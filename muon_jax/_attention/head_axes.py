@@ -32,7 +32,7 @@ def split_routes(
     """The routes, of which those of declared modules' kernels are split into heads.
 
     Args:
-      routes: of all leaves, heads joint.
+      routes: the routes of all leaves, heads joint.
       heads: the declaration.
       sure: the places of the leaves whose axes the user or the program gave.
       hidden: the paths of leaves that are masked, which other optimizers have.

@@ -66,7 +66,7 @@ def find_attention(
 
     Args:
       params: a pytree of arrays or `jax.ShapeDtypeStruct`s.
-      attention: from a regular expression, searched in modules' paths, to their structure; the
+      attention: a mapping from a pattern, searched in modules' paths, to a structure; the
         first that is found decides.
 
     Returns:
@@ -98,7 +98,7 @@ def match_modules(
 
     Args:
       argument: its name, for errors.
-      paths: those of the leaves.
+      paths: the paths of the leaves.
       attention: see `find_attention`.
 
     Returns:

@@ -75,7 +75,7 @@ def qk_clip(
     any mesh and without communication besides that maximum.
 
     Args:
-      attention: from a regular expression, searched in the paths of modules, to the structure of
+      attention: a mapping from a pattern, searched in modules' paths, to the structure of
         their heads, `MultiHead`, `GroupedQuery` or `MultiHeadLatent`; the first pattern that is
         found decides. One structure alone holds for every module that has its projections.
       threshold: the largest logit allowed, positive; 100 is Kimi K2's.

@@ -41,7 +41,7 @@ def split_heads(attention: Mapping[str, AttentionHeads], heads_per_group: int = 
     All that lies outside these modules is as under ``heads="joint"``.
 
     Args:
-      attention: from a regular expression, searched in the paths of modules, to the structure of
+      attention: a mapping from a pattern, searched in modules' paths, to the structure of
         their heads, `MultiHead`, `GroupedQuery` or `MultiHeadLatent`; the first pattern that is
         found decides.
       heads_per_group: how many consecutive query heads form one matrix, a divisor of their number.

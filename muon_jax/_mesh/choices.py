@@ -26,7 +26,7 @@ class Choice(NamedTuple):
 
     Attributes:
       route: the route.
-      sharers: those who divide a matrix, for `split`; None for the other routes.
+      sharers: the number of devices that divide a matrix, for `split`; None for the other routes.
       everything: whether there are no rounds, and all matrices take this route.
     """
 

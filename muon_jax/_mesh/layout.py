@@ -29,7 +29,7 @@ class Layout(NamedTuple):
       shape: the leaf's shape.
       param: the parameter's spec.
       state: its state's.
-      split: the same where an axis is split into heads; None without.
+      split: the layout of an axis that is split into heads; None without one.
     """
 
     shape: tuple[int, ...]

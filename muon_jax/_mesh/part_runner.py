@@ -48,8 +48,8 @@ class PartRunner(abc.ABC, Generic[AnyPart]):
       key: what the group's matrices have in common.
       sizes: the mesh.
       rule: what is done to each matrix.
-      state_cuts: for each matrix of the group, how its momentum is cut.
-      param_cuts: for each matrix of the group, how its parameter is cut.
+      state_cuts: how the momentum of each matrix of the group is cut.
+      param_cuts: how the parameter of each matrix of the group is cut.
     """
 
     def __init__(

@@ -114,10 +114,10 @@ class GroupKey(NamedTuple):
       cols: the columns of the wide matrix, at least `rows`.
       dtype: the dtype in which directions and results travel.
       team: the mesh axes over which the work is divided.
-      cut_axes: those axes of the team that cut the momentum's matrices.
-      kept_axes: those axes of the team that cut the parameter's matrices.
+      cut_axes: the axes of the team that cut the momentum's matrices.
+      kept_axes: the axes of the team that cut the parameter's matrices.
       stack_axes: the mesh axes that shard the stacks of the state.
-      gathered_stack_axes: those stack axes along which the parameter is replicated, so that its
+      gathered_stack_axes: the stack axes along which the parameter is replicated, so that its
         update is gathered.
     """
 
@@ -245,7 +245,7 @@ class Group(NamedTuple):
 
     Attributes:
       key: what they have in common.
-      members: where they come from.
+      members: the members that the matrices come from.
       parts: runs of them, one after the other.
       traffic: what one device sends for each part.
       heads: what one device sends before, so that heads which are cut over devices are whole.

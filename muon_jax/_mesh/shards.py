@@ -28,7 +28,7 @@ def on_shards(
         layout, and what was kept, in the state's.
       settings: a tree. Its arrays, which `optax.inject_hyperparams` makes of numbers, arrive whole
         on each device; everything else in it stays a constant of the program.
-      layouts: where each leaf lies.
+      layouts: the layout of each leaf.
       gradients: one array for each leaf, of any layout; unreduced sums become reduce-scatters.
       *kept: lists of one array for each leaf, in the layout of the state.
 

@@ -29,7 +29,7 @@ class SplitLayout(NamedTuple):
     """Where a leaf lies as `[.., parts, rest, ..]`, once what cuts parts has been gathered.
 
     Attributes:
-      shape: with the two axes.
+      shape: the leaf's shape with the two axes.
       param: the parameter's spec, of that shape.
       state: its state's.
       axis: the leaf's axis that is split.

@@ -31,7 +31,7 @@ def read_leaves(
     Args:
       leaves: lower-case names on the path, indices included, and the shape, of every leaf.
       per_head: whether each attention head is a matrix of its own.
-      batches: for the leaves that the user declared, the batch axes of each: a matrix declared to
+      batches: the batch axes of each leaf that the user declared: a matrix declared to
         be one of a stack is evidence for its neighbours.
 
     Returns:

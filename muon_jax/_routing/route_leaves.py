@@ -38,7 +38,7 @@ def by_path(rules: Mapping[str, MatrixSpec | None]) -> PathRules:
     """Declare some leaves by their path, and leave the others to the table of names.
 
     Args:
-      rules: from a regular expression, searched in paths such as ``layers/0/attn/qkv/kernel``,
+      rules: a mapping from a regular expression, searched in paths like ``layers/0/attn/kernel``,
         to the leaf's `MuonDimensionNumbers` or `FusedBlocks`, or to None for AdamW. The first
         pattern that is found decides.
 

@@ -157,7 +157,7 @@ def shared_axes(
     Args:
       leaves: lower-case names on the path, and the shape, of every leaf.
       unknown: the places of the leaves whose matrices are not known.
-      batches: for the leaves that are declared, the batch axes of each.
+      batches: the batch axes of each leaf that is declared.
 
     Returns:
       The `Stacked` of those leaves, of two or more axes, that have one.

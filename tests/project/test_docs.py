@@ -227,3 +227,24 @@ def test_the_readme_is_short():
 
 def test_contributing_counts_the_mutations():
     assert f"in {len(MUTANTS)} ways" in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_each_sentence_about_a_field_has_a_noun():
+    """What a field is comes first: "the seed of every order", not "of every order"."""
+    begins = r"^ +\w+: (of|as|by|from|with|between|in order|those|the same)\b(?! is\b)"
+    bare = {
+        (str(path.relative_to(ROOT)), line.strip())
+        for path in SOURCES
+        if path.parts[len(ROOT.parts)] in ("muon_jax", "examples")
+        for text in docstrings(path)
+        for line in text.splitlines()
+        if re.search(begins, line, re.I) and "Error:" not in line
+    }
+    assert not bare
+
+
+def docstrings(path: Path) -> list[str]:
+    """The docstrings of a source."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
+    return [text for node in nodes if (text := ast.get_docstring(node))]

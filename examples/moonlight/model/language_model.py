@@ -51,7 +51,7 @@ class DecoderLayer(nnx.Module):
         attention: Maps `(act_nd, batch)` to its output and `AttentionStats`, and has a `decode`.
         mlp: What follows it.
         hidden: Width of the residual stream.
-        eps: Of the norms.
+        eps: The epsilon of the norms.
         monitor: Whether to measure the outputs' mean squares.
     """
 

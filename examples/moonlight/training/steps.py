@@ -49,7 +49,7 @@ def apply_gradients(
 
     Args:
         state: Before the step.
-        grads: Of the loss, like the parameters.
+        grads: The gradients of the loss, like the parameters.
         load_le: The tokens that each layer's experts were chosen by; None without experts.
         optimizer: What turns gradients into updates.
         bias_rate: How far a router bias goes.

@@ -9,7 +9,7 @@ class Apart:
     """What comes behind the products of a program.
 
     Args:
-      reader: of the program, which it has read.
+      reader: the reader of the program, which it has read.
       live: the products whose outcome reaches the loss, as bits.
     """
 

@@ -51,7 +51,7 @@ class Digit:
       axis: the parameter's axis.
       size: how many entries.
       stride: the distance between them; None where their order is lost.
-      base: where the first lies, as far as this digit says; None where that is not known.
+      base: the place of the first, as far as this digit says; None where that is not known.
     """
 
     axis: int

@@ -12,9 +12,9 @@ def hints_of(label: Label, axis: int, uses: Sequence[Use], attention: Collection
     """What an output axis shows besides: heads that it becomes, or pieces that it is cut into.
 
     Args:
-      label: of the axis.
+      label: the label of the axis.
       axis: its number.
-      uses: of the parameter.
+      uses: the uses of the parameter.
       attention: the equations that are attention.
     """
     hints = []

@@ -19,7 +19,7 @@ class Places:
     """The places at which the parameters of a program are taken.
 
     Args:
-      reader: of the program, which it has read.
+      reader: the reader of the program, which it has read.
     """
 
     def __init__(self, reader: Reader):

@@ -53,7 +53,7 @@ class Use:
       taken: the axes that were cut or indexed before.
       partly: the axes of which a piece takes part.
       behind: the products that the activations come from, as bits.
-      first: the same in the first round of all loops around it.
+      first: what was seen in the first round of all loops around it.
       acts: the labels of the activations' axes, each axis's own.
       fresh: the products of activations that they come from without a parameter between.
       groups: the feature groups of a convolution.
@@ -135,7 +135,7 @@ class Reader:
       entered: the parameters that any equation takes in, in whatever form.
       cut: the parameters one axis of which is both fan-in and fan-out.
       shards: the axes of values, and of their pieces on devices.
-      followers: for each product with a parameter, the products that its outcome enters, as bits.
+      followers: the products that the outcome of each product with a parameter enters, as bits.
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]]):
@@ -163,7 +163,7 @@ class Reader:
         Args:
           jaxpr: the program, closed or not.
           values: what goes in, without the constants of a closed one.
-          wanted: for each result, whether it is looked at.
+          wanted: whether each result is looked at.
         """
         constants = getattr(jaxpr, "consts", ())
         jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -348,8 +348,8 @@ def restructure(
       reader: the reader.
       value: the value before.
       shape: its shape after.
-      function: from the atoms of its axes to those after.
-      moved: where axes that stay whole go, for what is known along them.
+      function: a function from the atoms of its axes to those after.
+      moved: the places where axes that stay whole go, for what is known along them.
       what: the operation's name, for doubts.
     """
     try:
