@@ -109,7 +109,7 @@ class ModelStats(NamedTuple):
         max_logit_lh: Largest attention logit, float32 `[layers, heads]`.
         hot_share_lh: Share of attention logits above 100, float32 `[layers, heads]`; monitored.
         attention_rms_l: RMS of what attention adds to the stream, float32 `[layers]`; monitored.
-        mlp_rms_l: The same of the MLP, or of the experts.
+        mlp_rms_l: RMS of what the MLP, or the experts, add, float32 `[layers]`; monitored.
     """
 
     load_le: jax.Array | None
@@ -328,8 +328,8 @@ class ParameterCounts(NamedTuple):
 
     Attributes:
         total: Every trained parameter.
-        body: Those without the embedding and the head.
-        active: Those of the body that one token passes through.
+        body: Parameters without the embedding and the head.
+        active: Parameters of the body that one token passes through.
         router_bias: Balance biases, which are not trained and not in the other counts.
     """
 

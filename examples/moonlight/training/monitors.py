@@ -50,7 +50,7 @@ class Watched(NamedTuple):
     Attributes:
         stats: The forward pass's statistics, over all micro-batches.
         weight_rms: The RMS of the weights after the step, from `layer_rms`.
-        update_rms: The same of the update, weight decay and clipping included, divided by the
+        update_rms: The RMS of the update, weight decay and clipping included, divided by the
             learning rate.
     """
 

@@ -29,7 +29,7 @@ class Skipped(NamedTuple):
 
     Attributes:
         total: All of them.
-        in_a_row: Those since the last that was taken.
+        in_a_row: Updates left out since the last that was taken.
     """
 
     total: int = 0

@@ -78,7 +78,7 @@ class StepMetrics(NamedTuple):
         grad_norm: Global L2 norm of the gradient before clipping.
         update_rms_muon: RMS of the update over Muon's matrices, weight decay included, divided by
             the learning rate. The grouping is the same when AdamW trains them.
-        update_rms_adam: The same over all other parameters.
+        update_rms_adam: The RMS of the update over all other parameters.
         max_violation: Load imbalance of the worst layer, 0 when balanced; None without experts.
         max_attention_logit: Largest attention logit of any layer and head.
         dropped_share: Share of the tokens' choices that a capacity dropped; None without one.
