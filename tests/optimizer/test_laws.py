@@ -243,6 +243,7 @@ def test_after_clipping_in_a_chain():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)  # the factor is rounded once
 
 
+@pytest.mark.bits
 def test_partition_and_masked_leave_the_other_leaves_alone():
     params = everything()
     labels = jax.tree.map(lambda _: "frozen", params)

@@ -230,6 +230,7 @@ def test_adaptive_multiplies_each_matrix_by_its_dual_norm():
 # --- Momentum dtype ------------------------------------------------------------------------------
 
 
+@pytest.mark.bits
 def test_a_bfloat16_momentum_rounds_the_state_and_not_the_step():
     """The first step reads the gradient before it is stored: it equals that of a wide momentum."""
     gradients = {"w": jnp.asarray(gaussian((6, 9)))}
