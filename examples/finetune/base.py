@@ -74,7 +74,7 @@ def find_base(model: str | None, checkpoint: int | None = None) -> Base:
 
     Args:
         model: `--model`; None is what `make train` makes.
-        checkpoint: Of a run, the step; None is the last.
+        checkpoint: The step of a run; None is the last.
 
     Raises:
         FileNotFoundError: It is not there; the message says what to type.

@@ -67,7 +67,7 @@ def parse_optim_args(text: str | None, optimizer: str, tuner_type: str) -> dict[
     """Reads `NAME=VALUE,NAME=VALUE`.
 
     Args:
-        text: From the command line; None has no arguments.
+        text: What the command line says; None has no arguments.
         optimizer: Whose arguments they are.
         tuner_type: "lora" has one more.
 

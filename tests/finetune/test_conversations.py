@@ -5,13 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
-from chat_toy import conversation
 
 from examples.finetune.data import sources as sources_module
 from examples.finetune.data.conversations import Malformed, parse_record, with_system
 from examples.finetune.data.self_cognition import fill_identity
 from examples.finetune.data.sources import hold_out, load_conversations, parse_source
 from examples.moonlight.generation.chat import Message
+from tests.finetune.chat_toy import conversation
 
 QUESTION, ANSWER = Message("user", "q"), Message("assistant", "a")
 

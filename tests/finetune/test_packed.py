@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import lora_toy
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,6 +10,7 @@ from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelSharding, make_mesh
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.packed import Packed
+from tests.finetune import lora_toy
 
 # Logits reach 9; measured 4e-6.
 LOGITS_TOLERANCE = 2e-5

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
-import sft_toy
 from flax import nnx
 from rich.console import Console
 
@@ -37,6 +36,7 @@ from examples.moonlight.run_folder import metrics
 from examples.moonlight.run_folder.checkpoint import kept_steps, read_folder
 from examples.moonlight.training.stopping import Stopped
 from muon_jax import routing_report
+from tests.finetune import sft_toy
 from tests.moonlight.hf_toy import FAMILIES
 
 # Where a run has a process of its own: as here, on one device.
@@ -349,9 +349,9 @@ def test_each_factor_is_a_matrix_and_a_may_go_to_adamw(tmp_path: Path):
         )
         assert len(report.rows) == 28
         for row in report.rows:
-            assert row.group == (group if "lora_a" in row.path else "muon"), row
+            assert row.optimizer == (group if "lora_a" in row.path else "muon"), row
             stacked = 2 if row.path.startswith("layers") else 1
-            assert row.group == "adam" or row.matrices[0] == (stacked, *row.shape[-2:]), row
+            assert row.optimizer == "adam" or row.matrices[0] == (stacked, *row.shape[-2:]), row
 
 
 def test_a_resumed_run_stays_with_the_step_of_its_base(tmp_path: Path):

@@ -3,7 +3,12 @@
 import json
 
 import pytest
-from chat_toy import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from examples.finetune.data.template import Sample, Template, encode, load_template
+from examples.moonlight.generation.chat import Message, load_chat_template
+from tests.finetune.chat_toy import (
     LLAMA3,
     MOONLIGHT_TOKENS,
     QWEN2,
@@ -14,12 +19,10 @@ from chat_toy import (
     model_folder,
     plain,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
-from examples.finetune.data.template import Sample, Template, encode, load_template
-from examples.moonlight.generation.chat import Message, load_chat_template
+transformers = pytest.importorskip("transformers", reason="transformers is part of the test extra")
+
+pytestmark = pytest.mark.one_stack
 
 TOKENIZER = make_tokenizer()
 
@@ -34,7 +37,7 @@ CONVERSATIONS = [
 
 def transformers_says(tagged: str, chat) -> Sample:
     """Ids and mask of a template that marks its answers."""
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=TOKENIZER, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
     )
     found = tokenizer.apply_chat_template(
@@ -162,7 +165,9 @@ def test_a_model_without_a_template_gets_chatml(special, eos, start, end, tmp_pa
     (tmp_path / "chat_template.jinja").write_text(template.source)
     prompt = load_chat_template(tmp_path, tokenizer)(chat.messages[:-1])
     assert sample.tokens[: len(prompt)] == prompt
-    theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template.source)
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=template.source
+    )
     messages = [message._asdict() for message in chat.messages]
     assert theirs.apply_chat_template(messages, return_dict=False) == sample.tokens
 

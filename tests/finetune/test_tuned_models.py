@@ -10,17 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sft_toy
-import torch
 from flax import nnx
-from peft import PeftModel
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from examples.finetune import export, infer
 from examples.finetune.sft import finetune
 from examples.finetune.tuned import find_checkpoint, open_checkpoint
 from examples.moonlight.model.execution.options import Execution
+from tests.finetune import sft_toy
+
+torch = pytest.importorskip("torch", reason="torch is part of the test extra")
+transformers = pytest.importorskip("transformers", reason="transformers is part of the test extra")
+peft = pytest.importorskip("peft", reason="peft is part of the test extra")
+
+pytestmark = pytest.mark.one_stack
 
 # Float32 on both sides; measured 1e-6 of the largest logit.
 LOGIT_TOLERANCE = 5e-6
@@ -49,7 +52,7 @@ def _run(request, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def logits_of(folder: Path, tokens: np.ndarray) -> np.ndarray:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model(torch.from_numpy(tokens).long()).logits.numpy()
 
@@ -74,8 +77,8 @@ def test_the_merged_model_has_our_logits_and_our_words(run: Path, tmp_path: Path
         infer.Args(adapters=checkpoint, prompt=prompts, max_new_tokens=8),
         Console(file=said, highlight=False),
     )
-    tokenizer: Any = AutoTokenizer.from_pretrained(merged)
-    reference: Any = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(merged)
+    reference: Any = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = tokenizer.apply_chat_template(
             # --system comes from args.json.
@@ -110,9 +113,13 @@ def test_peft_loads_the_adapters_and_ours_reads_peft(run: Path, tmp_path: Path):
         ).read_bytes()
         return
     tokens = np.random.default_rng(0).integers(0, 200, (2, 12)).astype(np.int32)
-    base: Any = AutoModelForCausalLM.from_pretrained(run.parent / family, dtype=torch.float32)
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        run.parent / family, dtype=torch.float32
+    )
     with torch.no_grad():
-        theirs = PeftModel.from_pretrained(base, folder)(torch.from_numpy(tokens).long()).logits
+        theirs = peft.PeftModel.from_pretrained(base, folder)(
+            torch.from_numpy(tokens).long()
+        ).logits
     ours = logits_of(merged, tokens)
     np.testing.assert_allclose(ours, theirs, atol=LOGIT_TOLERANCE * np.abs(ours).max())
     asked = {"prompt": ("sum 3 1",), "system": "Add.", "max_new_tokens": 4}

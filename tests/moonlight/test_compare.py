@@ -5,12 +5,14 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-import toy
 
 from examples.moonlight import compare
 from examples.moonlight.data.tokenized import load_corpus
 from examples.moonlight.run_folder import metrics
 from examples.one_thread import cores
+from tests.moonlight import toy
+
+pytestmark = pytest.mark.one_stack
 
 
 def arguments(folder: Path, **changes) -> compare.Args:

@@ -66,7 +66,7 @@ def end_of_answer(
     Args:
         encoding: The text's.
         text: The whole conversation, rendered.
-        span: From `answer_spans`.
+        span: What `answer_spans` returned for it.
         answer: The content; templates may strip it.
         special: Ids of the special tokens.
 

@@ -34,7 +34,7 @@ def train_batches(
         rows: All rows of the dataset, [rows, t].
         micro_batches: `--gradient_accumulation_steps`.
         batch_size: Rows of a micro-batch.
-        seed: Of every order.
+        seed: The seed of every order.
     """
     return iter(
         grain.MapDataset.source(_Batches(rows, micro_batches, batch_size, seed)).to_iter_dataset(

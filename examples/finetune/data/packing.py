@@ -107,7 +107,7 @@ def pack(
     the same rows.
 
     Args:
-        samples: From `template.encode`.
+        samples: What `template.encode` made.
         max_length: Tokens of a row at most. Rows are shorter, down to a multiple of `ROW_STEP`,
             where no row needs that many.
         packing: Whether a row holds several samples.

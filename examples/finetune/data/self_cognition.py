@@ -30,7 +30,7 @@ def fill_identity(
     """Fills in the placeholders.
 
     Args:
-        conversations: Of the whole dataset.
+        conversations: All of the dataset.
         names: `--model_name`: none, one, or the Chinese and the English one.
         authors: `--model_author`, likewise.
 

@@ -121,8 +121,8 @@ def hold_out(
     Those from the same line, which a `path#N` may repeat, go to the same part.
 
     Args:
-        conversations: From `load_conversations`.
-        share: Of the lines that are held out, above 0 and below 1.
+        conversations: What `load_conversations` read.
+        share: The share of the lines that is held out, above 0 and below 1.
         seed: Chooses them.
 
     Raises:

@@ -110,7 +110,7 @@ def chatml(tokenizer: Tokenizer, folder: Path) -> str:
     """ChatML as a jinja text, with the special tokens that a tokenizer has.
 
     Args:
-        tokenizer: Of a model without a template.
+        tokenizer: That of a model without a template.
         folder: The model's, whose settings may name the token that ends a text.
 
     Raises:
@@ -134,7 +134,7 @@ def encode(conversation: Conversation, template: Template, *, system: str | None
 
     Args:
         conversation: Its messages' `counts` say which answers count.
-        template: Of the model.
+        template: The model's.
         system: `--system`: for conversations that have no system message of their own.
 
     Raises:

@@ -120,7 +120,7 @@ def make_execution(args: Any) -> Execution:
     """How a model is computed; what a command line leaves open follows from the devices.
 
     Args:
-        args: Of any of the programs here; those that train have more of the flags.
+        args: The flags of any of the programs here; those that train have more.
     """
     on_cpu = jax.default_backend() == "cpu"
     unroll = getattr(args, "unroll", False)

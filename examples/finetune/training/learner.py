@@ -42,7 +42,7 @@ class Learner:
     Attributes:
         job: What the run is to do.
         graphdef: The model's static half in training, dropout included.
-        inference: The same in validation, without dropout.
+        inference: Its static half in validation, without dropout.
         counts: The model's parameters, counted, adapters apart.
         schedule: The learning rate by step.
         optimizer: Clipping, the optimizer, and QK-Clip where it is asked for.
@@ -50,7 +50,7 @@ class Learner:
         abstract: The shapes of what is trained, and of its optimizer's state.
         frozen: The shapes of what is not.
         shardings: Where each array of `abstract` lies.
-        frozen_shardings: The same of `frozen`.
+        frozen_shardings: Where each array of `frozen` lies.
     """
 
     job: Job
@@ -217,7 +217,7 @@ def make_learner(job: Job, steps: int) -> Learner:
 
     Args:
         job: What the run is to do, with the rows of its texts.
-        steps: Of the whole run.
+        steps: How many the whole run has.
     """
     args, sharding = job.args, job.sharding
     base, params, bias = abstract_model(job.config, job.execution)

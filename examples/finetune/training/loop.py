@@ -39,7 +39,7 @@ class Run:
         saves: When to save, besides the end.
         validates: When to validate, besides the end.
         checkpoints: Where the state is saved.
-        lock: Of the run's folder: held, or nothing is saved.
+        lock: The lock of the run's folder: held, or nothing is saved.
         stop: Asked after each step whether to go on.
         log: Where losses and all else are recorded.
         history: The run's course so far.

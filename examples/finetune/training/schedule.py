@@ -25,7 +25,7 @@ def make_schedule(kind: str, *, peak: float, steps: int, warmup: int) -> optax.S
     Args:
         kind: "cosine" or "linear", both to 0; "constant" or "constant_with_warmup".
         peak: The rate after the warmup.
-        steps: Of the whole run.
+        steps: How many the whole run has.
         warmup: In how many of them the rate rises.
     """
 

@@ -38,7 +38,7 @@ class Texts(NamedTuple):
         row_length: Tokens of a training row.
         length: Tokens of the longest row, held out or not.
         steps_per_epoch: Steps that read every row once.
-        steps: Of the whole run.
+        steps: How many the whole run has.
         settings: What a resumed run has to have in common of the data.
     """
 

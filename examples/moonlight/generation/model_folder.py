@@ -74,9 +74,9 @@ def open_model(
     Args:
         folder: A Hugging Face directory, or the output folder of a training run.
         execution: How it will be run.
-        checkpoint: Of a run: "last", "best" by validation loss, or a step.
-        param_dtype: Of the parameters of a directory; None is the execution's. Those of a run are
-            float32.
+        checkpoint: The checkpoint of a run: "last", "best" by validation loss, or a step.
+        param_dtype: The dtype of a directory's parameters; None is the execution's. Those of a run
+            are float32.
         console: Shows progress; None shows none.
 
     Raises:

@@ -248,7 +248,7 @@ def read_folder(folder: Path, target: PyTree) -> PyTree:
     """Reads the `model` item of one checkpoint, wherever its folder was copied to.
 
     Args:
-        folder: Of the checkpoint.
+        folder: The checkpoint's.
         target: Structure, dtypes and shardings to read into.
 
     Raises:
@@ -266,7 +266,7 @@ def check_checkpoint(directory: Path, step: int, *, only: str = "") -> None:
 
     Args:
         directory: The checkpoints of a run.
-        step: Of the checkpoint.
+        step: The checkpoint's step.
         only: An item: the others are not read.
 
     Raises:

@@ -42,7 +42,7 @@ class RunLock:
     """Holds a folder that exists, from entering the context to leaving it.
 
     Args:
-        folder: Of a run.
+        folder: The run's folder.
         flags: What the program calls its flags.
 
     Raises:

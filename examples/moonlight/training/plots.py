@@ -29,7 +29,8 @@ def draw_losses(path: Path, *, train: Curve, validation: Curve, title: str) -> N
     Args:
         path: The PNG to write.
         train: Steps and losses, in nats per token, one per step.
-        validation: The same, where the held-out text was evaluated; empty, if nothing was held out.
+        validation: Steps and losses, likewise, where the held-out text was evaluated; empty, if
+            nothing was held out.
         title: What was trained, and how.
     """
     figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
