@@ -5,31 +5,20 @@ two threads. Longest runs first, so that none is left alone at the end.
 """
 
 import contextlib
-import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    BrokenExecutor,
-    Future,
-    ProcessPoolExecutor,
-    wait,
-)
-from multiprocessing.connection import wait as wait_for
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
 import rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from examples.one_thread import cores, one_thread_environment
 from examples.scaling_law.corpus import load_corpus
 from examples.scaling_law.models import flops_of
 from examples.scaling_law.protocol import Run
 from examples.scaling_law.store import Record, Store
-from examples.xla_flags import check_flags
+from examples.side_by_side import side_by_side
 
 _Train = Callable[[Run], Future[Record]]
 
@@ -166,26 +155,8 @@ class Pool:
             yield self._train_on_accelerator
             return
         jobs = min(self._jobs, runs)
-        context = multiprocessing.get_context("spawn")
-        free = context.SimpleQueue()
-        for core in cores(jobs):
-            free.put(core)
-        with (
-            _environment(),
-            ProcessPoolExecutor(
-                jobs, mp_context=context, initializer=_start, initargs=(free, self._data)
-            ) as pool,
-        ):
-            try:
-                yield lambda run: pool.submit(_train_here, run)
-            except BaseException as error:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in multiprocessing.active_children():
-                    process.terminate()
-                if isinstance(error, BrokenExecutor):
-                    # XLA ends a process that is given a flag it does not know.
-                    check_flags(os.environ["XLA_FLAGS"])
-                raise
+        with side_by_side(jobs, _start, self._data) as pool:
+            yield lambda run: pool.submit(_train_here, run)
 
     def _train_on_accelerator(self, run: Run) -> Future[Record]:
         from examples.scaling_law.training import train
@@ -219,20 +190,9 @@ def describe(run: Run) -> str:
 _corpus: Any = None
 
 
-def _start(free: Any, data: Path | None) -> None:
-    """Takes a core and reads the corpus, once; and ends with the process that started it."""
+def _start(data: Path | None) -> None:
+    """Reads the corpus, once."""
     global _corpus
-    core = free.get()
-    if core is not None:
-        os.sched_setaffinity(0, {core})
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait_for([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
     _corpus = load_corpus(data)
 
 
@@ -240,18 +200,6 @@ def _train_here(run: Run) -> Record:
     from examples.scaling_law.training import train
 
     return train(run, _corpus)
-
-
-@contextlib.contextmanager
-def _environment() -> Iterator[None]:
-    """What processes started meanwhile inherit: JAX reads it when it is imported."""
-    before = dict(os.environ)
-    os.environ.update(one_thread_environment())
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _bar() -> Progress:

@@ -113,13 +113,12 @@ def draw(summary: Mapping[str, Any], folder: Path) -> list[Path]:
     return drawn
 
 
-def fill_in(page: str, summary: Mapping[str, Any]) -> str:
+def fill_in(page: str, made: Mapping[str, tables.Table]) -> str:
     """A page with its tables made anew: those between `<!-- table: NAME -->` and `<!-- end -->`.
 
     Raises:
         ValueError: A mark names a table that there is not, or has no end.
     """
-    made = tables.all_tables(summary)
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
@@ -155,7 +154,7 @@ def main(args: Args) -> None:
     if page is None and args.results == Args.results:
         page = HERE / "REPORT.md"
     if page is not None:
-        write_atomically(page, fill_in(page.read_text(), summary).encode())
+        write_atomically(page, fill_in(page.read_text(), tables.all_tables(summary)).encode())
         console.print(f"tables   {page}", highlight=False, soft_wrap=True)
     console.print(f"numbers  {args.results / SUMMARY}", highlight=False, soft_wrap=True)
     console.print(f"figures  {args.results / FIGURES}", highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ Record = dict[str, Any]
 
 RUNS = "runs.jsonl"
 CLAIMS = "claims"
+FIELDS = ("key", "corpus", "val_loss")
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -40,13 +41,21 @@ class Store:
 
     Args:
         folder: Made once there is something to write; the runs are in its `runs.jsonl`.
+        read_run: Makes a run of a record's `run`, or raises.
+        fields: What each record has besides.
 
     Raises:
         ValueError: A line is not a run's record; the message names the line.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(
+        self,
+        folder: Path,
+        read_run: Callable[[dict[str, Any]], Any] = from_json,
+        fields: Collection[str] = FIELDS,
+    ):
         self.path = folder / RUNS
+        self._expected = read_run, fields
         self.records: dict[str, Record] = {}
         # How much of the file is in `records`.
         self._bytes = self._lines = 0
@@ -128,7 +137,7 @@ class Store:
                 f"{size} now: something removed finished runs. Put them back if you can, and "
                 "start again: what is there is not trained twice"
             )
-        for record in _parse(self.path, content, start=self._lines + 1):
+        for record in _parse(self.path, content, *self._expected, start=self._lines + 1):
             self.records[record["key"]] = record
         self._bytes += len(content)
         self._lines += content.count(b"\n")
@@ -184,12 +193,18 @@ def _whole_lines(content: bytes) -> bytes:
     return content[: content.rfind(b"\n") + 1]
 
 
-def _parse(path: Path, content: bytes, start: int = 1) -> Iterable[Record]:
+def _parse(
+    path: Path,
+    content: bytes,
+    read_run: Callable[[dict[str, Any]], Any] = from_json,
+    fields: Collection[str] = FIELDS,
+    start: int = 1,
+) -> Iterable[Record]:
     for number, line in enumerate(content.splitlines(), start=start):
         try:
             record = json.loads(line.decode())
-            from_json(record["run"])
-            missing = {"key", "corpus", "val_loss"} - record.keys()
+            read_run(record["run"])
+            missing = {*fields} - record.keys()
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}, line {number}: not the record of a run ({error})") from error
         if missing:

@@ -98,16 +98,16 @@ def test_wrong_arguments_are_refused(tmp_path: Path):
 
 
 def test_tables_of_a_page_are_made_anew():
-    summary = {"ablations": {"routing": {"question": "?", "settings": {}}}}
+    made = tables.all_tables({"ablations": {"routing": {"question": "?", "settings": {}}}})
     page = "before <!-- table: ablations/routing --> old <!-- end --> after"
-    filled = report.fill_in(page, summary)
+    filled = report.fill_in(page, made)
     assert "| setting | validation loss | seeds |" in filled
     assert "old" not in filled and filled.startswith("before") and filled.endswith("after")
-    assert report.fill_in(filled, summary) == filled
+    assert report.fill_in(filled, made) == filled
     with pytest.raises(ValueError, match="no table 'other'"):
-        report.fill_in("<!-- table: other --><!-- end -->", summary)
+        report.fill_in("<!-- table: other --><!-- end -->", made)
     with pytest.raises(ValueError, match="has no `<!-- end -->`"):
-        report.fill_in("<!-- table: ablations/routing -->", summary)
+        report.fill_in("<!-- table: ablations/routing -->", made)
 
 
 def test_the_longer_side_of_a_table_goes_down_in_the_terminal():
@@ -178,7 +178,7 @@ def test_the_committed_numbers_follow_from_the_committed_runs(committed: dict):
 def test_the_page_has_the_tables_of_the_committed_numbers():
     there = json.loads((report.HERE / "results" / report.SUMMARY).read_text())
     page = (report.HERE / "REPORT.md").read_text()
-    assert report.fill_in(page, there) == page
+    assert report.fill_in(page, tables.all_tables(there)) == page
     made = tables.all_tables(there)
     for name in made:
         assert f"<!-- table: {name} -->" in page or name == "distinct/updates"
