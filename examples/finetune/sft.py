@@ -40,10 +40,11 @@ from examples.moonlight.common.terminal import make_sturdy
 from examples.moonlight.data.tokenizer import TOKENIZER
 from examples.moonlight.generation.chat import TEMPLATE
 from examples.moonlight.generation.model_folder import copy_companions
-from examples.moonlight.run_folder import metrics
+from examples.moonlight.run_folder import metrics, seal
 from examples.moonlight.run_folder.checkpoint import DAMAGED, Checkpoints, check_folder
 from examples.moonlight.run_folder.folder import RESULTS, open_run_folder
 from examples.moonlight.run_folder.lock import RunLock
+from examples.moonlight.run_folder.retention import best_step
 from examples.moonlight.run_folder.seal import Damaged
 from examples.moonlight.training.loop import Clock
 from examples.moonlight.training.results import SHARDING
@@ -200,10 +201,14 @@ def _results(
     clock: Clock,
     checkpoints: Checkpoints,
 ) -> dict[str, Any]:
-    last, best = checkpoints.latest_step(), history.best
-    best_path = None
-    if best is not None and best["step"] in checkpoints.all_steps():
-        best_path = str(job.folder / checkpoints.path(best["step"]).name)
+    losses = {
+        step: seal.read_seal(checkpoints.path(step))["val_loss"] for step in checkpoints.all_steps()
+    }
+    measured = {step: loss for step, loss in losses.items() if loss is not None}
+
+    def named(step: int | None) -> str | None:
+        return None if step is None else str(job.folder / checkpoints.path(step).name)
+
     return {
         "steps": texts.steps,
         "epochs": texts.steps / texts.steps_per_epoch,
@@ -211,14 +216,12 @@ def _results(
         "tokens_per_second": history.tokens / max(clock.step_seconds, 1e-9),
         "seconds": clock.wall_seconds,
         "validation": history.validation,
-        "best": best,
+        "best": history.best,
         "trained_parameters": learner.trained,
         "parameters": learner.counts._asdict(),
         "optimizer_state_bytes_per_device": learner.state_bytes,
-        "last_model_checkpoint": None
-        if last is None
-        else str(job.folder / checkpoints.path(last).name),
-        "best_model_checkpoint": best_path,
+        "last_model_checkpoint": named(checkpoints.latest_step()),
+        "best_model_checkpoint": named(best_step(measured) if measured else None),
     }
 
 

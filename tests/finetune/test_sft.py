@@ -60,7 +60,7 @@ MESH_TOLERANCE = 1e-5
 def _whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished toy run with LoRA; its run is in `run`."""
     folder = tmp_path_factory.mktemp("whole")
-    finetune(sft_toy.arguments(folder, split_dataset_ratio=0.2, save_total_limit=2))
+    finetune(sft_toy.arguments(folder, split_dataset_ratio=0.2, save_total_limit=2, eval_steps=3))
     return folder
 
 
@@ -104,11 +104,12 @@ def test_a_run_leaves_everything_it_promises(whole: Path):
     assert [record["step"] for record in steps] == list(range(1, 7))
     assert all(np.isfinite(list(record.values())[1:]).all() for record in steps)
     validations = metrics.read_metrics(run / metrics.FILE, metrics.VALIDATION)
-    assert [record["step"] for record in validations] == [2, 4, 6]
+    assert [record["step"] for record in validations] == [2, 3, 4, 6]
     results = json.loads((run / "results.json").read_text())
     losses = {record["step"]: record["val_loss"] for record in validations}
-    best = min(losses, key=losses.__getitem__)
-    assert results["best"] == {"step": best, "val_loss": losses[best]}
+    lowest = min(losses, key=losses.__getitem__)
+    assert results["best"] == {"step": lowest, "val_loss": losses[lowest]}
+    best = min((2, 4, 6), key=losses.__getitem__)  # of those that are saved
     assert results["last_model_checkpoint"] == str(run / "checkpoint-6")
     assert results["best_model_checkpoint"] == str(run / f"checkpoint-{best}")
     assert len(kept_steps(run, "checkpoint-")) == 2
@@ -121,7 +122,7 @@ def test_args_json_holds_every_argument_and_the_model(whole: Path):
     text = (whole / "run" / "args.json").read_text()
     assert (whole / "run" / "checkpoint-6" / "args.json").read_text() == text
     found = json.loads(text)
-    asked = sft_toy.arguments(whole, split_dataset_ratio=0.2, save_total_limit=2)
+    asked = sft_toy.arguments(whole, split_dataset_ratio=0.2, save_total_limit=2, eval_steps=3)
     for name, value in dataclasses.asdict(asked).items():
         if name != "torch_dtype":
             assert found[name] == json.loads(json.dumps(value, default=str)), name
@@ -182,7 +183,7 @@ def test_dropout_differs_by_step_and_micro_batch():
 
 def test_a_stopped_run_goes_on_the_same(tmp_path: Path, whole: Path, during):
     shutil.copytree(whole / "qwen2", tmp_path / "qwen2")
-    ask = sft_toy.arguments(tmp_path, split_dataset_ratio=0.2, save_total_limit=2)
+    ask = sft_toy.arguments(tmp_path, split_dataset_ratio=0.2, save_total_limit=2, eval_steps=3)
     during(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(Stopped, match=r"^stopped after step 3$"):
         finetune(ask)
@@ -203,6 +204,7 @@ def test_a_run_goes_back_to_a_checkpoint_and_ends_the_same(tmp_path: Path, whole
             tmp_path,
             split_dataset_ratio=0.2,
             save_total_limit=2,
+            eval_steps=3,
             resume_from_checkpoint=run / f"checkpoint-{first}",
         )
     )
@@ -219,6 +221,7 @@ def test_a_killed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, who
         *("--dataset", tmp_path / "sums.jsonl", "--split_dataset_ratio", "0.2"),
         *("--output_dir", run, "--gradient_accumulation_steps", "4", "--learning_rate", "1e-3"),
         *("--max_steps", "6", "--save_steps", "2", "--save_total_limit", "2", "--unroll", "false"),
+        *("--eval_steps", "3"),
     ]
     process = subprocess.Popen(
         [*map(str, command)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
