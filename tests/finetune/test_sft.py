@@ -21,6 +21,7 @@ from rich.console import Console
 
 from examples.finetune.args import Args
 from examples.finetune.base import digest
+from examples.finetune.checkpoint import find_checkpoint
 from examples.finetune.data.sources import hold_out, load_conversations
 from examples.finetune.lora.adapters import DropoutKey
 from examples.finetune.sft import finetune, main
@@ -29,7 +30,7 @@ from examples.finetune.training.job import make_job
 from examples.finetune.training.learner import make_learner
 from examples.finetune.training.steps import Frozen, make_validate
 from examples.finetune.training.texts import load_texts
-from examples.finetune.tuned import find_checkpoint, open_checkpoint, read_adapters
+from examples.finetune.tuned import open_checkpoint, read_adapters
 from examples.moonlight.huggingface.pretrained import load_pretrained
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.run_folder import metrics
@@ -52,7 +53,7 @@ SPLIT_TOLERANCE = 1e-6
 # A step of bfloat16, in which Muon's update is rounded; measured 4e-3.
 SPLIT_WEIGHTS = 2e-2
 
-# What such steps make of the losses and gradients after them; measured 9e-5,.
+# What such steps make of the losses and gradients after them; measured 9e-5.
 LATER_TOLERANCE = 1e-3
 
 
