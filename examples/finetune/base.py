@@ -127,6 +127,19 @@ def digest(tree: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def check_base(expected: str, weights: Any, folder: Any) -> None:
+    """Makes sure that adapters meet the weights that they were trained beside.
+
+    Raises:
+        ValueError: The weights are others.
+    """
+    if (found := digest(weights)) != expected:
+        raise ValueError(
+            f"{folder}: the adapters were trained beside the weights {expected}, and these are "
+            f"{found}: give --model with the folder of the model that was fine-tuned"
+        )
+
+
 @jax.jit
 def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
     def one(leaf: jax.Array) -> jax.Array:

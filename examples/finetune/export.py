@@ -17,17 +17,12 @@ from typing import Literal
 
 import rich
 
+from examples.finetune.checkpoint import Checkpoint, find_checkpoint
 from examples.finetune.command_line import parse
 from examples.finetune.foreign_flags import IN_EXPORT
 from examples.finetune.lora.peft_files import write_peft
 from examples.finetune.training.job import make_execution
-from examples.finetune.tuned import (
-    Checkpoint,
-    find_checkpoint,
-    open_checkpoint,
-    read_adapters,
-    with_adapters,
-)
+from examples.finetune.tuned import open_checkpoint, read_adapters, with_adapters
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.untrusted import is_there
 from examples.moonlight.generation.chat import TEMPLATE

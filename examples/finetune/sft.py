@@ -25,26 +25,23 @@ from rich.console import Console
 from examples.finetune.args import ALIASES, Args
 from examples.finetune.command_line import parse
 from examples.finetune.foreign_flags import IN_TRAINING
+from examples.finetune.training.folder import enter_folder
 from examples.finetune.training.history import Course
 from examples.finetune.training.job import Job, make_job
-from examples.finetune.training.keeping import TotalLimit, occasions
+from examples.finetune.training.keeping import occasions
 from examples.finetune.training.learner import Learner, make_learner
 from examples.finetune.training.loop import Run
-from examples.finetune.training.place import ARGS, FLAGS, PREFIX
+from examples.finetune.training.place import ARGS, FLAGS
 from examples.finetune.training.results import present, write_results
 from examples.finetune.training.steps import Frozen
 from examples.finetune.training.texts import Texts, load_texts
 from examples.moonlight.common.files import read_json, write_atomically
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.terminal import make_sturdy
-from examples.moonlight.data.tokenizer import TOKENIZER
-from examples.moonlight.generation.chat import TEMPLATE
-from examples.moonlight.generation.model_folder import copy_companions
-from examples.moonlight.run_folder import metrics
-from examples.moonlight.run_folder.checkpoint import DAMAGED, Checkpoints, check_folder
-from examples.moonlight.run_folder.folder import RESULTS, open_run_folder
-from examples.moonlight.run_folder.lock import RunLock
-from examples.moonlight.run_folder.seal import Damaged
+from examples.moonlight.run_folder import metrics, seal
+from examples.moonlight.run_folder.checkpoint import Checkpoints
+from examples.moonlight.run_folder.folder import RESULTS
+from examples.moonlight.run_folder.retention import best_step
 from examples.moonlight.training.loop import Clock
 from examples.moonlight.training.results import SHARDING
 from examples.moonlight.training.steps import TrainState
@@ -78,7 +75,7 @@ def _finetune(args: Args, stop: StopRequest) -> dict[str, Any]:
     learner = make_learner(job, texts.steps)
     with contextlib.ExitStack() as held:
         stop.check("stopped before the first step: nothing was written")
-        lock, checkpoints = _enter_folder(job, texts, settings, console, held)
+        lock, checkpoints = enter_folder(job, texts, settings, console, held)
         if (job.folder / RESULTS).exists():
             console.print(f"{job.folder} holds a finished run: nothing left to train")
             return present(job.folder, read_json(job.folder / RESULTS))
@@ -126,58 +123,6 @@ def _finetune(args: Args, stop: StopRequest) -> dict[str, Any]:
         return present(job.folder, write_results(job.folder, results | {"settings": settings}))
 
 
-def _enter_folder(
-    job: Job,
-    texts: Texts,
-    settings: dict[str, Any],
-    console: Console,
-    held: contextlib.ExitStack,
-) -> tuple[RunLock, Checkpoints]:
-    """The run's folder, locked, with all that a new run begins with; and its checkpoints."""
-    folder, step = job.folder, job.place.step
-    lock = held.enter_context(
-        open_run_folder(
-            folder, settings, resume=job.place.resume, must_exist=step is not None, flags=FLAGS
-        )
-    )
-    write_atomically(folder / TOKENIZER, texts.tokenizer.to_str(pretty=True).encode())
-    copy_companions(job.base.folder, folder)
-    if texts.template.source is not None:
-        write_atomically(folder / TEMPLATE, texts.template.source.encode())
-    checkpoints = held.enter_context(
-        contextlib.closing(
-            Checkpoints(
-                folder,
-                TotalLimit(job.args.save_total_limit),
-                console,
-                prefix=PREFIX,
-                damaged=folder / DAMAGED,
-                flags=FLAGS,
-            )
-        )
-    )
-    if step is not None:
-        _go_back(job, checkpoints, step, console)
-    return lock, checkpoints
-
-
-def _go_back(job: Job, checkpoints: Checkpoints, step: int, console: Console) -> None:
-    """Deletes what a run has done after a step, and says what."""
-    folder = checkpoints.path(step)
-    try:
-        check_folder(folder, step)
-    except Damaged as error:
-        raise Damaged(f"{folder}: this checkpoint is damaged: {error}; give another") from error
-    later = [str(other) for other in checkpoints.all_steps() if other > step]
-    if later:
-        console.print(
-            f"going back to step {step}: deleting the checkpoints {', '.join(later)}, and all "
-            f"metrics after step {step}"
-        )
-        (job.folder / RESULTS).unlink(missing_ok=True)
-    checkpoints.delete_after(step)
-
-
 def _restore_or_start(
     learner: Learner, texts: Texts, checkpoints: Checkpoints, clock: Clock, console: Console
 ) -> tuple[TrainState, Frozen, int, Course]:
@@ -200,10 +145,14 @@ def _results(
     clock: Clock,
     checkpoints: Checkpoints,
 ) -> dict[str, Any]:
-    last, best = checkpoints.latest_step(), history.best
-    best_path = None
-    if best is not None and best["step"] in checkpoints.all_steps():
-        best_path = str(job.folder / checkpoints.path(best["step"]).name)
+    losses = {
+        step: seal.read_seal(checkpoints.path(step))["val_loss"] for step in checkpoints.all_steps()
+    }
+    measured = {step: loss for step, loss in losses.items() if loss is not None}
+
+    def named(step: int | None) -> str | None:
+        return None if step is None else str(job.folder / checkpoints.path(step).name)
+
     return {
         "steps": texts.steps,
         "epochs": texts.steps / texts.steps_per_epoch,
@@ -211,14 +160,12 @@ def _results(
         "tokens_per_second": history.tokens / max(clock.step_seconds, 1e-9),
         "seconds": clock.wall_seconds,
         "validation": history.validation,
-        "best": best,
+        "best": history.best,
         "trained_parameters": learner.trained,
         "parameters": learner.counts._asdict(),
         "optimizer_state_bytes_per_device": learner.state_bytes,
-        "last_model_checkpoint": None
-        if last is None
-        else str(job.folder / checkpoints.path(last).name),
-        "best_model_checkpoint": best_path,
+        "last_model_checkpoint": named(checkpoints.latest_step()),
+        "best_model_checkpoint": named(best_step(measured) if measured else None),
     }
 
 

@@ -13,9 +13,11 @@ import pytest
 from flax import nnx
 from rich.console import Console
 
+from examples.finetune import answers as answers_room
 from examples.finetune import export, infer
+from examples.finetune.checkpoint import find_checkpoint
 from examples.finetune.sft import finetune
-from examples.finetune.tuned import find_checkpoint, open_checkpoint
+from examples.finetune.tuned import open_checkpoint
 from examples.moonlight.model.execution.options import Execution
 from tests.finetune import sft_toy
 
@@ -130,7 +132,7 @@ def test_peft_loads_the_adapters_and_ours_reads_peft(run: Path, tmp_path: Path):
 
 def test_a_conversation_in_the_terminal(run: Path, monkeypatch):
     typed = iter(["sum 3 1", "", "sum 4 1", " exit "])
-    monkeypatch.setattr(infer, "ask", lambda console: next(typed))
+    monkeypatch.setattr(answers_room, "ask", lambda console: next(typed))
     said = io.StringIO()
     ask = infer.Args(adapters=run, stream=False, max_new_tokens=4, max_length=64)
     answers = infer.infer(ask, Console(file=said, highlight=False))

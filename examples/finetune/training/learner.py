@@ -10,27 +10,22 @@ import optax
 from flax import nnx
 from rich.console import Console
 
-from examples.finetune.base import digest
+from examples.finetune.base import check_base, digest
 from examples.finetune.data.packing import empty_rows
-from examples.finetune.lora.adapters import DropoutKey, LoraConfig, add_lora
+from examples.finetune.lora.adapters import DropoutKey
+from examples.finetune.training.adapted import adapted, lora_config
 from examples.finetune.training.job import Job
-from examples.finetune.training.schedule import make_schedule, warmup_of
+from examples.finetune.training.optimizer import make_optimizer
 from examples.finetune.training.steps import Frozen, StepMetrics, make_train_step, make_validate
 from examples.finetune.training.texts import Texts
-from examples.moonlight.huggingface.config import ModelConfig
-from examples.moonlight.huggingface.pretrained import abstract_model, make_model
-from examples.moonlight.model.execution.options import Execution
+from examples.moonlight.huggingface.pretrained import abstract_model
 from examples.moonlight.model.execution.sharding import BATCH_AXES, bytes_per_device
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.language_model import ParameterCounts, count_parameters
 from examples.moonlight.run_folder.checkpoint import Checkpoints, Restored
-from examples.moonlight.training.args import QK_CLIP_THRESHOLD
-from examples.moonlight.training.attention import attention_heads
-from examples.moonlight.training.optimizers import make_optimizer
 from examples.moonlight.training.placement import state_shardings
-from examples.moonlight.training.routing import read_roles
 from examples.moonlight.training.steps import TrainState
-from muon_jax import MuonDimensionNumbers, ShardingReport, by_path, qk_clip, sharding_report
+from muon_jax import ShardingReport, sharding_report
 
 _EMPTY = nnx.State({})
 
@@ -181,37 +176,6 @@ class Learner:
         return jax.device_put((factors, dropout), places)
 
 
-def check_base(expected: str, weights: Any, folder: Any) -> None:
-    """Makes sure that adapters meet the weights that they were trained beside.
-
-    Raises:
-        ValueError: The weights are others.
-    """
-    if (found := digest(weights)) != expected:
-        raise ValueError(
-            f"{folder}: the adapters were trained beside the weights {expected}, and these are "
-            f"{found}: give --model with the folder of the model that was fine-tuned"
-        )
-
-
-def lora_config(args: Any) -> LoraConfig:
-    """The adapters that a command line asks for."""
-    targets = tuple(args.target_modules)
-    return LoraConfig(
-        rank=args.lora_rank,
-        alpha=args.lora_alpha,
-        dropout=args.lora_dropout,
-        target_modules="all-linear" if targets == ("all-linear",) else targets,
-    )
-
-
-def adapted(config: ModelConfig, execution: Execution, lora: LoraConfig, seed: int = 0) -> Any:
-    """A model with new adapters, all else of it being shapes only."""
-    model = nnx.eval_shape(lambda: make_model(config, rngs=nnx.Rngs(0), execution=execution))
-    add_lora(model, lora, nnx.Rngs(seed))
-    return model
-
-
 def make_learner(job: Job, steps: int) -> Learner:
     """The model and the optimizer of a run; nothing is computed.
 
@@ -235,35 +199,7 @@ def make_learner(job: Job, steps: int) -> Learner:
         inference = nnx.graphdef(model)
     else:
         trained, frozen, graphdef, inference = params, Frozen(_EMPTY, _EMPTY, bias), base, base
-    warmup = warmup_of(
-        steps,
-        warmup_steps=args.warmup_steps,
-        warmup_ratio=args.warmup_ratio,
-        kind=args.lr_scheduler_type,
-    )
-    schedule = make_schedule(
-        args.lr_scheduler_type, peak=args.peak_rate, steps=steps, warmup=warmup
-    )
-    options = dict(job.options)
-    roles = _roles(job, options.pop("lora_a", "muon"))
-    clip = []
-    if args.optimizer == "muonclip":
-        threshold = options.pop("qk_clip_threshold", QK_CLIP_THRESHOLD)
-        clip = [qk_clip(attention_heads(job.config), threshold)]
-    optimizer = make_optimizer(
-        args.optimizer,
-        schedule,
-        args.weight_decay,
-        sharding.mesh,
-        None if sharding.mesh is None else sharding.param_shardings(trained),
-        clip,
-        roles,
-        max_norm=args.max_grad_norm,
-        b1=args.adam_beta1,
-        b2=args.adam_beta2,
-        eps=args.adam_epsilon,
-        options=options,
-    )
+    schedule, roles, optimizer = make_optimizer(job, steps, trained)
     abstract = TrainState(trained, _EMPTY, jax.eval_shape(optimizer.init, trained))
     return Learner(
         job=job,
@@ -282,14 +218,6 @@ def make_learner(job: Job, steps: int) -> Learner:
             jax.tree.map(lambda _: sharding.place(), frozen.bias),
         ),
     )
-
-
-def _roles(job: Job, lora_a: str) -> Any:
-    """Which trained parameters are matrices: each factor is one, of every layer by itself."""
-    if not job.lora:
-        return read_roles(job.config)
-    factor = MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
-    return by_path({"lora_a$": factor if lora_a == "muon" else None, "lora_b$": factor})
 
 
 def _placed(abstract: Any, shardings: Any) -> Any:

@@ -37,7 +37,7 @@ class Run:
         frozen: What no step changes.
         record: What `args.json` of every checkpoint holds.
         saves: When to save, besides the end.
-        validates: When to validate, besides the end.
+        validates: When to validate, besides before a checkpoint.
         checkpoints: Where the state is saved.
         lock: The lock of the run's folder: held, or nothing is saved.
         stop: Asked after each step whether to go on.
@@ -80,7 +80,8 @@ class Run:
                 step += 1
                 last = step == steps
                 saves = last or self.saves.includes(step)
-                if self.validate is not None and (last or self.validates.includes(step)):
+                # A checkpoint without a loss could never be the best.
+                if self.validate is not None and (saves or self.validates.includes(step)):
                     self._validate(state, step)
                     bar.console.print(self._validation_line(step), highlight=False)
                 if step == 1 or last or step % self.job.args.logging_steps == 0:
