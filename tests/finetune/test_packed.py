@@ -13,9 +13,9 @@ from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelShardin
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.packed import Packed
 
-# Logits reach 9; measured 4e-6.
-LOGITS_TOLERANCE = 2e-5
-# Sums in another order, over the largest; measured 1e-6.
+# Logits reach 24; measured 1.0e-5.
+LOGITS_TOLERANCE = 5e-5
+# Sums in another order, over the largest; measured 1.9e-6.
 SUM_TOLERANCE = 1e-5
 
 TOKENS, PACKED = lora_toy.packed_rows(8, 24)
