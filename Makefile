@@ -6,13 +6,6 @@ ifneq ($(findstring newest,$(MAKECMDGOALS)),)
 NEWEST_PYTHON ?= $(shell .ci/newest-python)
 endif
 NEWEST_BIN := .venv-newest/bin
-# The library, and the example's core: what meets JAX, Flax, Orbax and grain. Files that need torch or
-# transformers, compile for accelerators or train a study run with the first Python only.
-NEWEST_BITS := tests/bits/test_distributed.py tests/bits/test_heads_mesh.py
-NEWEST_TESTS := $(filter-out %/test_torch.py %/test_benchmarks.py %/test_wire.py %/test_scale.py, \
-  $(wildcard tests/test_*.py)) \
-  $(patsubst %,tests/moonlight/test_%.py,batches checkpoint data decoding grouped interrupted mesh metrics model nonfinite run_lock stopping train) \
-  $(patsubst %,tests/scaling_law/test_%.py,models rivals store) tests/use tests/zoo
 
 .PHONY: train test test-newest lint notebook clean
 
@@ -22,19 +15,19 @@ train: .venv/.examples
 # Tests that promise bits run as users do, the others with flags that save time, of those that the
 # installed jaxlib knows. With `loadfile` the tests of a file share the programs that they compile.
 test: .venv/.test .aot/.tpu
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/bits
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m bits
 	flags="$$($(BIN)/python -m tests.xla_flags)" && \
-	  XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/bits
+	  XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist loadfile -m "not bits"
 
-# The same for the newest Python that is here, and with it the newest JAX. The inner make finds the
-# environment of another Python wanting, and makes it anew.
+# The same for the newest Python that is here, and with it the newest JAX, but for what one stack is
+# enough for. The inner make finds the environment of another Python wanting, and makes it anew.
 test-newest:
 	@test -n "$(NEWEST_PYTHON)"
 	@$(MAKE) --no-print-directory .venv-newest/.test NEWEST_PYTHON="$(NEWEST_PYTHON)"
 	@$(NEWEST_BIN)/python -c 'import sys, jax; print("Python", sys.version.split()[0], "and jax", jax.__version__)'
-	$(NEWEST_BIN)/python -m pytest -n 2 $(NEWEST_BITS)
+	$(NEWEST_BIN)/python -m pytest -n 2 --dist loadgroup -m "bits and not one_stack"
 	flags="$$($(NEWEST_BIN)/python -m tests.xla_flags)" && \
-	  XLA_FLAGS="$$flags" $(NEWEST_BIN)/python -m pytest -n 2 --dist loadfile $(NEWEST_TESTS)
+	  XLA_FLAGS="$$flags" $(NEWEST_BIN)/python -m pytest -n 2 --dist loadfile -m "not bits and not one_stack"
 
 lint: .venv/.test
 	$(BIN)/ruff check .

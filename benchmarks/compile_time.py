@@ -18,8 +18,8 @@ from rich.table import Table
 
 from benchmarks import targets
 from benchmarks.harness import environment, write_json
-from benchmarks.wire_cases import CASES, Optimizer
-from benchmarks.wire_steps import build
+from benchmarks.wire.cases import CASES, Optimizer
+from benchmarks.wire.steps import build
 
 PEERS: tuple[Optimizer, ...] = ("muon_jax", "optax muon")
 TARGET = targets.TARGETS["cpu-8"]
@@ -30,7 +30,7 @@ class Args:
     """Seconds to compile a sharded training step.
 
     Attributes:
-      case: a set of matrices, see wire_cases.py.
+      case: a set of matrices, see wire/cases.py.
       output: where the JSON goes.
     """
 

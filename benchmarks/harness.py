@@ -1,6 +1,7 @@
 """What every benchmark needs: fair timing, the matmul peak, and a record of the machine."""
 
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -39,6 +40,20 @@ def time_interleaved(
             call()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def limit_threads(count: int) -> None:
+    """Keeps this process, and whatever threads it starts from now on, to `count` processors.
+
+    Raises:
+      ValueError: there are not as many, or the system can't.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise ValueError("--threads needs Linux: leave it out to use all processors")
+    there = sorted(os.sched_getaffinity(0))
+    if not 1 <= count <= len(there):
+        raise ValueError(f"--threads must be between 1 and {len(there)}, got {count}")
+    os.sched_setaffinity(0, there[:count])
 
 
 def median(seconds: list[float]) -> float:

@@ -20,23 +20,23 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import environment, write_json
-from benchmarks.scale_cases import SCALES
+from benchmarks.scale.cases import SCALES
 from benchmarks.targets import TARGETS
-from benchmarks.wire_cases import CASES
-from benchmarks.wire_steps import MESH_AXES
+from benchmarks.wire.cases import CASES
+from benchmarks.wire.steps import MESH_AXES
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.execution.sharding import MESH_AXES as MODEL_AXES
 from examples.moonlight.model.execution.sharding import ModelSharding
 from examples.moonlight.model.moonlight import Moonlight
 from muon_jax import MeshCosts
-from muon_jax._choices import Choices
-from muon_jax._grouping import group_matrices
-from muon_jax._layout import zero1_layout
-from muon_jax._plan import PlannedLeaf
-from muon_jax._planner import Search
-from muon_jax._pricing import Pricing
-from muon_jax._routing import route_leaves
-from muon_jax._specs import param_layouts
+from muon_jax._mesh.choices import Choices
+from muon_jax._mesh.grouping import group_matrices
+from muon_jax._mesh.layout import zero1_layout
+from muon_jax._mesh.plan import PlannedLeaf
+from muon_jax._mesh.planner import Search
+from muon_jax._mesh.pricing import Pricing
+from muon_jax._mesh.specs import resolve_param_specs
+from muon_jax._routing.route_leaves import route_leaves
 
 PRESETS = ("moonlight-16b-a3b", "small", "tiny")
 MESHES = {
@@ -59,7 +59,7 @@ def search_of(params: Any, specs: Any, mesh: AbstractMesh, numbers: Any = None) 
             jnp.dtype(jnp.bfloat16),
             jnp.dtype(jnp.float32),
         )
-        for route, spec in zip(routes, param_layouts(params, specs, mesh), strict=True)
+        for route, spec in zip(routes, resolve_param_specs(params, specs, mesh), strict=True)
         if route.views is not None
     ]
     members = group_matrices(leaves, sizes, mesh.axis_names)

@@ -16,8 +16,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from muon_jax._paths import show
-from muon_jax._routing import route_leaves
+from muon_jax._common.paths import show
+from muon_jax._routing.route_leaves import route_leaves
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -201,7 +201,7 @@ def parts_of(leaves: dict[str, tuple[int, ...]]) -> dict[str, tuple[str, tuple[s
     for name, shape in leaves.items():
         views = known[name].views if name in known else None
         if views is not None:
-            view = views.views[0]
+            view = views[0]
             kinds = tuple(
                 "in" if n in view.reduction else "out" if n in view.output else "batch"
                 for n in range(len(shape))

@@ -19,7 +19,7 @@ def known_flags(flags: Sequence[str]) -> list[str]:
     Takes a second if it accepts them all, and a second for each flag otherwise.
 
     Args:
-        flags: As `XLA_FLAGS` has them: `--name=value`.
+        flags: The flags as `XLA_FLAGS` has them: `--name=value`.
 
     Raises:
         RuntimeError: JAX does not start without any flag either.

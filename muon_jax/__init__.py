@@ -2,29 +2,30 @@
 
 from optax.contrib import MuonDimensionNumbers
 
-from muon_jax._attention import GroupedQuery, MultiHead, MultiHeadLatent
-from muon_jax._cost import MeshCosts
+from muon_jax._attention.qk_clip import QKClipState, qk_clip
+from muon_jax._attention.split_heads import split_heads
+from muon_jax._attention.structures import GroupedQuery, MultiHead, MultiHeadLatent
 from muon_jax._diagnostics import (
-    group_rms,
     map_matrices,
     orthogonality_error,
+    rms_by_optimizer,
     svd_entropy,
     update_rms,
 )
 from muon_jax._matrices import FusedBlocks
+from muon_jax._mesh.cost import MeshCosts
+from muon_jax._mesh.state_shardings import opt_state_shardings
 from muon_jax._muon import muon
+from muon_jax._muon_step import MuonState
 from muon_jax._orthogonalize import orthogonalize
 from muon_jax._polynomials import SCHEDULES
-from muon_jax._qk_clip import QKClipState, qk_clip
-from muon_jax._report import RoutingReport, RoutingRow, routing_report
-from muon_jax._routing import by_path
-from muon_jax._scale_by_muon import MuonState, scale_by_muon
+from muon_jax._routing.report import RoutingReport, RoutingRow, routing_report
+from muon_jax._routing.route_leaves import by_path
+from muon_jax._routing.use.by_use import by_use
+from muon_jax._routing.use.readings import Reading, UseRoles
+from muon_jax._scale_by_muon import scale_by_muon
 from muon_jax._scaling import AdjustedLR, FixedScale, UpdateNorm
 from muon_jax._sharding_report import LeafRow, ShardingReport, ShardingRow, sharding_report
-from muon_jax._split_heads import split_heads
-from muon_jax._state_shardings import opt_state_shardings
-from muon_jax._use.by_use import by_use
-from muon_jax._use.readings import Reading, UseRoles
 
 __all__ = [
     "SCHEDULES",
@@ -48,13 +49,13 @@ __all__ = [
     "UseRoles",
     "by_path",
     "by_use",
-    "group_rms",
     "map_matrices",
     "muon",
     "opt_state_shardings",
     "orthogonality_error",
     "orthogonalize",
     "qk_clip",
+    "rms_by_optimizer",
     "routing_report",
     "scale_by_muon",
     "sharding_report",

@@ -5,9 +5,9 @@ concatenated by shape, iterated together, and cut apart again. The program then 
 iteration for each shape, not one for each layer.
 
 A batch beyond `max_group_bytes`, counted in the dtype it is stacked in, goes through in chunks, one
-after the other in a loop (`_loops`): the iteration's buffers (iterate, Gram matrix, polynomial) are
-those of one chunk, and the program holds two iterations at most, however many chunks there are. The
-batch itself is held whole, narrow, and its results take its place.
+after the other in a loop (`_common.loops`): the iteration's buffers (iterate, Gram matrix,
+polynomial) are those of one chunk, and the program holds two iterations at most, however many
+chunks there are. The batch itself is held whole, narrow, and its results take its place.
 """
 
 import collections
@@ -17,10 +17,10 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from muon_jax._loops import BatchFunction, concatenate, in_chunks
-from muon_jax._matrices import LeafViews
-from muon_jax._matrix_update import MatrixUpdate
+from muon_jax._common.loops import BatchFunction, concatenate, in_chunks
+from muon_jax._matrices import LeafViews, is_tall
 from muon_jax._momentum import heavy_ball
+from muon_jax._update_rule import UpdateRule
 
 DEFAULT_MAX_GROUP_BYTES = 2**30
 """1 GiB: 512 matrices of 1024x1024 in bfloat16."""
@@ -53,8 +53,8 @@ def map_by_shape(
     for (rows, cols, dtype), members in groups.items():
         capacity = max(1, max_group_bytes // (rows * cols * dtype.itemsize))
         # Wide stacks first, so that a batch has its tall ones together and transposes them once.
-        members.sort(key=lambda index: _is_tall(stacks[index]))
-        turn = sum(not _is_tall(stacks[index]) for index in members)
+        members.sort(key=lambda index: is_tall(stacks[index].shape))
+        turn = sum(not is_tall(stacks[index].shape) for index in members)
         wide, tall = ([stacks[i] for i in some] for some in (members[:turn], members[turn:]))
         turned = [concatenate(tall).mT] if tall else []
         out = in_chunks(function, [*wide, *turned], capacity)
@@ -67,7 +67,7 @@ def map_by_shape(
 
 def batched_update(
     views: Sequence[LeafViews],
-    update: MatrixUpdate,
+    rule: UpdateRule,
     gradients: Sequence[Inexact[Array, "..."]],
     momenta: Sequence[Inexact[Array, "..."]],
     max_group_bytes: int,
@@ -76,7 +76,7 @@ def batched_update(
 
     Args:
       views: the matrices of each leaf.
-      update: what is done to each matrix.
+      rule: what is done to each matrix.
       gradients: one for each leaf.
       momenta: one for each leaf.
       max_group_bytes: see `map_by_shape`.
@@ -86,25 +86,21 @@ def batched_update(
     """
     new_momenta, stacks = [], []
     for leaf, gradient, momentum in zip(views, gradients, momenta, strict=True):
-        new, direction = heavy_ball(momentum, gradient, update.beta, update.nesterov)
+        new, direction = heavy_ball(momentum, gradient, rule.beta, rule.nesterov)
         new_momenta.append(new.astype(momentum.dtype))
         # Cast before slicing: a leaf cut into chunks is then kept in the narrow dtype.
-        stacks += leaf.take(update.iteration.cast(direction))
-    pairs = zip(stacks, map_by_shape(update.iteration, stacks, max_group_bytes), strict=True)
+        stacks += leaf.take(rule.iteration.cast(direction))
+    pairs = zip(stacks, map_by_shape(rule.iteration, stacks, max_group_bytes), strict=True)
     updates = []
     for leaf, gradient in zip(views, gradients, strict=True):
         matrices = []
-        for view in leaf.views:
-            source, result = next(pairs)
+        for view in leaf:
+            direction, result = next(pairs)
             _, *matrix = view.matrices
-            measured = update.measure(source, result) if update.is_measured else None
-            matrices.append(update.finish(result, measured, (matrix[0], matrix[1])))
+            measured = rule.measure(direction, result) if rule.is_measured else None
+            matrices.append(rule.finish(result, measured, (matrix[0], matrix[1])))
         updates.append(leaf.put(matrices).astype(gradient.dtype))
     return updates, new_momenta
-
-
-def _is_tall(stack: Inexact[Array, "_ _ _"]) -> bool:
-    return stack.shape[1] > stack.shape[2]
 
 
 def _cut(

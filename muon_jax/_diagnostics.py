@@ -1,7 +1,7 @@
 """What to watch while training: RMS of updates and weights, spectra, orthogonality.
 
 All functions are jittable. Those of a matrix take `[*batch, m, n]`; those of a tree give one
-scalar for each leaf, or for each optimizer group.
+scalar for each leaf, or for each of the two optimizers.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact, PyTree
 
-from muon_jax._checks import as_array
-from muon_jax._dtypes import promote
-from muon_jax._paths import flatten_with_names, is_absent, show
+from muon_jax._attention.split_heads import Heads
+from muon_jax._common.checks import as_array
+from muon_jax._common.dtypes import promote
+from muon_jax._common.paths import flatten_with_names, is_absent, show
 from muon_jax._routes import Route
-from muon_jax._routing import DimensionNumbers, route_leaves
-from muon_jax._split_heads import Heads
+from muon_jax._routing.route_leaves import DimensionNumbers, route_leaves
 
 
 def update_rms(updates: PyTree) -> PyTree:
@@ -36,14 +36,14 @@ def update_rms(updates: PyTree) -> PyTree:
     return structure.unflatten(jnp.sqrt(_sum_of_squares(x) / _count([x])) for x in arrays)
 
 
-def group_rms(
+def rms_by_optimizer(
     updates: PyTree,
     params: PyTree,
     *,
     muon_weight_dimension_numbers: DimensionNumbers = None,
     heads: Heads = "joint",
 ) -> dict[str, Float[Array, ""]]:
-    """Root mean square over all elements of each optimizer group.
+    """Root mean square over all elements that each optimizer updates, Muon's and AdamW's.
 
     Args:
       updates: updates, gradients or the parameters themselves; a pytree like `params`, where None
@@ -53,22 +53,22 @@ def group_rms(
       heads: as given to `muon`.
 
     Returns:
-      ``{"muon": rms, "adam": rms}``, float32 scalars; 0 for a group without elements.
+      ``{"muon": rms, "adam": rms}``, float32 scalars; 0 for an optimizer without elements.
 
     Raises:
       ValueError, TypeError: where `muon` would, for the same parameters.
     """
     routes, structure = route_leaves(params, muon_weight_dimension_numbers, heads)
-    groups: dict[str, list[jax.Array]] = {"muon": [], "adam": []}
+    updated: dict[str, list[jax.Array]] = {"muon": [], "adam": []}
     for route, leaf in zip(routes, _leaves_like(structure, updates, routes), strict=True):
         if not is_absent(leaf):
-            groups[route.group].append(leaf)
+            updated[route.optimizer].append(leaf)
     return {
-        group: jnp.sqrt(
+        optimizer: jnp.sqrt(
             sum((_sum_of_squares(leaf) for leaf in leaves), start=jnp.zeros((), jnp.float32))
             / _count(leaves)
         )
-        for group, leaves in groups.items()
+        for optimizer, leaves in updated.items()
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from muon_jax._paths import is_absent, show
+from muon_jax._common.paths import is_absent, show
 from muon_jax._routes import Route
 
 

@@ -7,7 +7,7 @@ that an axis holds several matrices side by side, such as Q, K and V, or equal o
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 from optax.contrib import MuonDimensionNumbers
 
-from muon_jax._checks import is_integer
+from muon_jax._common.checks import is_integer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +84,11 @@ def is_matrix_spec(node: object) -> bool:
     return isinstance(node, MatrixSpec)
 
 
+def is_tall(shape: Sequence[int]) -> bool:
+    """Whether matrices `[..., rows, cols]` are taller than wide: those are turned for the work."""
+    return shape[-2] > shape[-1]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Block:
     """One slice of the leaf along one axis."""
@@ -133,8 +138,7 @@ class MatrixView:
     @property
     def is_tall(self) -> bool:
         """Whether its matrices have more rows than columns: Newton-Schulz turns them wide."""
-        _, fan_in, fan_out = self.matrices
-        return fan_in > fan_out
+        return is_tall(self.matrices)
 
     def take(self, leaf: Inexact[Array, "*shape"]) -> Inexact[Array, "batch fan_in fan_out"]:
         """The matrices of this view."""
@@ -159,17 +163,30 @@ class LeafViews:
     """All the matrices of one leaf: one view, or one for each fused block.
 
     Attributes:
-      views: of the leaf; where an axis is split, of the leaf with `[parts, rest]` in its place.
+      each: the views of the leaf; where an axis is split, of the leaf with `[parts, rest]` in its
+        place.
       split: that axis, which is also where its parts are in the views.
     """
 
-    views: tuple[MatrixView, ...]
+    each: tuple[MatrixView, ...]
     split: int | None = None
+
+    def __len__(self) -> int:
+        """The number of views."""
+        return len(self.each)
+
+    def __iter__(self) -> Iterator[MatrixView]:
+        """The views, in the leaf's order."""
+        return iter(self.each)
+
+    def __getitem__(self, index: int) -> MatrixView:
+        """The view of that number."""
+        return self.each[index]
 
     @property
     def batch_axes(self) -> tuple[int, ...]:
         """The axes of the leaf itself along which nothing but stacks lie."""
-        axes = self.views[0].batch_axes
+        axes = self.each[0].batch_axes
         return axes if self.split is None else self.own_axes(axes)
 
     def own_axes(self, axes: Sequence[int]) -> tuple[int, ...]:
@@ -182,13 +199,13 @@ class LeafViews:
     def take(self, leaf: Inexact[Array, "*shape"]) -> list[Inexact[Array, "_ _ _"]]:
         """The matrices of each view."""
         if self.split is not None:
-            leaf = leaf.reshape(self.views[0].shape)
-        return [view.take(leaf) for view in self.views]
+            leaf = leaf.reshape(self.each[0].shape)
+        return [view.take(leaf) for view in self.each]
 
     def put(self, stacks: Sequence[Inexact[Array, "_ _ _"]]) -> Inexact[Array, "*shape"]:
         """The leaf made of the matrices of each view."""
-        parts = [view.put(stack) for view, stack in zip(self.views, stacks, strict=True)]
-        block = self.views[0].block
+        parts = [view.put(stack) for view, stack in zip(self.each, stacks, strict=True)]
+        block = self.each[0].block
         leaf = parts[0] if block is None else jnp.concatenate(parts, axis=block.axis)
         if self.split is None:
             return leaf

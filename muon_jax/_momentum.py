@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from muon_jax._checks import Scalar, check_dtype
-from muon_jax._dtypes import promote
+from muon_jax._common.checks import Scalar, check_dtype
+from muon_jax._common.dtypes import promote
 
 
 def heavy_ball(

@@ -3,7 +3,7 @@
     W_t = W_{t-1} - lr (0.2 sqrt(max(A, B)) O_t + wd W_{t-1})
 
 Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982), Eq. 4. The mathematics is
-in `_scale_by_muon`; here it is only wired.
+in `_muon_step`; here it is only wired.
 """
 
 import functools
@@ -12,23 +12,20 @@ from typing import Any
 
 import jax
 import optax
-from jaxtyping import PyTree
 
-from muon_jax._checks import Scalar, ScalarOrSchedule, check_scalar, check_schedule
-from muon_jax._cost import MeshCosts
-from muon_jax._gradients import gradient_leaves
-from muon_jax._injectable import Held, injectable, unheld
+from muon_jax._adam_step import AdamStep
+from muon_jax._attention.split_heads import Heads, resolve_heads
+from muon_jax._common.checks import Scalar, ScalarOrSchedule, check_scalar, check_schedule
+from muon_jax._common.injectable import Held, injectable, unheld
+from muon_jax._mesh.cost import MeshCosts
+from muon_jax._mesh.specs import AnyMesh
+from muon_jax._mesh.zero1 import resolve_zero1
+from muon_jax._muon_step import resolve_step
+from muon_jax._optimizer import Decided, Optimizer
+from muon_jax._orthogonalize import resolve_iteration
 from muon_jax._preconditioning import Preconditioning
-from muon_jax._prefix import resolve_mask
-from muon_jax._routes import Route
-from muon_jax._routing import DimensionNumbers, route_leaves, warn_of_tables
-from muon_jax._scale_by_adam import scale_by_adam
-from muon_jax._scale_by_muon import scale_by_muon
+from muon_jax._routing.route_leaves import DimensionNumbers, route_leaves
 from muon_jax._scaling import DEFAULT_RMS, DefaultRMS, ShapeFunction, UpdateScale
-from muon_jax._specs import AnyMesh, partition_spec
-from muon_jax._split_heads import Heads
-from muon_jax._state_checks import check_state_of
-from muon_jax._zero1 import resolve_zero1
 
 
 @injectable
@@ -76,7 +73,7 @@ def muon(
        norm of each matrix, where Optax takes that of the leaf.
     2. `eps` is AdamW's only: Newton-Schulz is scale-invariant and needs none.
     3. `nesterov` is Muon's only: AdamW stays AdamW.
-    4. `weight_decay_mask` covers both groups, and `adam_weight_decay=None` follows
+    4. `weight_decay_mask` covers Muon's leaves and AdamW's, and `adam_weight_decay=None` follows
        `weight_decay`.
     5. Leaves are routed by their roles, not by ``ndim == 2``: see `routing_report(params)`.
     6. A list of coefficients runs whole, and another `ns_steps` raises; Optax runs its last rows.
@@ -86,8 +83,8 @@ def muon(
     numbers that are functions are not taken for schedules.
 
     Args:
-      learning_rate: a number or a schedule; it multiplies the update and the weight decay of both
-        groups.
+      learning_rate: a number or a schedule; it multiplies the update and the weight decay of all
+        leaves.
       ns_coeffs: see `scale_by_muon`, as for `ns_steps`, `beta`, `nesterov`, `adaptive`,
         `preconditioning`, `consistent_rms`, `update_scale`, `ns_dtype`, `heads` and
         `max_group_bytes`.
@@ -96,7 +93,7 @@ def muon(
       eps: AdamW's, added to the root of the second moment.
       weight_decay: decoupled, multiplied by the learning rate; 0.1 is Moonlight's.
       weight_decay_mask: a tree of booleans, a prefix of the parameters' tree, or a function from
-        parameters to one; False leaves do not decay, in either group.
+        parameters to one; False leaves do not decay, whoever updates them.
       mu_dtype: the dtype of Muon's momentum and AdamW's first moment; None means each
         parameter's, and float32 for float16, as AdamW's second moment is in any case.
       nesterov: see `scale_by_muon`.
@@ -153,91 +150,45 @@ def muon(
     check_scalar("adam_b2", adam_b2, below=1.0)
     check_scalar("eps", eps)
     check_scalar("adam_eps_root", adam_eps_root)
-    make_muon = functools.partial(
-        scale_by_muon,
-        ns_coeffs,
-        ns_steps,
-        beta,
-        mu_dtype,
+    zero1 = resolve_zero1(mesh, zero1_axes, unheld(param_specs), mesh_costs)
+    step = resolve_step(
+        zero1,
+        resolve_iteration(ns_coeffs, ns_steps, preconditioning, ns_dtype),
+        consistent_rms=consistent_rms,
+        update_scale=unheld(update_scale),
+        beta=beta,
         nesterov=nesterov,
         adaptive=adaptive,
-        preconditioning=preconditioning,
-        ns_dtype=ns_dtype,
-        consistent_rms=consistent_rms,
-        update_scale=update_scale,
-        heads=heads,
+        mu_dtype=mu_dtype,
         max_group_bytes=max_group_bytes,
-        mesh=mesh,
-        zero1_axes=zero1_axes,
-        mesh_costs=mesh_costs,
     )
-    zero1 = resolve_zero1(mesh, zero1_axes, unheld(param_specs), mesh_costs)
-    make_muon()  # so that bad arguments raise here, not at the first init
-    route = functools.partial(
-        route_leaves, dimension_numbers=unheld(muon_weight_dimension_numbers), heads=heads
-    )
+    adam = AdamStep(zero1, step.mu_dtype, (adam_b1, adam_b2, eps, adam_eps_root))
 
-    def for_params(
-        params: PyTree, routes: list[Route], structure: Any
-    ) -> optax.GradientTransformationExtraArgs:
-        labels = structure.unflatten([route.group for route in routes])
-        numbers = structure.unflatten([route.spec for route in routes])
-        where, layouts = None, None
-        if zero1 is not None:
-            layouts = zero1.layouts(params, routes)
-            where = structure.unflatten([partition_spec(x.param, zero1.mesh) for x in layouts])
-            layouts = [x for x, r in zip(layouts, routes, strict=True) if r.group == "adam"]
-        mask = resolve_mask(unheld(weight_decay_mask), params, structure)
+    def chains(decided: Decided) -> optax.GradientTransformationExtraArgs:
         return optax.partition(
             {
                 "muon": optax.chain(
-                    # The routes have the heads apart already.
-                    make_muon(weight_dimension_numbers=numbers, heads="joint", param_specs=where),
-                    optax.add_decayed_weights(weight_decay, mask),
+                    step.on(decided.leaves_of("muon")),
+                    optax.add_decayed_weights(weight_decay, decided.mask),
                     optax.scale_by_learning_rate(learning_rate),
                 ),
                 "adam": optax.chain(
-                    scale_by_adam(adam_b1, adam_b2, eps, adam_eps_root, mu_dtype, zero1, layouts),
-                    optax.add_decayed_weights(adam_decay, mask),
+                    adam.on(decided.leaves_of("adam")),
+                    optax.add_decayed_weights(adam_decay, decided.mask),
                     optax.scale_by_learning_rate(adam_rate),
                 ),
             },
-            lambda _: labels,  # a function: the tree itself may be callable (Equinox modules)
+            lambda _: decided.labels,  # a function: the tree itself may be callable (Equinox)
         )
 
-    def init_fn(params: PyTree) -> optax.OptState:
-        routes, structure = route(params)
-        warn_of_tables(routes)
-        state = for_params(params, routes, structure).init(params)
-        if zero1 is None:
-            return state
-        # Counts of schedules, which would otherwise move onto the mesh with the first update.
-        leaves, structure = jax.tree.flatten(state)
-        scalars = iter(zero1.replicate([x for x in leaves if not x.ndim]))
-        return structure.unflatten([x if x.ndim else next(scalars) for x in leaves])
+    resolve_heads(heads)
+    route = functools.partial(
+        route_leaves, dimension_numbers=unheld(muon_weight_dimension_numbers), heads=heads
+    )
+    optimizer = Optimizer(route, step, adam, unheld(weight_decay_mask), chains)
+    return optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
 
-    def update_fn(
-        updates: PyTree, state: optax.OptState, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, optax.OptState]:
-        if params is None:
-            raise ValueError(
-                "muon decays weights and needs them: call tx.update(grads, state, params)."
-            )
-        if not hasattr(state, "inner_states"):
-            raise TypeError(
-                f"muon was given a state of type {type(state).__name__}; expected the one that its "
-                "init made, as tx.update(grads, state, params)."
-            )
-        routes, structure = route(params)
-        check_state_of(state, routes)
-        leaves = jax.tree.leaves(params)
-        gradients = gradient_leaves(structure, updates, leaves, routes)
-        # Optax's weight decay wants the parameter of a masked gradient masked too.
-        params_to_decay = structure.unflatten(
-            g if isinstance(g, optax.MaskedNode) else p
-            for g, p in zip(gradients, leaves, strict=True)
-        )
-        tx = for_params(params, routes, structure)
-        return tx.update(updates, state, params_to_decay, **extra_args)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+def optimizer_of(tx: optax.GradientTransformationExtraArgs) -> Optimizer:
+    """The optimizer of what `muon` returned, which is a pair of its methods."""
+    return tx.init.__self__  # pyright: ignore[reportAttributeAccessIssue]

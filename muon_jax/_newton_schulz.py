@@ -7,8 +7,9 @@ near the polar factor U V^T. Its coefficients, one triple for each step, are `_p
 what divides M is `_preconditioning`'s, how products are rounded `_arithmetic`'s.
 """
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,36 +21,29 @@ from muon_jax._polynomials import Schedule
 from muon_jax._preconditioning import precondition
 
 
-@runtime_checkable
-class Rows(Protocol):
-    """Which rows of each product this device computes.
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Which rows of each product this device computes: all of them.
 
-    Devices may hold the same matrices and divide the work on them by rows (`_collectives`). The
-    mathematics needs two things of them, and knows nothing else of a mesh.
+    Devices may hold the same matrices and divide the work on them by rows: `_collectives.RowShare`
+    overrides both methods. The mathematics needs no more of them, and knows nothing of a mesh.
     """
 
     def own(self, x: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batch own cols"]:
         """The rows that this device computes."""
-        ...
+        return x
 
     def gather(self, x: Inexact[Array, "*batch own cols"]) -> Inexact[Array, "*batch rows cols"]:
         """All rows, of which each device has computed its own."""
-        ...
-
-
-class AllRows(NamedTuple):
-    """One device that computes every row."""
-
-    def own(self, x: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batch rows cols"]:
-        """All rows."""
         return x
 
-    def gather(self, x: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batch rows cols"]:
-        """What is there already."""
-        return x
+    @property
+    def are_all(self) -> bool:
+        """Whether no other device computes rows of these matrices."""
+        return type(self) is Rows
 
 
-ALL_ROWS = AllRows()
+ALL_ROWS = Rows()
 
 
 def step(
@@ -87,12 +81,9 @@ def newton_schulz(
     on_cpu, elsewhere = arithmetics(x.dtype)
     run = functools.partial(iterate, schedule, preconditioning, rows)
     # Sharers meet in every step, so their few matrices go through together on CPU too.
-    cpu = functools.partial(_one_by_one, run) if isinstance(rows, AllRows) else run
-    return lax.platform_dependent(
-        x,
-        cpu=functools.partial(cpu, on_cpu),
-        default=functools.partial(run, elsewhere),
-    )
+    cpu = functools.partial(_one_by_one, run) if rows.are_all else run
+    default = functools.partial(run, elsewhere)
+    return lax.platform_dependent(x, cpu=functools.partial(cpu, on_cpu), default=default)
 
 
 def _one_by_one(
@@ -121,7 +112,7 @@ def iterate(
         schedule = schedule[1:]
         x = rows.gather(x) if schedule else x
     # Sharers do not gather the rows of the last step: they are what each returns.
-    count = len(schedule) if isinstance(rows, AllRows) else len(schedule) - 1
+    count = len(schedule) if rows.are_all else len(schedule) - 1
     real = jnp.finfo(arithmetic.wide).dtype
     if count > 0:
         x, _ = lax.scan(

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-from muon_jax._checks import as_array, check_dtype
+from muon_jax._common.checks import as_array, check_dtype
+from muon_jax._matrices import is_tall
 from muon_jax._newton_schulz import ALL_ROWS, Rows, newton_schulz
 from muon_jax._polynomials import Schedule, resolve_schedule
 from muon_jax._preconditioning import Preconditioning, check_preconditioning
@@ -70,18 +71,13 @@ def orthogonalize(
             f"orthogonalize takes matrices in the last two axes, got shape {x.shape}; a vector "
             "belongs to AdamW."
         )
-    iteration = Iteration(
-        resolve_schedule(ns_coeffs, ns_steps),
-        check_preconditioning(preconditioning),
-        check_ns_dtype(ns_dtype),
-    )
+    iteration = resolve_iteration(ns_coeffs, ns_steps, preconditioning, ns_dtype)
     if not x.size:
         return x
-    rows, cols = x.shape[-2:]
-    wide = x if rows <= cols else x.mT
+    wide = x.mT if is_tall(x.shape) else x
     flat = iteration.cast(wide.reshape(-1, *wide.shape[-2:]))
     out = iteration(flat).reshape(wide.shape).astype(x.dtype)
-    return out if rows <= cols else out.mT
+    return out.mT if is_tall(x.shape) else out
 
 
 def check_ns_dtype(ns_dtype: Any) -> str:
@@ -114,7 +110,7 @@ class Iteration(NamedTuple):
             return lax.complex(_narrow(x.real, real), _narrow(x.imag, real))
         return _narrow(x, self.ns_dtype)
 
-    def storage_dtype(self, *parts: jax.Array) -> jnp.dtype:
+    def storage_dtype(self, *parts: jax.Array | jax.ShapeDtypeStruct) -> jnp.dtype:
         """The dtype of `cast`, given what is summed to what it casts."""
         if not any(jnp.iscomplexobj(part) for part in parts):
             return jnp.dtype(self.ns_dtype)
@@ -129,6 +125,17 @@ class Iteration(NamedTuple):
         each gets the rows that it computed.
         """
         return newton_schulz(x, self.schedule, self.preconditioning, rows)
+
+
+def resolve_iteration(
+    ns_coeffs: Any, ns_steps: int | None, preconditioning: str, ns_dtype: Any
+) -> Iteration:
+    """The iteration that the arguments of `orthogonalize` ask for; raise as it says."""
+    return Iteration(
+        resolve_schedule(ns_coeffs, ns_steps),
+        check_preconditioning(preconditioning),
+        check_ns_dtype(ns_dtype),
+    )
 
 
 def _narrow(x: Float[Array, "*shape"], dtype: str) -> Float[Array, "*shape"]:

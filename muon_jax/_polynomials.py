@@ -24,7 +24,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from muon_jax._checks import is_positive_integer
+from muon_jax._common.checks import is_positive_integer
 
 Coefficients = tuple[float, float, float]
 Schedule = tuple[Coefficients, ...]

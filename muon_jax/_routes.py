@@ -3,8 +3,11 @@
 import dataclasses
 from typing import Literal
 
+from muon_jax._common.paths import Path
 from muon_jax._matrices import LeafViews, MatrixSpec
-from muon_jax._paths import Path
+
+OptimizerName = Literal["muon", "adam"]
+"""The optimizers that update a leaf."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,6 @@ class Route:
     in_heads: bool = False
 
     @property
-    def group(self) -> Literal["muon", "adam"]:
+    def optimizer(self) -> OptimizerName:
         """The optimizer that updates this leaf."""
         return "adam" if self.views is None else "muon"

@@ -1,60 +1,27 @@
-"""Momentum, orthogonalized and scaled: Muon without learning rate and weight decay.
-
-    M_t = mu M_{t-1} + G_t                                  heavy ball, Eq. 1
-    O_t = NewtonSchulz(mu M_t + G_t)                        Nesterov, footnote 1
-    update = 0.2 sqrt(max(A, B)) O_t                        Eq. 4
-
-Liu et al. 2025, "Muon is Scalable for LLM Training" (arXiv 2502.16982), Section 2.
-"""
+"""Muon without learning rate and weight decay, to be chained by hand."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import PyTree
 
-from muon_jax._batching import DEFAULT_MAX_GROUP_BYTES, batched_update
-from muon_jax._checks import Scalar, check_bool, check_group_bytes, check_scalar
-from muon_jax._cost import MeshCosts
-from muon_jax._distributed import distributed_update
+from muon_jax._attention.split_heads import Heads, resolve_heads
+from muon_jax._common.checks import Scalar
+from muon_jax._common.injectable import Held, injectable, unheld
+from muon_jax._common.paths import show
 from muon_jax._gradients import gradient_leaves
-from muon_jax._injectable import Held, injectable, unheld
-from muon_jax._matrix_update import MatrixUpdate
-from muon_jax._momentum import check_mu_dtype, momentum_dtype
-from muon_jax._orthogonalize import Iteration, check_ns_dtype
-from muon_jax._paths import is_absent, show
-from muon_jax._plan import PlannedLeaf
-from muon_jax._planner import make_plan
-from muon_jax._polynomials import resolve_schedule
-from muon_jax._preconditioning import Preconditioning, check_preconditioning
-from muon_jax._record import note_plan, note_state
+from muon_jax._leaves import decide_in_update, decide_leaves
+from muon_jax._mesh.cost import MeshCosts
+from muon_jax._mesh.specs import AnyMesh
+from muon_jax._mesh.zero1 import resolve_zero1
+from muon_jax._muon_step import MuonState, resolve_step
+from muon_jax._orthogonalize import resolve_iteration
+from muon_jax._preconditioning import Preconditioning
 from muon_jax._routes import Route
-from muon_jax._routing import DimensionNumbers, route_leaves
-from muon_jax._scaling import (
-    DEFAULT_RMS,
-    DefaultRMS,
-    ShapeFunction,
-    UpdateScale,
-    check_update_scale,
-    resolve_update_scale,
-)
-from muon_jax._specs import AnyMesh
-from muon_jax._split_heads import Heads, resolve_heads
-from muon_jax._zero1 import resolve_zero1
-
-
-class MuonState(NamedTuple):
-    """State of `scale_by_muon`.
-
-    Attributes:
-      count: the number of updates so far, int32.
-      mu: the momentum, shaped like the parameters.
-    """
-
-    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
-    mu: PyTree
+from muon_jax._routing.route_leaves import DimensionNumbers, route_leaves
+from muon_jax._scaling import DEFAULT_RMS, DefaultRMS, ShapeFunction, UpdateScale
 
 
 @injectable
@@ -131,43 +98,28 @@ def scale_by_muon(
       ... )
       >>> state = tx.init({"kernel": jnp.ones((8, 4))})
     """
-    check_scalar("beta", beta, below=1.0)
-    iteration = Iteration(
-        resolve_schedule(ns_coeffs, ns_steps),
-        check_preconditioning(preconditioning),
-        check_ns_dtype(ns_dtype),
-    )
-    weight_dimension_numbers, param_specs = map(unheld, (weight_dimension_numbers, param_specs))
-    scale = resolve_update_scale(consistent_rms, unheld(update_scale))
-    matrix_update = MatrixUpdate(
-        iteration, scale, check_bool("adaptive", adaptive), beta, check_bool("nesterov", nesterov)
-    )
+    weight_dimension_numbers = unheld(weight_dimension_numbers)
     resolve_heads(heads)
-    group_bytes = check_group_bytes(max_group_bytes, DEFAULT_MAX_GROUP_BYTES)
-    mu_dtype = check_mu_dtype(mu_dtype)
-    zero1 = resolve_zero1(mesh, zero1_axes, param_specs, mesh_costs)
+    zero1 = resolve_zero1(mesh, zero1_axes, unheld(param_specs), mesh_costs)
+    step = resolve_step(
+        zero1,
+        resolve_iteration(ns_coeffs, ns_steps, preconditioning, ns_dtype),
+        consistent_rms=consistent_rms,
+        update_scale=unheld(update_scale),
+        beta=beta,
+        nesterov=nesterov,
+        adaptive=adaptive,
+        mu_dtype=mu_dtype,
+        max_group_bytes=max_group_bytes,
+    )
 
-    def init_fn(params: PyTree) -> MuonState:
-        routes, structure = _matrix_routes(params, weight_dimension_numbers, heads)
-        for route in routes:  # before a function of theirs fails inside a step, far from its leaf
-            for _, fan_in, fan_out in (view.matrices for view in _views(route).views):
-                check_update_scale(scale, fan_in, fan_out, show(route.path))
-        leaves = jax.tree.leaves(params)
-        dtypes = [momentum_dtype(mu_dtype, jnp.result_type(leaf)) for leaf in leaves]
-        count = jnp.zeros([], jnp.int32)
-        if zero1 is None:
-            zeros = [jnp.zeros_like(p, dtype=d) for p, d in zip(leaves, dtypes, strict=True)]
-        else:
-            layouts = zero1.layouts(params, routes)
-            paths = [route.path for route in routes]
-            note_state("muon", paths, layouts, [[dtype] for dtype in dtypes])
-            zeros = zero1.zeros([*zip(layouts, dtypes, strict=True)])
-            (count,) = zero1.replicate([count])
-        return MuonState(count, structure.unflatten(zeros))
+    def init_fn(params: PyTree) -> Any:
+        routes, _ = _matrix_routes(params, weight_dimension_numbers, heads)
+        leaves = decide_leaves(zero1, params, routes)
+        step.check(leaves)
+        return step.on(leaves).init(params)
 
-    def update_fn(
-        updates: PyTree, state: Any, params: PyTree | None = None
-    ) -> tuple[PyTree, MuonState]:
+    def update_fn(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, Any]:
         if not isinstance(state, MuonState):
             raise TypeError(
                 f"scale_by_muon was given a state of type {type(state).__name__}; expected the "
@@ -176,36 +128,8 @@ def scale_by_muon(
         routes, structure = _matrix_routes(state.mu, weight_dimension_numbers, heads)
         mu = jax.tree.leaves(state.mu)
         gradients = gradient_leaves(structure, updates, mu, routes)
-        present = [i for i, g in enumerate(gradients) if not is_absent(g)]
-        views = [_views(routes[i]) for i in present]
-        arrays = ([gradients[i] for i in present], [mu[i] for i in present])
-        if zero1 is None:
-            new = batched_update(views, matrix_update, *arrays, group_bytes)
-        else:
-            layouts = zero1.layouts_in_update(structure, params, gradients, mu, routes)
-            leaves = [
-                PlannedLeaf(
-                    view, layouts[i], iteration.storage_dtype(gradients[i], mu[i]), mu[i].dtype
-                )
-                for i, view in zip(present, views, strict=True)
-            ]
-            plan = make_plan(
-                leaves,
-                zero1.sizes,
-                zero1.axes,
-                steps=len(iteration.schedule),
-                max_group_bytes=group_bytes,
-                whole_result=matrix_update.is_measured,
-                costs=zero1.costs,
-            )
-            note_plan(plan, leaves)
-            new = distributed_update(zero1, plan, leaves, matrix_update, *arrays)
-        for old, values in zip((gradients, mu), new, strict=True):
-            for i, value in zip(present, values, strict=True):
-                old[i] = value
-        return structure.unflatten(gradients), MuonState(
-            jnp.asarray(optax.safe_increment(state.count)), structure.unflatten(mu)
-        )
+        leaves = decide_in_update(zero1, structure, params, gradients, mu, routes)
+        return step.on(leaves).update(updates, state)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -223,8 +147,3 @@ def _matrix_routes(
                 "weight_dimension_numbers."
             )
     return routes, structure
-
-
-def _views(route: Route) -> Any:
-    assert route.views is not None
-    return route.views

@@ -9,9 +9,10 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import jax
 from jax.core import Tracer
 
-from muon_jax._checks import Scalar, check_arity, check_scalar
+from muon_jax._common.checks import Scalar, check_arity, check_scalar
 
 ShapeFunction = Callable[[int, int], Scalar]
 
@@ -19,6 +20,7 @@ ADAMW_RMS = 0.2
 """The low end of AdamW's own update RMS, 0.2 to 0.4 (Liu et al. 2025, Section 2.2)."""
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AdjustedLR:
     """``rms * sqrt(max(fan_in, fan_out))``: the same update RMS for every shape.
@@ -33,6 +35,7 @@ class AdjustedLR:
         return self.rms * math.sqrt(max(fan_in, fan_out))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FixedScale:
     """The same factor for every matrix, such as ``0.2 * sqrt(hidden_size)``.
@@ -65,6 +68,7 @@ class ByShape:
         return value
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class UpdateNorm:
     """``rms / RMS(O)``: exactly this update RMS, measured on each matrix at each step.

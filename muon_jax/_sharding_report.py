@@ -6,15 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
-from muon_jax._muon import muon
-from muon_jax._paths import flatten_with_names, show
-from muon_jax._plan import Group, Part, PlannedLeaf, Split
-from muon_jax._record import Record, recording
-from muon_jax._specs import param_layouts, partition_spec, spec_axes
-from muon_jax._tables import in_units, table
+from muon_jax._common.paths import show
+from muon_jax._common.tables import in_units, table
+from muon_jax._leaves import Leaf
+from muon_jax._mesh.plan import Group, Part, PlannedLeaf, Split
+from muon_jax._mesh.specs import local_shape, spec_axes
+from muon_jax._mesh.zero1 import Zero1
+from muon_jax._muon import muon, optimizer_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class LeafRow:
 
     Attributes:
       path: the parameter's path.
-      group: ``"muon"`` or ``"adam"``.
+      optimizer: ``"muon"`` or ``"adam"``.
       param: the parameter's own PartitionSpec.
       state: the PartitionSpec of the parameter's state.
       state_bytes: bytes of the state on one device.
@@ -63,7 +65,7 @@ class LeafRow:
     """
 
     path: str
-    group: str
+    optimizer: str
     param: PartitionSpec
     state: PartitionSpec
     state_bytes: int
@@ -91,9 +93,9 @@ class ShardingReport:
     balance: float
     adam_gather_bytes: int
 
-    def state_bytes(self, group: str) -> int:
+    def state_bytes(self, optimizer: str) -> int:
         """Bytes of the state of ``"muon"`` or ``"adam"`` on one device."""
-        return sum(leaf.state_bytes for leaf in self.leaves if leaf.group == group)
+        return sum(leaf.state_bytes for leaf in self.leaves if leaf.optimizer == optimizer)
 
     def __str__(self) -> str:
         header = ("matrix", "matrices", "route", "owners", "padding")
@@ -113,7 +115,7 @@ class ShardingReport:
             )
             for row in self.rows
         ]
-        muon_state, adam_state = (_bytes(self.state_bytes(group)) for group in ("muon", "adam"))
+        muon_state, adam_state = (_bytes(self.state_bytes(name)) for name in ("muon", "adam"))
         lines = [
             f"per device and step, on {self.devices} devices:",
             *table(header, cells),
@@ -139,8 +141,8 @@ def _bytes(count: int) -> str:
 def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingReport:
     """How `muon` divides its work and its state over a mesh.
 
-    The optimizer is traced, not run, and reports what it decided: what the report says is what the
-    program does.
+    No step is run or traced: the report is made by the functions of shapes that the optimizer
+    itself calls, so what it says is what the program does.
 
     Args:
       params: arrays or `jax.ShapeDtypeStruct`s.
@@ -166,42 +168,40 @@ def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingRe
     """
     if mesh is None:
         raise ValueError("sharding_report needs mesh=, the mesh that muon is given.")
-    tx = muon(**{"learning_rate": 1e-3, **keywords}, mesh=mesh)
-    param_layouts(params, keywords.get("param_specs"), mesh)  # tracers would hide a sharding
-    with recording() as record:
-        jax.eval_shape(lambda p: tx.update(p, tx.init(p), p), params)
-    return _report(record, params)
-
-
-def _report(record: Record, params: PyTree) -> ShardingReport:
-    mesh = record.mesh
-    assert mesh is not None
-    sizes = dict(mesh.shape)
-    devices = math.prod(sizes.values())
-    rows, flops, share = [], 0, 0.0
-    if record.plan is not None:
-        plan, planned = record.plan
-        rows = [_row(group, planned, devices) for group in plan.groups]
-        flops = int(plan.flops.max())
-        share = sum(_matrices(group, planned) * group.flops_of_one for group in plan.groups)
-    leaves = []
-    for path, _ in flatten_with_names(params)[0]:
-        layout, entry = record.layouts[path], record.state[path]
-        unused = [a for a in sizes if sizes[a] > 1 and a not in spec_axes(layout.state)]
-        leaves.append(
-            LeafRow(
-                show(path),
-                entry.group,
-                partition_spec(layout.param, mesh),
-                partition_spec(layout.state, mesh),
-                entry.bytes,
-                math.prod(sizes[axis] for axis in unused),
-                any(axis in record.zero1_axes for axis in unused),
-            )
-        )
-    balance = flops * devices / share if share else 1.0
+    optimizer = optimizer_of(muon(**{"learning_rate": 1e-3, **keywords}, mesh=mesh))
+    decided, step, adam = optimizer.decide_first(params), optimizer.muon, optimizer.adam
+    zero1, rows, like = step.zero1, [], {"muon": [], "adam": []}
+    assert zero1 is not None
+    for param, leaf in zip(jax.tree.leaves(params), decided.leaves, strict=True):
+        name, dtype = leaf.route.optimizer, jnp.result_type(param)
+        like[name].append(jax.ShapeDtypeStruct(jnp.shape(param), dtype))
+        kept = (step if name == "muon" else adam).moments(dtype)
+        rows.append(_leaf_row(zero1, leaf, sum(moment.itemsize for moment in kept)))
+    momenta = [x.update(dtype=step.moments(x.dtype)[0]) for x in like["muon"]]
+    plan, planned = step.plan(decided.leaves_of("muon"), like["muon"], momenta)
+    devices, flops = math.prod(zero1.sizes.values()), int(plan.flops.max())
+    share = sum(_matrices(group, planned) * group.flops_of_one for group in plan.groups)
     return ShardingReport(
-        tuple(rows), tuple(leaves), devices, flops, balance, int(record.adam_gather)
+        tuple(_row(group, planned, devices) for group in plan.groups),
+        tuple(rows),
+        devices,
+        flops,
+        flops * devices / share if share else 1.0,
+        adam.gather_bytes(like["adam"], decided.leaves_of("adam")),
+    )
+
+
+def _leaf_row(zero1: Zero1, leaf: Leaf, itemsize: int) -> LeafRow:
+    sizes, layout = zero1.sizes, leaf.lies
+    unused = [a for a in sizes if sizes[a] > 1 and a not in spec_axes(layout.state)]
+    return LeafRow(
+        show(leaf.route.path),
+        leaf.route.optimizer,
+        layout.param_spec(zero1.mesh),
+        layout.state_spec(zero1.mesh),
+        math.prod(local_shape(layout.shape, layout.state, sizes)) * itemsize,
+        math.prod(sizes[axis] for axis in unused),
+        any(axis in zero1.axes for axis in unused),
     )
 
 
@@ -238,4 +238,4 @@ def _describe(parts: Sequence[Part], teams: int) -> list[str]:
 
 
 def _matrices(group: Group, leaves: Sequence[PlannedLeaf]) -> int:
-    return sum(leaves[m.leaf].views.views[m.view].matrices[0] for m in group.members)
+    return sum(leaves[m.leaf].views[m.view].matrices[0] for m in group.members)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from muon_jax._paths import flatten_with_names, show
+from muon_jax._common.paths import flatten_with_names, show
 from muon_jax._routes import Route
 
 
@@ -11,33 +11,39 @@ def check_state_of(state: Any, routes: Sequence[Route]) -> None:
     """Raise where the state of `muon` has not one momentum for each parameter, of its shape.
 
     Args:
-      state: as `optax.partition` keeps it; anything else is left to Optax.
-      routes: those of the parameters.
+      state: as `optax.partition` keeps it; one with other groups is left to Optax.
+      routes: the routes of the parameters.
 
     Raises:
       ValueError: with the leaf, what it is and what the state holds.
+      TypeError: for what is no state of `optax.partition`.
     """
-    groups = getattr(state, "inner_states", None)
-    if not isinstance(groups, dict) or not {"muon", "adam"} <= {*groups}:
+    if not hasattr(state, "inner_states"):
+        raise TypeError(
+            f"muon was given a state of type {type(state).__name__}; expected the one that its "
+            "init made, as tx.update(grads, state, params)."
+        )
+    states = state.inner_states
+    if not isinstance(states, dict) or not {"muon", "adam"} <= {*states}:
         return
     held = {
-        path: (group, tuple(moment.shape))
-        for group in ("muon", "adam")
-        for path, moment in flatten_with_names(groups[group].inner_state[0].mu)[0]
+        path: (optimizer, tuple(moment.shape))
+        for optimizer in ("muon", "adam")
+        for path, moment in flatten_with_names(states[optimizer].inner_state[0].mu)[0]
     }
     for route in routes:
-        group, shape = held.pop(route.path, (None, None))
-        if group is None:
+        optimizer, shape = held.pop(route.path, (None, None))
+        if optimizer is None:
             _refuse(f"it holds nothing for {show(route.path)}, shape {route.shape}")
         if shape != route.shape:
             _refuse(
                 f"{show(route.path)} has shape {route.shape}, but its momentum in the state has "
                 f"{shape}"
             )
-        if group != route.group:
+        if optimizer != route.optimizer:
             _refuse(
-                f"{show(route.path)}, shape {route.shape}, belongs to {route.group!r}, but its "
-                f"momentum is kept by {group!r}"
+                f"{show(route.path)}, shape {route.shape}, belongs to {route.optimizer!r}, but its "
+                f"momentum is kept by {optimizer!r}"
             )
     for path, (_, shape) in held.items():
         _refuse(f"it holds a momentum of {show(path)}, shape {shape}, which is no parameter")

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import reference
+
+from tests import reference
 
 Orthogonalizer = Callable[[Any], Any]
 

@@ -284,7 +284,7 @@ def main(args: Args | None = None, config: ModelConfig | None = None) -> None:
 
     Args:
         args: Left out, the command line's.
-        config: As for `train`.
+        config: An architecture, as for `train`.
     """
     make_sturdy()
     quieten_signals()

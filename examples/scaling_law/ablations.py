@@ -26,7 +26,7 @@ class Ablation:
     """One factor.
 
     Attributes:
-        name: In file names and options.
+        name: The name in file names and options.
         question: What it asks, and where the paper does.
         variants: Runs of each setting, seed by seed.
     """
@@ -45,7 +45,7 @@ def ablations(muon_of: Callable[[int], Run]) -> dict[str, Ablation]:
     """The declared ablations, by name.
 
     Args:
-        muon_of: From a number of layers to the run to which they are changes, tuned and
+        muon_of: Maps a number of layers to the run to which they are changes, tuned and
             compute-optimal.
     """
     muon, heads = muon_of(SIZE), muon_of(HEADS_SIZE)

@@ -30,9 +30,9 @@ class _Comparison(NamedTuple):
     Attributes:
         study: What was declared.
         law: AdamW's rates and batches.
-        records: Of all runs.
+        records: The records of all runs.
         days: Compute of AdamW's run at each size, in PFLOP/s-days.
-        shares: Of AdamW's tokens at each size, what each declared fraction came to in whole calls.
+        shares: What each declared fraction of AdamW's tokens came to at each size, in whole calls.
         cells: Losses `[seeds]`.
     """
 
@@ -49,7 +49,7 @@ def summarize(study: Study, records: Records) -> Summary:
 
     Args:
         study: What was declared; all of its runs are there.
-        records: Of every run.
+        records: The records of every run.
 
     Raises:
         KeyError: A run is missing.

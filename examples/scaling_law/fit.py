@@ -114,7 +114,7 @@ class DirectRatio(NamedTuple):
     """The share of tokens on which Muon reaches AdamW's loss, from runs of several lengths.
 
     Attributes:
-        ratio: Between the two lengths whose losses enclose AdamW's, both axes logarithmic.
+        ratio: The ratio between two lengths whose losses enclose AdamW's, both axes logarithmic.
         inside: Whether there are such; else it is on the line through all of them.
     """
 
@@ -179,10 +179,10 @@ def bootstrap(
 
     Args:
         losses: Losses of every cell, seed by seed.
-        statistic: From such losses to numbers by name.
-        group: From a cell to what its seeds are drawn with.
-        groups: From the name of a number to how many groups it is made of.
-        seed: Of the resampling.
+        statistic: A function from such losses to numbers by name.
+        group: A function from a cell to what its seeds are drawn with.
+        groups: The number of groups that each named number is made of.
+        seed: The seed of the resampling.
         resamples: How many.
 
     Returns:

@@ -39,7 +39,7 @@ def per_token(
         hidden: Width of the model.
         layers: Its layers.
         attention_width: Heads times the mean width of queries and values.
-        sequence_length: Of the sequences.
+        sequence_length: Tokens in a sequence.
         vocab: Columns of the head.
     """
     # Two products of T/2 keys on average, 2 FLOPs each, three times: forward and twice backward.
@@ -51,7 +51,7 @@ def newton_schulz(shapes: Iterable[tuple[int, int]], ns_coeffs: str, ns_steps: i
     """FLOPs of orthogonalizing matrices of these shapes once.
 
     Args:
-        shapes: Of each matrix, either side first.
+        shapes: The shape of each matrix, either side first.
         ns_coeffs: A schedule's name.
         ns_steps: Its steps, or None for its own number.
     """

@@ -95,8 +95,8 @@ def make_model(run: Run, key: jax.Array, *, unroll: bool = False) -> LanguageMod
 
     Args:
         run: Its size and family.
-        key: Of the initial weights.
-        unroll: As in `Execution`: faster on a CPU, and the same otherwise.
+        key: The key of the initial weights.
+        unroll: What `Execution` calls so: faster on a CPU, and the same otherwise.
     """
     execution = Execution(
         dtype=jnp.dtype(run.compute_dtype),

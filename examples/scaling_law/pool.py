@@ -61,7 +61,7 @@ class Pool:
 
     Args:
         store: Where records go, and where finished runs are found.
-        data: As for `load_corpus`.
+        data: The texts, as for `load_corpus`.
         jobs: Runs at a time, each with a core of its own where there are as many.
         accelerator: Train in this process, on JAX's own device, one run after the other.
     """

@@ -44,12 +44,12 @@ class Run:
         layers: Layers, and heads.
         head_dim: Width of a head; the model is `layers * head_dim` wide.
         sequence_length: Predicted bytes per sequence.
-        compute_dtype: Of the products.
+        compute_dtype: The dtype of the products.
         tokens: Bytes to train on, rounded to whole calls of `STEPS_PER_CALL` steps.
         batch: Sequences per step.
         learning_rate: The peak, for all parameters.
         weight_decay: Decoupled, on all parameters.
-        seed: Of the initial weights and of the data's order. Optimizers share both.
+        seed: The seed of the initial weights and of the data's order. Optimizers share both.
         optimizer: "adamw" or "muon".
         scale: Muon's update scale: Eq. 4 ("adjusted_lr"), Eq. 5 ("baseline"), Eq. 6
             ("update_norm").

@@ -49,7 +49,7 @@ def report(
     Args:
         folder: Where `runs.jsonl` is.
         corpus: Hash of the corpus whose runs are reported; None where there is but one.
-        studies: By name; ablations belong to the one named "main".
+        studies: The studies by name; ablations belong to the one named "main".
 
     Returns:
         What `summary.json` holds: a summary for each study by name, and "ablations" by theirs.

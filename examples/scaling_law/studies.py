@@ -28,13 +28,13 @@ class Study:
     Attributes:
         sizes: Layers of the reported models.
         grids: Sizes at which AdamW is tuned, on the tuning files, with their grids.
-        seeds: Of the reported runs.
-        fractions: Of the compute-optimal tokens, on which Muon trains besides all of them, each
+        seeds: The seeds of the reported runs.
+        fractions: Parts of the compute-optimal tokens, on which Muon trains besides all, each
             run with its own whole schedule.
         part: Which files are reported.
         head_dim: Width of a head.
         sequence_length: Predicted bytes per sequence.
-        compute_dtype: Of the products.
+        compute_dtype: The dtype of the products.
     """
 
     sizes: tuple[int, ...]

@@ -27,7 +27,7 @@ from examples.scaling_law import protocol
 from examples.scaling_law.corpus import Corpus
 from examples.scaling_law.models import flops_of, make_model, muon_heads, muon_leaves, parameters_of
 from examples.scaling_law.protocol import STEPS_PER_CALL, Run
-from muon_jax import FixedScale, UpdateNorm, group_rms, muon
+from muon_jax import FixedScale, UpdateNorm, muon, rms_by_optimizer
 
 Record = dict[str, Any]
 
@@ -201,7 +201,7 @@ def _programs(run: Run) -> _Programs:
     def loss_fn(params: nnx.State, bias: nnx.State, tokens_bt: jax.Array):
         return next_token_loss(nnx.merge(graphdef, params, bias), tokens_bt)
 
-    rms_of = functools.partial(group_rms, muon_weight_dimension_numbers=muon_leaves(run))
+    rms_of = functools.partial(rms_by_optimizer, muon_weight_dimension_numbers=muon_leaves(run))
 
     def step(state: TrainState, xs: tuple[jax.Array, jax.Array]):
         tokens_bt, rate = xs

@@ -83,7 +83,7 @@ def fit_law(bowls: Mapping[float, Bowl]) -> TunedLaw:
     """Power laws through the bottoms, by least squares in the logarithms.
 
     Args:
-        bowls: By compute, in FLOPs. A single one gives constants.
+        bowls: The bowls by compute, in FLOPs. A single one gives constants.
     """
     compute = np.log(np.array(list(bowls)))
     lines = []

@@ -4,7 +4,6 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import lora_toy
 import numpy as np
 import optax
 import pytest
@@ -28,6 +27,7 @@ from examples.moonlight.model.experts import EXPERT_STACKS, Experts, RouterBias
 from examples.moonlight.model.language_model import count_parameters, next_token_loss
 from examples.moonlight.model.layers import Linear, scan_layers, stack_layers
 from muon_jax import muon
+from tests.finetune import lora_toy
 
 # Sums in another order, over the largest entry; measured 8e-7 and, of gradients, 1.7e-6.
 LOGITS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 2e-5

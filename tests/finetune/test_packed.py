@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import lora_toy
 import numpy as np
 import pytest
 from flax import nnx
@@ -12,6 +11,7 @@ from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelSharding, make_mesh
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.packed import Packed
+from tests.finetune import lora_toy
 
 # Logits reach 24; measured 1.0e-5.
 LOGITS_TOLERANCE = 5e-5

@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import lora_toy
 import numpy as np
-import peft
 import pytest
-import torch
-import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -26,9 +22,17 @@ from examples.moonlight.hf_export import export_pretrained
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
 from examples.moonlight.model.experts import RouterBias
+from tests.finetune import lora_toy
 
-# peft 0.21 asks transformers 5.24 for what it will lose in version 6.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+torch = pytest.importorskip("torch", reason="torch is part of the test extra")
+transformers = pytest.importorskip("transformers", reason="transformers is part of the test extra")
+peft = pytest.importorskip("peft", reason="peft is part of the test extra")
+
+pytestmark = [
+    pytest.mark.one_stack,
+    # peft 0.21 asks transformers 5.24 for what it will lose in version 6.
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated"),
+]
 
 TOKENS = np.random.default_rng(3).integers(0, 62, (2, 14)).astype(np.int32)
 

@@ -1,5 +1,5 @@
 """Programs that several tests of the example run are compiled once."""
 
-from compiled_once import compiled_once, unchecked_shapes
+from tests.compiled_once import compiled_once, unchecked_shapes
 
 __all__ = ["compiled_once", "unchecked_shapes"]

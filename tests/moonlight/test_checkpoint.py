@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks.damage import DAMAGE
+from benchmarks.endurance.damage import DAMAGE
 from examples.moonlight.common.program import ThreadsLeft
 from examples.moonlight.run_folder import seal
 from examples.moonlight.run_folder.checkpoint import (

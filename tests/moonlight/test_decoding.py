@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hf_toy
 import jax
 import jax.monitoring
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from examples.moonlight.generation.sampling import Sampling, draw, likeliest
 from examples.moonlight.huggingface.pretrained import abstract_model, load_pretrained
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
+from tests.moonlight import hf_toy
 
 CONFIG = dataclasses.replace(hf_toy.MOONLIGHT, vocab_size=300, max_position_embeddings=64)
 LENGTH, CHUNK = 40, 4

@@ -21,6 +21,8 @@ from examples.moonlight.model.language_model import count_parameters, next_token
 from examples.moonlight.training.steps import TrainState, make_train_steps
 from muon_jax import muon, routing_report
 
+pytestmark = pytest.mark.one_stack
+
 # Logits reach 27; measured 2.0e-5.
 LOGITS_TOLERANCE = 1e-4
 # float32 sums in another order: of the loss, measured 1.2e-7; of a gradient's largest
@@ -192,7 +194,7 @@ def test_the_gradients_of_a_tied_matrix_add_up(plain):
 def test_muon_trains_the_matrices_and_adamw_the_rest():
     params = split(dataclasses.replace(TOY, tie_word_embeddings=False))[1]
     rows = routing_report(params).rows
-    routes = {tuple(row.path.split("/")): row.group for row in rows}
+    routes = {tuple(row.path.split("/")): row.optimizer for row in rows}
     kernels = {path for path in routes if path[-1] == "kernel" and path[0] == "layers"}
     assert len(kernels) == 7 and len(routes) == 15
     assert {path for path, group in routes.items() if group == "muon"} == kernels

@@ -12,7 +12,6 @@ import os
 import time
 from pathlib import Path
 
-import hf_toy
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -32,6 +31,9 @@ from examples.moonlight.huggingface.config import FAMILIES, config_fields, read_
 from examples.moonlight.huggingface.files import TensorFiles
 from examples.moonlight.huggingface.pretrained import check_pretrained
 from examples.moonlight.model.dense import DenseConfig
+from tests.moonlight import hf_toy
+
+pytestmark = pytest.mark.one_stack
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 SECONDS = 10

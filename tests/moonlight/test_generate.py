@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import hf_toy
 import jax
 import pytest
 from rich.console import Console
@@ -23,6 +22,9 @@ from examples.moonlight.huggingface.pretrained import load_pretrained
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.run_folder.checkpoint import Checkpoints
 from examples.moonlight.run_folder.retention import Retention
+from tests.moonlight import hf_toy
+
+pytestmark = pytest.mark.one_stack
 
 CONFIG = dataclasses.replace(hf_toy.MOONLIGHT, vocab_size=300, max_position_embeddings=64)
 SPECIAL = ["[EOS]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", "<|im_system|>"]

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import math
 
-import hf_toy
 import pytest
 
 from examples.moonlight.huggingface import names as hf_names
 from examples.moonlight.huggingface.config import config_fields, parse_config, read_config
 from examples.moonlight.model.config import MoonlightConfig
+from tests.moonlight import hf_toy
+
+pytestmark = pytest.mark.one_stack
 
 PUBLISHED = MoonlightConfig.preset("moonlight-16b-a3b")
 

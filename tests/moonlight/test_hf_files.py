@@ -6,7 +6,6 @@ import json
 import math
 import pickle
 
-import hf_toy
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -25,6 +24,9 @@ from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
 from examples.moonlight.run_folder.checkpoint import Checkpoints
 from examples.moonlight.run_folder.retention import Retention
+from tests.moonlight import hf_toy
+
+pytestmark = pytest.mark.one_stack
 
 TOY = hf_toy.MOONLIGHT
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

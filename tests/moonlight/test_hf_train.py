@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-import hf_toy
 import numpy as np
 import pytest
-import toy
 from flax import nnx
 from tokenizers import Tokenizer, models
 
@@ -17,6 +15,9 @@ from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.run_folder import metrics
 from examples.moonlight.train import train
+from tests.moonlight import hf_toy, toy
+
+pytestmark = pytest.mark.one_stack
 
 
 def losses(run: Path, kind: str) -> list[float]:

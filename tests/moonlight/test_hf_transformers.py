@@ -9,7 +9,6 @@ import dataclasses
 import json
 from typing import Any, NamedTuple
 
-import hf_toy
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +31,9 @@ from examples.moonlight.huggingface.pretrained import load_pretrained
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.language_model import next_token_loss
+from tests.moonlight import hf_toy
+
+pytestmark = pytest.mark.one_stack
 
 TOKENS = np.random.default_rng(3).integers(0, 62, (2, 14))
 

@@ -5,12 +5,10 @@ import json
 import math
 import os
 
-import hf_toy
 import ml_dtypes
 import numpy as np
 import pytest
 import transformers
-from hostile import bounded, edit_json, raw_safetensors, sparse
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
@@ -27,6 +25,10 @@ from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
+from tests.moonlight import hf_toy
+from tests.moonlight.hostile import bounded, edit_json, raw_safetensors, sparse
+
+pytestmark = pytest.mark.one_stack
 
 BIG = 10**9
 TENSORS = {name: hf_toy.hard_tensors(config) for name, config in hf_toy.FAMILIES.items()}

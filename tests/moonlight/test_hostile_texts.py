@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hostile import bounded, edit_json, sparse
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from examples.moonlight.common import program
@@ -22,6 +21,9 @@ from examples.moonlight.data.tokenizer import _last_merge, encode_text, load_tok
 from examples.moonlight.generate import read_prompts
 from examples.moonlight.generation.chat import Message, load_chat_template
 from examples.moonlight.generation.template_process import Limits, TemplateProcess
+from tests.moonlight.hostile import bounded, edit_json, sparse
+
+pytestmark = pytest.mark.one_stack
 
 HELLO = [Message("user", "hello")]
 

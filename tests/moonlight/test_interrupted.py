@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import rich
-import toy
 from rich.console import Console
 
 from examples.moonlight import train as program
@@ -21,6 +20,7 @@ from examples.moonlight.run_folder.lock import FolderInUse, FolderLost, RunLock
 from examples.moonlight.train import train
 from examples.moonlight.training import loop
 from examples.moonlight.training.stopping import SIGNALS, Stopped
+from tests.moonlight import toy
 
 
 @pytest.fixture(scope="module", name="whole")

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -30,6 +29,7 @@ from examples.moonlight.model.language_model import next_token_loss
 from examples.moonlight.model.moonlight import Moonlight
 from examples.moonlight.run_folder import metrics
 from examples.moonlight.train import train
+from tests.moonlight import toy
 
 CUBE, FLAT = "data=2,expert=2,tensor=2", "data=8"
 

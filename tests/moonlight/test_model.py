@@ -6,7 +6,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import moonlight_reference as reference
 import numpy as np
 import pytest
 from flax import nnx
@@ -22,6 +21,7 @@ from examples.moonlight.model.moonlight import (
     parameter_counts,
     update_router_bias,
 )
+from tests.moonlight import moonlight_reference as reference
 
 # Largest difference of logits, which reach 5; measured 4.8e-6.
 FORWARD_TOLERANCE = 2e-5

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import toy
 from flax import nnx
 
 from examples.moonlight.model.dense import Dense
@@ -24,6 +23,9 @@ from examples.moonlight.training.results import STABILITY
 from examples.moonlight.training.stability_plot import draw_stability
 from examples.moonlight.training.steps import TrainState, make_train_steps
 from muon_jax import GroupedQuery, muon, qk_clip, routing_report
+from tests.moonlight import toy
+
+pytestmark = pytest.mark.one_stack
 
 RATE = 1e-6  # so small that the logits of a step are those of the weights before it
 NEVER = 1e30
@@ -80,6 +82,7 @@ def test_muonclip_brings_every_head_to_the_threshold(run):
     np.testing.assert_allclose(unclipped.stats.max_logit_lh, before_lh, rtol=1e-2)
 
 
+@pytest.mark.bits
 def test_below_the_threshold_muonclip_is_muon(run):
     plain, plain_metrics, watched = run("muon")
     clip, clip_metrics, _ = run("muonclip")
@@ -172,7 +175,7 @@ def test_every_matrix_of_muon_is_in_one_group(run):
     for row in routing_report(run.params).rows:
         kind = row.path.removeprefix("first_layers/0/").removeprefix("layers/")
         kind = kind.removesuffix("/kernel")
-        assert (monitors.group_of(kind) is not None) == (row.group == "muon"), row.path
+        assert (monitors.group_of(kind) is not None) == (row.optimizer == "muon"), row.path
     assert monitors.group_of("self_attn/k_proj") == "AttnKV"
 
 

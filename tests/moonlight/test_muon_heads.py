@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import toy
 from flax import nnx
 from rich.console import Console
 
@@ -15,6 +14,9 @@ from examples.moonlight.huggingface.config import ModelConfig
 from examples.moonlight.training.job import make_job
 from examples.moonlight.training.learner import Learner, make_learner
 from muon_jax import map_matrices, orthogonalize
+from tests.moonlight import toy
+
+pytestmark = pytest.mark.one_stack
 
 C = toy.CONFIG
 # The axis of each projection's heads, in a stack of layers, and the width of one.
@@ -131,6 +133,7 @@ def test_groups_that_cut_key_heads_apart_are_refused(folder: Path):
         make_job(args, config)
 
 
+@pytest.mark.bits
 def test_a_group_of_all_heads_is_the_joint_matrix(folder: Path):
     _, groups = weights_and_updates(learner_of(folder, muon_heads="groups", muon_heads_per_group=2))
     _, joint = weights_and_updates(learner_of(folder))

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import toy
 
 from examples.moonlight.run_folder import metrics
 from examples.moonlight.run_folder.checkpoint import kept_steps
 from examples.moonlight.train import train
 from examples.moonlight.training import loop, steps
 from examples.moonlight.training.nonfinite import Skipped, guard, unwrap, wrap
+from tests.moonlight import toy
 
 # A token that only the tests' own batches hold.
 POISON = 299

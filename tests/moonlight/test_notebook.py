@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import matplotlib.image
 import nbformat
 import pytest
-import toy
 from nbclient import NotebookClient
 
 from examples.colab import clean as clean_module
 from examples.colab.clean import METADATA, NOTEBOOK, clean
+from tests.moonlight import toy
+
+pytestmark = pytest.mark.one_stack
 
 TEXT = NOTEBOOK.read_text(encoding="utf-8")
 CELLS = {cell.id: cell for cell in nbformat.reads(TEXT, as_version=4).cells}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import toy
 
 from examples.moonlight.data import batches
 from examples.moonlight.data.sources import parse_mixes
@@ -15,6 +14,9 @@ from examples.moonlight.run_folder import branching, checkpoint, metrics
 from examples.moonlight.schedule.stages import make_plan
 from examples.moonlight.train import train
 from examples.moonlight.training import args, loop
+from tests.moonlight import toy
+
+pytestmark = pytest.mark.one_stack
 
 # Three steps of warmup, by two sequences; after the fourth step, four; one that rises again.
 STAGES = {"warmup": 3, "decay": 57, "cooldown": 62}

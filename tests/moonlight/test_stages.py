@@ -16,6 +16,8 @@ from examples.moonlight.schedule.plan import Plan
 from examples.moonlight.schedule.stages import make_plan, plan_table
 from examples.moonlight.training.args import RECIPES, Args, resolve
 
+pytestmark = pytest.mark.one_stack
+
 
 def plan_of(*, mixes=(), bias_rate: float = 1e-3, **changes) -> Plan:
     recipe = resolve(Args(output_dir=Path(), **changes))

@@ -18,6 +18,8 @@ from examples.moonlight.data.tokenizer import (
 )
 from examples.moonlight.generation.chat import END, MIDDLE, ROLES, Message, load_chat_template
 
+pytestmark = pytest.mark.one_stack
+
 # In the order of the published ids, with a gap that no name is given for.
 SPECIAL = ["[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>", None, "[EOT]"]
 SPECIAL += ["<|im_system|>", None, None, "<|im_middle|>"]

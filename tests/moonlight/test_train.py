@@ -19,7 +19,6 @@ import matplotlib.image
 import numpy as np
 import optax
 import pytest
-import toy
 from rich.console import Console
 
 from examples.moonlight import generate
@@ -29,6 +28,7 @@ from examples.moonlight.run_folder import metrics
 from examples.moonlight.run_folder.checkpoint import kept_steps
 from examples.moonlight.train import train
 from examples.moonlight.training.steps import StepMetrics, make_train_steps
+from tests.moonlight import toy
 
 # Of a run whose experts have no capacity.
 MEASURED = [name for name in StepMetrics._fields if name != "dropped_share"]
@@ -246,6 +246,7 @@ def test_accumulated_micro_batches_equal_one_batch(program):
     assert 0 < jnp.abs(bias).max() <= 2 * 2e-3
 
 
+@pytest.mark.bits
 def test_calls_of_any_length_and_batch_compute_the_same_bits(program):
     take, steps = program
     micro = np.array([4, 2, 4], np.int32)

@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import small
-
 from examples.scaling_law.protocol import Run, to_json
 from examples.scaling_law.store import Store
+from tests.scaling_law import small
 
 ROOT = Path(__file__).parents[2]
 STARTED = "started.txt"

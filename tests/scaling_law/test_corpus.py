@@ -17,6 +17,8 @@ from examples.scaling_law.corpus import (
 )
 from examples.scaling_law.protocol import Run
 
+pytestmark = pytest.mark.one_stack
+
 FILES = 60
 
 

@@ -12,6 +12,8 @@ from scipy.optimize import curve_fit
 from examples.scaling_law import fit
 from examples.scaling_law.fit import Interval, Law, bootstrap
 
+pytestmark = pytest.mark.one_stack
+
 # Exact data: measured 4e-13 for three parameters; where the third is 0, at the bound of its range,
 # 4e-5.
 EXACT, EXACT_AT_BOUND = 1e-9, 2e-4

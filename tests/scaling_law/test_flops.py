@@ -14,6 +14,8 @@ from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.language_model import count_parameters, next_token_loss
 from examples.scaling_law.flops import PETAFLOP_DAY, newton_schulz, per_token
 
+pytestmark = pytest.mark.one_stack
+
 # XLA also counts norms, softmax and the like: measured 0.6% to 1.3% of a model, and 1.1% of a step.
 MODEL_TOLERANCE, STEP_TOLERANCE = 0.02, 0.02
 

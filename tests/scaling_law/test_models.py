@@ -63,7 +63,7 @@ def test_the_table_1_mlp_has_two_layers_and_muon_gets_them():
     assert isinstance(model, models.TwoLayerDense)
     params = nnx.state(model, nnx.Param)
     rows = {row.path: row for row in routing_report(params).rows if "/mlp/" in row.path}
-    shapes = {path: (row.shape, row.group) for path, row in rows.items()}
+    shapes = {path: (row.shape, row.optimizer) for path, row in rows.items()}
     assert shapes == {
         "layers/mlp/up_proj/kernel": ((3, 48, 192), "muon"),
         "layers/mlp/down_proj/kernel": ((3, 192, 48), "muon"),
@@ -230,9 +230,9 @@ def test_muon_gets_the_leaves_that_are_named_and_keeps_its_own(leaves):
     params = nnx.state(abstract(run), nnx.Param)
     leaves_of = models.muon_leaves(run)
     rows = routing_report(params, muon_weight_dimension_numbers=leaves_of).rows
-    muon = {row.path.split("/")[0] for row in rows if row.group == "muon"}
+    muon = {row.path.split("/")[0] for row in rows if row.optimizer == "muon"}
     assert muon == {"layers", *leaves}
-    assert sum(row.group == "muon" for row in rows) == 7 + len(leaves)
+    assert sum(row.optimizer == "muon" for row in rows) == 7 + len(leaves)
 
 
 def test_a_leaf_that_is_not_there_raises():

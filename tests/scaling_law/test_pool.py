@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-import small
 
 from examples.scaling_law.pool import Pool, describe, estimate
 from examples.scaling_law.store import RUNS, Store
+from tests.scaling_law import small
+
+pytestmark = pytest.mark.one_stack
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,6 +8,8 @@ import pytest
 from examples.scaling_law import protocol
 from examples.scaling_law.protocol import STEPS_PER_CALL, Run, from_json, to_json
 
+pytestmark = pytest.mark.one_stack
+
 RUN = Run(part="study", layers=2, tokens=50_000, batch=4, learning_rate=4e-3, optimizer="muon")
 
 # Another value for every field, and as few other changes as a valid run allows.

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import matplotlib.image
 import pytest
-import small
 
 from examples.scaling_law import __main__ as command
 from examples.scaling_law import ablations, report, tables
 from examples.scaling_law.store import RUNS
 from examples.scaling_law.studies import QUICK, STUDIES, Grid
+from tests.scaling_law import small
+
+pytestmark = pytest.mark.one_stack
 
 TOY = dataclasses.replace(
     QUICK,

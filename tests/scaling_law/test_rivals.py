@@ -4,10 +4,9 @@ import time
 from pathlib import Path
 
 import pytest
-import rivals
-import small
 
 from examples.scaling_law.store import CLAIMS, RUNS, Store, read_runs
+from tests.scaling_law import rivals, small
 
 TIMEOUT = 240
 

@@ -8,7 +8,6 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from small import RUN, make_corpus
 
 from examples.moonlight.data.batches import Span, train_batches, validation_windows
 from examples.moonlight.model.language_model import next_token_loss
@@ -16,6 +15,9 @@ from examples.scaling_law.models import make_model
 from examples.scaling_law.protocol import STEPS_PER_CALL, VALIDATION_WINDOWS, Run
 from examples.scaling_law.training import learning_rates, train
 from muon_jax import MultiHead, muon
+from tests.scaling_law.small import RUN, make_corpus
+
+pytestmark = pytest.mark.one_stack
 
 CORPUS = make_corpus()
 

@@ -10,6 +10,8 @@ from scipy import stats
 
 from examples.scaling_law.tuning import Bowl, TunedLaw, find_bottom, fit_law
 
+pytestmark = pytest.mark.one_stack
+
 # A quadratic is recovered to rounding: measured 3.4e-13; a law, 1.3e-14.
 BOWL_TOLERANCE, LAW_TOLERANCE = 1e-10, 1e-11
 

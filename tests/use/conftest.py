@@ -1,5 +1,5 @@
 """Reading programs calls many small functions: their annotations are not checked here."""
 
-from compiled_once import unchecked_shapes
+from tests.compiled_once import unchecked_shapes
 
 __all__ = ["unchecked_shapes"]

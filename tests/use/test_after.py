@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from use_programs import S, arrays, data, ids, mean_square, read
 
 from muon_jax import by_use
+from tests.use.use_programs import S, arrays, data, ids, mean_square, read
 
 D, H, W, B, T = 16, 4, 8, 2, 7
 

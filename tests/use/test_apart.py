@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from use_programs import arrays, data, ids, mean_square, read
+
+from tests.use.use_programs import arrays, data, ids, mean_square, read
 
 E, D, F, B, C = 3, 4, 6, 5, 7
 STACK = ((1,), (2,))

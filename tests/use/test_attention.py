@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from use_programs import arrays, data, mean_square, read
 
 from muon_jax import GroupedQuery, MultiHead, by_use, muon, routing_report
+from tests.use.use_programs import arrays, data, mean_square, read
 
 D, H, W, KV = 12, 4, 6, 2
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
-from use_programs import arrays, data, mean_square, read
+
+from tests.use.use_programs import arrays, data, mean_square, read
 
 D, F = 12, 8
 MESH = jax.make_mesh((4,), ("m",), axis_types=(AxisType.Auto,))

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.extend.core import Primitive
-from use_programs import S, arrays, data, mean_square, read, verdicts
 
 import muon_jax
 from muon_jax import MuonDimensionNumbers, by_path, by_use, muon, routing_report
-from muon_jax._routing import route_leaves
+from muon_jax._routing.route_leaves import route_leaves
+from tests.use.use_programs import S, arrays, data, mean_square, read, verdicts
 
 D = 4
 
@@ -331,7 +331,7 @@ def test_the_line_to_write_folds_no_stack():
     declared = eval(code, {"muon_jax": muon_jax})
     roles = by_use(loss, params, data(7, D), declared=declared)
     routes, _ = route_leaves(params, roles)
-    matrices = {route.path[-1]: route.views.views[0].matrices for route in routes if route.views}
+    matrices = {route.path[-1]: route.views[0].matrices for route in routes if route.views}
     assert matrices == {"wi": (3, D, 6), "wo": (3, 6, D)}
 
 

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from use_programs import verdicts
 
 from examples.moonlight.huggingface.pretrained import abstract_model
 from examples.moonlight.model.config import MoonlightConfig
@@ -14,7 +13,8 @@ from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.language_model import next_token_loss
 from examples.moonlight.training.routing import read_roles
 from muon_jax import MuonDimensionNumbers, by_path, by_use
-from muon_jax._routing import route_leaves
+from muon_jax._routing.route_leaves import route_leaves
+from tests.use.use_programs import verdicts
 
 TINY = MoonlightConfig.preset("tiny")
 
@@ -31,7 +31,7 @@ def read_as(config, execution, **options):
 def routes(config, roles):
     _, params, _ = abstract_model(config, Execution())
     return {
-        route.path: (route.group, route.views and [view.matrices for view in route.views.views])
+        route.path: (route.optimizer, route.views and [view.matrices for view in route.views])
         for route in route_leaves(params, roles)[0]
     }
 

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from use_programs import arrays, data, ids, mean_square, read
 
 from muon_jax import by_use
+from tests.use.use_programs import arrays, data, ids, mean_square, read
 
 D, H, W, F, E, B, T, L = 16, 4, 8, 24, 3, 2, 7, 3
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from hypothesis import strategies as st
 from jax import lax
-from use_programs import S, ids, mean_square, read
 
 from muon_jax import by_use
+from tests.use.use_programs import S, ids, mean_square, read
 
 D, V, B, T = 8, 11, 2, 6
 TEMPTING = [

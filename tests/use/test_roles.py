@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from use_programs import S, arrays, data, ids, mean_square, read
 
 from muon_jax import by_path, by_use
+from tests.use.use_programs import S, arrays, data, ids, mean_square, read
 
 D_IN, D_OUT = (0,), (1,)
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from use_programs import data, ids, mean_square, read, verdicts
 
 from muon_jax import by_use, muon
+from tests.use.use_programs import data, ids, mean_square, read, verdicts
 
 IN_OUT, HEADS_OUT, HEADS_IN = ((0,), (1,)), ((0,), (1, 2)), ((0, 1), (2,))
 B, T, D, V = 2, 7, 12, 9

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from jax import lax
 
 import muon_jax  # noqa: F401 (registers the rules)
-from muon_jax._use.atoms import Digit, Gap, Part, length
-from muon_jax._use.labels import Label
-from muon_jax._use.reader import Reader
-from muon_jax._use.values import parameter
+from muon_jax._routing.use.atoms import Digit, Gap, Part, length
+from muon_jax._routing.use.labels import Label
+from muon_jax._routing.use.reader import Reader
+from muon_jax._routing.use.values import parameter
 
 
 def view_of(program, *shapes):

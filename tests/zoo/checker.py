@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 
 import muon_jax
-from muon_jax._paths import show
+from muon_jax._common.paths import show
 from muon_jax._routes import Route
-from muon_jax._routing import route_leaves
+from muon_jax._routing.route_leaves import route_leaves
 from tests.zoo.entries import Family, Verdict
 
 Routes = dict[str, Route]
@@ -70,7 +70,7 @@ def _same(verdict: Verdict, route: Route) -> str:
         return "warned"
     if route.views is None or verdict.axes is None:
         return "right" if (route.views is None) == (verdict.axes is None) else "wrong"
-    view = route.views.views[0]
+    view = route.views[0]
     found = ({*view.reduction}, {*view.output})
     right = ({*verdict.axes[0]}, {*verdict.axes[1]})
     if verdict.exchanged:

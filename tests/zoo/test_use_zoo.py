@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
-from compiled_once import unchecked_shapes
 
+from tests.compiled_once import unchecked_shapes
 from tests.zoo import entries
 from tests.zoo.built.blocks import Built, Part, cross_entropy
 from tests.zoo.checker import counts

@@ -99,8 +99,7 @@ def test_the_remedy_of_separate_heads_is_enough(name):
     assert len(routes) == len(family.leaves)
     heads = [path for path in routes if routes[path].spec != joint[path].spec]
     batches = [
-        (routes[path].views.views[0].matrices[0], joint[path].views.views[0].matrices[0])
-        for path in heads
+        (routes[path].views[0].matrices[0], joint[path].views[0].matrices[0]) for path in heads
     ]
     assert all(each >= whole for each, whole in batches)  # Gemma 2B has one head of keys
     assert any(each > whole for each, whole in batches)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import muon_jax
 from muon_jax import FusedBlocks, UseRoles, by_use
-from muon_jax._paths import show
+from muon_jax._common.paths import show
 from tests.zoo import built
 from tests.zoo.built.blocks import Built, Part
 from tests.zoo.checker import params_of

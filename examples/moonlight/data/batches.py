@@ -26,7 +26,7 @@ class Span(NamedTuple):
 
     Attributes:
         windows: How many.
-        weights: Of each source by name; a source that is left out is not read.
+        weights: The weight of each source by name; a source that is left out is not read.
     """
 
     windows: int
@@ -78,7 +78,7 @@ def train_batches(
         spans: The mixes, in order.
         sequence_length: Predicted tokens per window.
         batch_size: Windows per batch.
-        seed: Of every order.
+        seed: The seed of every order.
 
     Raises:
         ValueError: A source is shorter than one window.

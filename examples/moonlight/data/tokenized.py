@@ -38,7 +38,7 @@ class TokenizedCorpus(NamedTuple):
         corpus_hash: 16 hexadecimal digits over all documents and the tokenizer's settings.
         tokenizer: the byte-level BPE trained on the training documents.
         train: token ids, uint32 [N]; every document ends in ``END_OF_TEXT``.
-        validation: the same for the held-out documents.
+        validation: the tokens of the held-out documents, likewise.
     """
 
     corpus_hash: str
@@ -54,7 +54,7 @@ class TokenizedSources(NamedTuple):
         corpus_hash: 16 hexadecimal digits over all documents, their sources and the settings.
         tokenizer: the byte-level BPE trained on the training documents of all sources.
         train: token ids by source, uint32 [N]; every document ends in ``END_OF_TEXT``.
-        validation: the same for the held-out documents.
+        validation: the tokens of the held-out documents, likewise.
     """
 
     corpus_hash: str

@@ -132,7 +132,7 @@ def listed_ids(fields: Mapping[str, Any], name: str, path: Path, *, least: int =
 
     Args:
         fields: The file's content.
-        name: Of the field.
+        name: The field's name.
         path: The file, for messages.
         least: The smallest id; some files have -1 for none.
 

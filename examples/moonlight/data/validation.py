@@ -16,7 +16,7 @@ class Validation(NamedTuple):
         windows_kbt: int32 [batches, batch, time + 1].
         batches: How many of them each source has.
         shares: Each source's part of the held-out tokens.
-        bytes_per_token: Of the held-out text, by the same shares.
+        bytes_per_token: Bytes in a token of the held-out text, by the same shares.
     """
 
     windows_kbt: np.ndarray

@@ -108,7 +108,7 @@ def special_token(config: dict[str, Any], name: str, path: Path) -> str | None:
 
     Args:
         config: The file's content.
-        name: Of the token.
+        name: The token's name.
         path: The file, for messages.
 
     Raises:

@@ -71,7 +71,7 @@ def open_model(
     Args:
         folder: A Hugging Face directory, or the output folder of a training run.
         execution: How it will be run. In bfloat16, the parameters of a directory are bfloat16 too.
-        checkpoint: Of a run: "last", "best" by validation loss, or a step.
+        checkpoint: The checkpoint of a run: "last", "best" by validation loss, or a step.
         console: Shows progress; None shows none.
 
     Raises:

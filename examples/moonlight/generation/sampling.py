@@ -18,7 +18,7 @@ class Sampling:
     Attributes:
         temperature: Divides the logits; 0 takes the likeliest token, and ignores the rest.
         top_k: Draw from that many of the likeliest tokens; None is all.
-        top_p: Of those, draw from the fewest likeliest that together have this probability.
+        top_p: The probability, together, of the fewest likeliest of those; only they are drawn.
         seed: Seed of the draws.
 
     Raises:

@@ -65,7 +65,7 @@ def load_pretrained(
         folder: Holds `config.json` and safetensors, in one file or in shards, experts one by one or
             fused, in float32, bfloat16 or float16.
         execution: Its `sharding` says what lies where; None is one device.
-        param_dtype: Of the parameters: float32 for training, where lr * weight decay of 3e-5 would
+        param_dtype: The parameters' dtype: float32 to train, where lr * weight decay of 3e-5 would
             vanish in a bfloat16 weight; bfloat16 halves the memory of generation. Router biases are
             float32 in any case.
         console: Shows a progress bar; None shows none.
@@ -133,8 +133,8 @@ def check_pretrained(folder: Path) -> ModelConfig:
     it before.
 
     Raises:
-        FileNotFoundError: As `load_pretrained`.
-        ValueError: As `load_pretrained`, but for values, which are not read.
+        FileNotFoundError: Where `load_pretrained` would.
+        ValueError: Where `load_pretrained` would, but for values, which are not read.
     """
     with checked_files(folder) as (config, _, _):
         return config

@@ -43,7 +43,7 @@ def token_ids(source: Path | None, config: ModelConfig) -> TokenIds:
 
     Args:
         source: A `tokenizer.json`, or a folder that has one; None has no ids.
-        config: Of the model.
+        config: The model's configuration.
 
     Raises:
         FileNotFoundError: There is no such file, or no tokenizer in the folder.

@@ -54,7 +54,7 @@ class DecoderLayer(nnx.Module):
             `decode`.
         mlp: What follows it.
         hidden: Width of the residual stream.
-        eps: Of the norms.
+        eps: The epsilon of the norms.
         monitor: Whether to measure the outputs' mean squares.
     """
 
@@ -114,7 +114,7 @@ class ModelStats(NamedTuple):
         max_logit_lh: Largest attention logit, float32 `[layers, heads]`.
         hot_share_lh: Share of attention logits above 100, float32 `[layers, heads]`; monitored.
         attention_rms_l: RMS of what attention adds to the stream, float32 `[layers]`; monitored.
-        mlp_rms_l: The same of the MLP, or of the experts.
+        mlp_rms_l: RMS of what the MLP, or the experts, add, float32 `[layers]`; monitored.
         hits: Sum of the weights of the targets that have the largest logit, a float32 scalar; of
             `weighted_loss`.
     """
@@ -385,8 +385,8 @@ class ParameterCounts(NamedTuple):
 
     Attributes:
         total: Every trained parameter.
-        body: Those without the embedding and the head.
-        active: Those of the body that one token passes through.
+        body: Parameters without the embedding and the head.
+        active: Parameters of the body that one token passes through.
         router_bias: Balance biases, which are not trained and not in the other counts.
     """
 

@@ -319,7 +319,7 @@ def cached_attention(
         k_bshp: Every slot's key, slot s being position s; heads divide those of the queries.
         v_bshw: Every slot's value.
         position_bt: The new tokens' positions: each reads the slots up to its own.
-        scale: Of the logits.
+        scale: The factor on the logits.
 
     Returns:
         The output `[b, t, h, w]`, in the dtype of the values.

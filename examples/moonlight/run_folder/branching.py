@@ -71,8 +71,8 @@ def find_branch(
 
     Args:
         text: RUN@STEP, or None.
-        folder: Of the new run.
-        settings: Of the new run.
+        folder: The new run's folder.
+        settings: The new run's settings.
         spans: Its mixes of the data.
 
     Raises:

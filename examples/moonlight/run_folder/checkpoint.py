@@ -225,7 +225,7 @@ def check_checkpoint(directory: Path, step: int, *, only: str = "") -> None:
 
     Args:
         directory: The checkpoints of a run.
-        step: Of the checkpoint.
+        step: The checkpoint's step.
         only: An item: the others are not read.
 
     Raises:

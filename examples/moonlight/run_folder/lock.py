@@ -41,7 +41,7 @@ class RunLock:
     """Holds a folder that exists, from entering the context to leaving it.
 
     Args:
-        folder: Of a run.
+        folder: The run's folder.
 
     Raises:
         FolderInUse: On entering: another process holds it. Nothing was changed.

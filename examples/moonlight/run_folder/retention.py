@@ -44,7 +44,7 @@ class Retention:
         """The steps that stay.
 
         Args:
-            losses: Of every checkpoint, by step: the validation loss, of which the lowest is kept.
+            losses: The validation loss of every checkpoint by step, of which the lowest is kept.
                 None of one that was saved without a validation.
         """
         steps = sorted(losses)

@@ -52,7 +52,7 @@ class Outline:
     """A whole training in tokens.
 
     Attributes:
-        stages: In order.
+        stages: The stages in order.
         ramp: The batch sizes, in order; the last holds until the end.
         sequence_length: Predicted tokens per sequence.
     """

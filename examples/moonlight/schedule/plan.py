@@ -70,7 +70,7 @@ class Plan:
     """A whole training, step by step. Steps count from 0: step 0 is the first.
 
     Attributes:
-        segments: In order.
+        segments: The segments in order.
         sequence_length: Predicted tokens per sequence.
     """
 

@@ -32,7 +32,7 @@ def muon_heads(
     """What `muon` takes as `heads`.
 
     Args:
-        config: As for `attention_heads`.
+        config: The architecture, as for `attention_heads`.
         choice: What Muon takes for a matrix in attention's projections, as `Args.muon_heads`.
         heads_per_group: Query heads of a group; of "groups" alone.
 

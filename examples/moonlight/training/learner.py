@@ -29,7 +29,7 @@ class Learner:
     Attributes:
         job: What the run is to do.
         graphdef: The model's static half, in training.
-        inference: The same in validation and generation, in which no expert is ever full.
+        inference: The graph in validation and generation, in which no expert is ever full.
         counts: The model's parameters, counted.
         roles: Which parameters are matrices, as the model's own loss shows.
         optimizer: Clipping, the optimizer, and QK-Clip where it is asked for.

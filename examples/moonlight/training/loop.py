@@ -52,9 +52,9 @@ def compile_programs(
     """Compiles both programs ahead of the loop.
 
     Args:
-        train_steps: From `make_train_steps`.
-        validate: From `make_validate`.
-        state: Of the training; abstract or not.
+        train_steps: What `make_train_steps` returned.
+        validate: What `make_validate` returned.
+        state: The training's state; abstract or not.
         shardings: Where it lies.
         sharding: The devices.
         buffer_sabt: The tokens of a call, see `token_buffer`.
@@ -82,7 +82,7 @@ class Clock:
     """The seconds that a run took, in all its processes.
 
     Attributes:
-        step_seconds: Of these, in optimizer steps.
+        step_seconds: The seconds in optimizer steps.
     """
 
     def __init__(self):
@@ -159,7 +159,7 @@ class Run:
         spans: The mixes that they are read in.
         validation: The held-out windows.
         checkpoints: Where the state is saved.
-        lock: Of the run's folder: held, or nothing is saved.
+        lock: The lock of the run's folder: held, or nothing is saved.
         stop: Asked after each call whether to go on.
         log: Where losses and all else are recorded.
         history: The run's course so far.

@@ -49,8 +49,8 @@ class Watched(NamedTuple):
 
     Attributes:
         stats: The forward pass's statistics, over all micro-batches.
-        weight_rms: Of the weights after the step, from `layer_rms`.
-        update_rms: The same of the update, weight decay and clipping included, divided by the
+        weight_rms: The RMS of the weights after the step, from `layer_rms`.
+        update_rms: The RMS of the update, weight decay and clipping included, divided by the
             learning rate.
     """
 

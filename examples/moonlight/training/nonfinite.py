@@ -29,7 +29,7 @@ class Skipped(NamedTuple):
 
     Attributes:
         total: All of them.
-        in_a_row: Those since the last that was taken.
+        in_a_row: Updates left out since the last that was taken.
     """
 
     total: int = 0
@@ -49,8 +49,8 @@ def wrap(state: Any, on_nonfinite: OnNonfinite, skipped: Skipped, place: Any = N
     """What `guard`'s transformation has as its state, from what its optimizer has as its own.
 
     Args:
-        state: Of the optimizer; or its shardings.
-        on_nonfinite: As for `guard`.
+        state: The optimizer's state; or its shardings.
+        on_nonfinite: What `guard` was given.
         skipped: The updates that were left out so far.
         place: If `state` is a tree of shardings, that of a scalar.
     """

@@ -18,7 +18,7 @@ from examples.moonlight.model.moonlight import max_violation, update_router_bias
 from examples.moonlight.training.monitors import Watched, layer_rms
 from examples.moonlight.training.muonclip import logits_by_module
 from examples.moonlight.training.nonfinite import OnNonfinite, all_finite
-from muon_jax import UseRoles, group_rms
+from muon_jax import UseRoles, rms_by_optimizer
 
 
 class TrainState(NamedTuple):
@@ -49,7 +49,7 @@ def apply_gradients(
 
     Args:
         state: Before the step.
-        grads: Of the loss, like the parameters.
+        grads: The gradients of the loss, like the parameters.
         load_le: The tokens that each layer's experts were chosen by; None without experts.
         optimizer: What turns gradients into updates.
         bias_rate: How far a router bias goes.
@@ -78,7 +78,7 @@ class StepMetrics(NamedTuple):
         grad_norm: Global L2 norm of the gradient before clipping.
         update_rms_muon: RMS of the update over Muon's matrices, weight decay included, divided by
             the learning rate. The grouping is the same when AdamW trains them.
-        update_rms_adam: The same over all other parameters.
+        update_rms_adam: The RMS of the update over all other parameters.
         max_violation: Load imbalance of the worst layer, 0 when balanced; None without experts.
         max_attention_logit: Largest attention logit of any layer and head.
         dropped_share: Share of the tokens' choices that a capacity dropped; None without one.
@@ -175,7 +175,7 @@ def make_train_steps(
             state, grads, load_le, optimizer, bias_rate=bias_rate, max_logits=max_logits
         )
         learning_rate = jnp.asarray(schedule(step), jnp.float32)
-        update_rms = group_rms(updates, state.params, muon_weight_dimension_numbers=roles)
+        update_rms = rms_by_optimizer(updates, state.params, muon_weight_dimension_numbers=roles)
         measured = StepMetrics(
             loss=loss,
             learning_rate=learning_rate,

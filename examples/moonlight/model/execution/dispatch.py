@@ -45,7 +45,7 @@ class Layout:
         store: Stores parts of each.
         rest: All other axes of the mesh.
         devices: Size of `expert`.
-        dtype: Of products, and of weights that travel.
+        dtype: The dtype of products, and of weights that travel.
     """
 
     expert: str | None
@@ -118,11 +118,11 @@ class _Itinerary(NamedTuple):
 
     Attributes:
         order_m: Pairs (token * k + choice) by group, int32 `[n * k]`.
-        place_m: Of each pair, its place in that order: the inverse permutation.
+        place_m: The place of each pair in that order: the inverse permutation.
         start_g: Where each group begins in it.
         count_g: Pairs of each group.
-        group_m: Of each pair, by its number: its group,
-        rank_m: and its place in the group.
+        group_m: The group of each pair, by the pair's number.
+        rank_m: The place of each pair in its group, likewise.
     """
 
     order_m: jax.Array

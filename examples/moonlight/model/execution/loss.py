@@ -27,7 +27,7 @@ class _Plan:
     """What `_summed_loss` has to know besides arrays.
 
     Attributes:
-        dtype: Of the products.
+        dtype: The dtype of the products.
         block: Tokens at a time.
         vocab_axis: Mesh axis that shards the columns of the head, if any.
         store_axis: Mesh axis over which its rows are stored, if any.

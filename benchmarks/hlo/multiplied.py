@@ -1,0 +1,68 @@
+"""What a program multiplies, every loop as often as it runs."""
+
+import functools
+from collections import defaultdict
+from typing import Literal
+
+from benchmarks.hlo.calls import branches_of, calls_of
+from benchmarks.hlo.module import parse
+from benchmarks.hlo.products import product_flops
+from benchmarks.hlo.ragged import ragged_groups
+
+
+def flops(
+    text: str,
+    *,
+    assume_trip_count: int | None = None,
+    branches: Literal["heaviest", "mean"] = "heaviest",
+) -> float:
+    """FLOPs of one device's matrix products and convolutions, loops counted as often as they run.
+
+    Args:
+      text: what `compiled.as_text()` returns.
+      assume_trip_count: for loops whose trip count the text does not show.
+      branches: what a conditional counts as: its heaviest branch, the bound that holds for every
+        device, or the mean over branches.
+
+    Raises:
+      ValueError: if a trip count is unknown, or a library call multiplies in a way unknown here.
+    """
+    found = flops_by_scope(text, assume_trip_count=assume_trip_count, branches=branches)
+    return sum(found.values())
+
+
+def flops_by_scope(
+    text: str,
+    *,
+    assume_trip_count: int | None = None,
+    branches: Literal["heaviest", "mean"] = "heaviest",
+) -> dict[str, float]:
+    """The same, apart for each `jax.named_scope` path; "" where XLA dropped it.
+
+    Args and errors are those of `flops`.
+    """
+    module = parse(text)
+
+    @functools.cache
+    def inside(name: str) -> dict[str, float]:
+        computation, total = module.computations[name], defaultdict[str, float](float)
+
+        def add(found: dict[str, float], times: float, caller: str) -> None:
+            for scope, count in found.items():
+                total[scope or caller] += times * count
+
+        for instruction in computation.instructions.values():
+            scope = instruction.scope
+            if own := product_flops(instruction, computation):
+                total[scope] += own
+            options = [inside(branch) for branch in branches_of(instruction)]
+            if options and branches == "heaviest":
+                add(max(options, key=lambda found: sum(found.values())), 1, scope)
+            for option in options if branches == "mean" else ():
+                add(option, 1 / len(options), scope)
+            share = 1 / ragged_groups(instruction, module)
+            for callee, times in calls_of(instruction, name, module, assume_trip_count):
+                add(inside(callee), times * share, scope)
+        return total
+
+    return dict(inside(module.entry))

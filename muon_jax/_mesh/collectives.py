@@ -1,0 +1,102 @@
+"""The collectives of a `shard_map` body, moving bfloat16 as two bytes on every backend."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Inexact, Num
+
+from muon_jax._newton_schulz import Rows
+
+
+def all_to_all(
+    x: Num[Array, "devices *shape"], axes: Sequence[str]
+) -> Num[Array, "devices *shape"]:
+    """Send `x[i]` to device `i` along `axes` (row-major), and get its piece in that place."""
+    if not axes:
+        return x
+    return _moved(x, lambda bits: lax.all_to_all(bits, tuple(axes), 0, 0, tiled=True))
+
+
+def all_gather(x: Num[Array, "*shape"], axes: Sequence[str]) -> Num[Array, "devices *shape"]:
+    """Stack the arrays of all devices along `axes` (row-major), the same on each of them.
+
+    One axis at a time, which costs the same bytes: a gather over hundreds of TPU chips at once
+    becomes an all-reduce of zeros and the piece, twice the bytes.
+    """
+
+    def gather(bits: jax.Array) -> jax.Array:
+        for axis in reversed(axes):
+            bits = lax.all_gather(bits, axis, to="invarying")
+        return bits.reshape(math.prod(bits.shape[: bits.ndim - x.ndim]), *x.shape)
+
+    return _moved(x, gather)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShare(Rows):
+    """Neighbours that hold the same matrices and divide the work on them by rows.
+
+    Attributes:
+      axis: the mesh axis along which they are neighbours.
+      size: the length of that axis.
+      ways: the number of neighbours that share a matrix; it divides `size` and the rows.
+      dtype: the dtype in which rows travel. It holds them without loss, as they are rounded to it,
+        also where the CPU keeps them in a wider one.
+    """
+
+    axis: str
+    size: int
+    ways: int
+    dtype: jnp.dtype
+
+    def own(self, x: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batch _ cols"]:
+        """The rows that this device computes."""
+        rows = x.shape[-2] // self.ways
+        start = lax.axis_index(self.axis) % self.ways * rows
+        return lax.dynamic_slice_in_dim(x, start, rows, axis=x.ndim - 2)
+
+    def gather(self, x: Inexact[Array, "*batch own cols"]) -> Inexact[Array, "*batch _ cols"]:
+        """The rows of all sharers, each having computed its own."""
+        groups = [[*range(k, k + self.ways)] for k in range(0, self.size, self.ways)]
+        everyone = self.ways == self.size
+
+        def gather(bits: jax.Array) -> jax.Array:
+            return lax.all_gather(
+                bits,
+                self.axis,
+                axis=bits.ndim - 2,
+                tiled=True,
+                axis_index_groups=None if everyone else groups,
+            )
+
+        with jax.named_scope("muon.split"):
+            return _moved(x.astype(self.dtype), gather).astype(x.dtype)
+
+
+def axes_index(axes: Sequence[str]) -> jax.Array | int:
+    """This device's row-major coordinate along `axes`."""
+    return lax.axis_index(tuple(axes)) if axes else 0
+
+
+def _moved(x: jax.Array, move: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Apply a function that only moves elements, to bfloat16 as to its bits.
+
+    XLA:CPU widens a bfloat16 collective to float32, and leaves integers alone. Bits have no
+    derivative, so that of the moved values is given by hand: it moves like them.
+    """
+    if x.dtype != jnp.bfloat16:
+        return move(x)
+
+    @jax.custom_jvp
+    def moved(x: jax.Array) -> jax.Array:
+        return lax.bitcast_convert_type(move(lax.bitcast_convert_type(x, jnp.uint16)), x.dtype)
+
+    @moved.defjvp
+    def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return moved(*primals), move(*tangents)
+
+    return moved(x)

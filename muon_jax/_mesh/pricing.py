@@ -1,0 +1,100 @@
+"""What a part costs: the FLOPs of each device, and the bytes that one device sends.
+
+`tests/mesh/test_sharding_report.py` holds both against the compiled program.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from muon_jax._mesh.cost import MeshCosts, Traffic, newton_schulz_flops, others
+from muon_jax._mesh.plan import Exchange, GroupKey, Part, Split, length
+from muon_jax._mesh.specs import Sizes
+
+
+class Pricing(NamedTuple):
+    """Prices parts on one mesh.
+
+    Attributes:
+      sizes: the mesh.
+      steps: the number of steps of Newton-Schulz.
+      costs: how fast the mesh's network is.
+    """
+
+    sizes: Sizes
+    steps: int
+    costs: MeshCosts
+
+    def flops_of_one(self, key: GroupKey) -> int:
+        """FLOPs of Newton-Schulz on one matrix."""
+        is_complex = jnp.issubdtype(key.dtype, jnp.complexfloating)
+        return newton_schulz_flops(key.rows, key.cols, self.steps, is_complex=is_complex)
+
+    def no_flops(self) -> np.ndarray:
+        """An array shaped like the mesh."""
+        return np.zeros(tuple(self.sizes.values()), np.int64)
+
+    def flops(self, key: GroupKey, parts: Sequence[Part]) -> np.ndarray:
+        """FLOPs on each device, an array shaped like the mesh."""
+        one = self.flops_of_one(key)
+        lengths = [size if axis in key.team else 1 for axis, size in self.sizes.items()]
+        load = self.no_flops()
+        for part in parts:
+            if isinstance(part, Split):
+                # Sharers stay in step: they multiply the zeros of empty slots too.
+                load += part.slots * one // part.ways
+            elif isinstance(part, Exchange):
+                # A device whose slots are all empty skips them.
+                busy = (part.owners >= 0).any(axis=1)
+                load += busy.reshape(lengths) * (part.slots * one)
+            else:
+                load += part.matrices * one
+        return load
+
+    def traffic(self, key: GroupKey, part: Part) -> Traffic:
+        """Bytes that one device sends."""
+        if isinstance(part, Exchange):
+            return self._to_owners_and_back(key, part)
+        stacks, cut = self._length(key.gathered_stack_axes), self._length(key.cut_axes)
+        held = part.matrices * key.bytes
+        result = held / self._length(key.kept_axes) * stacks
+        return Traffic(
+            exchange=held * others(cut),
+            gather=result * others(stacks),
+            collectives=(cut > 1) + (stacks > 1),
+        )
+
+    def _to_owners_and_back(self, key: GroupKey, part: Exchange) -> Traffic:
+        stacks, cut = self._length(key.gathered_stack_axes), self._length(key.cut_axes)
+        kept = self._length(key.kept_axes)
+        held = part.slots * key.bytes  # whole matrices on one device, empty slots too
+        split, rounds, fraction = 0.0, 0, 1
+        if isinstance(part, Split):
+            # Each step gathers the rows of the Gram matrices and of the iterates, but for the last
+            # iterates: these are the rows that are returned, if rows are.
+            gram = part.slots * key.rows**2 * key.dtype.itemsize
+            rounds = 2 * self.steps - part.returns_rows
+            split = (gram * self.steps + held * (rounds - self.steps)) * others(part.ways)
+            fraction = part.ways if part.returns_rows else 1
+        if part.through_state:
+            back, gathered = cut, cut // kept * stacks
+            result = part.matrices * key.bytes / kept * stacks
+        else:
+            back, gathered = kept, self._length(key.gathered_axes)
+            result = held * gathered / fraction
+        return Traffic(
+            exchange=held * others(cut),
+            split=split,
+            returned=held * others(back),
+            gather=result * others(gathered),
+            collectives=(cut > 1) + rounds + (back > 1) + (gathered > 1),
+        )
+
+    def cost(self, traffic: Traffic, flops: float = 0) -> float:
+        """The planner's unit, of what one device sends and the busiest one computes."""
+        return self.costs.cost(traffic, flops)
+
+    def _length(self, axes: Sequence[str]) -> int:
+        return length(axes, self.sizes)

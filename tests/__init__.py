@@ -1,0 +1,1 @@
+"""What the library, the examples and the benchmarks promise, by subject."""

@@ -1,0 +1,1 @@
+"""The benchmarks, at toy size, and what reads their compiled programs."""

@@ -1,0 +1,44 @@
+"""The benchmarks run at toy size, and count what they say they count."""
+
+import json
+
+import pytest
+
+from benchmarks import step
+
+pytestmark = pytest.mark.one_stack
+
+
+def test_step_benchmark_measures_every_case_and_peer(tmp_path, capsys):
+    output = tmp_path / "step.json"
+    record = step.main(step.Args(scale=16, repeats=2, output=output))
+    assert json.loads(output.read_text()) == record
+    printed = capsys.readouterr().out
+    for case in ("a", "b", "c"):
+        assert f"({case})" in printed
+        rows = record["cases"][case]["optimizers"]
+        assert set(rows) == {"muon_jax", "optax", "torch", "adamw"}
+        assert all(row["step_s"] > 0 and len(row["step_s_all"]) == 2 for row in rows.values())
+        assert rows["optax"]["step_s_to_optax"] == 1
+        assert rows["muon_jax"]["compile_s"] > 0
+        assert rows["muon_jax"]["temporary_bytes"] > 0
+        assert rows["adamw"]["share_of_peak"] is None
+    assert record["environment"]["versions"]["jax"]
+
+
+def test_newton_schulz_flops_are_those_of_the_compiled_products():
+    import jax
+    import jax.numpy as jnp
+
+    shapes = {"x": (1, 256, 1024)}
+
+    def products(x):
+        for _ in range(step.NS_STEPS):
+            gram = x @ x.mT
+            x = (gram @ gram) @ x
+        return x
+
+    compiled = jax.jit(products).lower(jnp.ones(shapes["x"])).compile()
+    counted = compiled.cost_analysis()["flops"]
+    assert abs(counted / step.newton_schulz_flops(shapes) - 1) < 1e-3
+    assert step.newton_schulz_flops({"x": (3, 1024, 256)}) == 3 * step.newton_schulz_flops(shapes)

@@ -1,0 +1,1 @@
+"""Fine-tuning: data, adapters, runs and what becomes of them."""

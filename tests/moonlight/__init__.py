@@ -1,0 +1,1 @@
+"""The Moonlight example: model, data, training, Hugging Face, generation."""

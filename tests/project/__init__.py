@@ -1,0 +1,1 @@
+"""The house itself: pages, imports, the packed library, the flags of the tests."""

@@ -1,0 +1,1 @@
+"""Which leaf goes to Muon, by its name and its shape."""

@@ -1,0 +1,1 @@
+"""Which leaf goes to Muon, by what a program does with it."""

@@ -1,0 +1,1 @@
+"""Routing on the parameter trees of models that people train."""
