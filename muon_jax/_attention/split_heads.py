@@ -92,7 +92,8 @@ def resolve_heads(heads: Any) -> OneWord | SplitHeads:
     if isinstance(heads, SplitHeads):
         return heads
     if isinstance(heads, Mapping):
-        return split_heads(heads)
+        # None declared, as `UseRoles.heads` says of a program without attention: all are joint.
+        return split_heads(heads) if heads else "joint"
     if not isinstance(heads, str) or heads not in get_args(OneWord):
         raise ValueError(
             'heads must be "joint" or "per_head", or declare attention modules, as in '

@@ -488,7 +488,7 @@ def test_documented_arguments_are_those_of_the_signature(function):
     assert documented == list(inspect.signature(function).parameters)
 
 
-MODULES = sorted(f"muon_jax.{module.name}" for module in pkgutil.iter_modules(muon_jax.__path__))
+MODULES = sorted(found.name for found in pkgutil.walk_packages(muon_jax.__path__, "muon_jax."))
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -219,6 +219,12 @@ def test_the_whole_optimizer_and_diagnostics_take_it():
     injected.update(params, injected.init(params), params)
 
 
+def test_where_none_is_declared_all_heads_are_joint():
+    """As `roles.heads()` says of a program without attention."""
+    params = {"q_proj": jnp.ones((4, 8))}
+    assert str(routing_report(params, heads={})) == str(routing_report(params))
+
+
 def test_masked_projections_are_left_to_their_optimizer():
     params = attention_of("two")
     labels = {"attn": {name: "muon" if name == "v_proj" else "none" for name in params["attn"]}}
@@ -241,7 +247,7 @@ def test_masked_projections_are_left_to_their_optimizer():
     ("error", "match", "make"),
     [
         (TypeError, r"mapping from patterns.*got 3", lambda: split_heads(3)),  # type: ignore
-        (TypeError, r"mapping from patterns", lambda: muon(1e-3, heads={})),
+        (TypeError, r"mapping from patterns", lambda: split_heads({})),
         (TypeError, r"'a' maps to 4; use MultiHead", lambda: muon(1e-3, heads={"a": 4})),  # type: ignore
         (ValueError, r"no regular expression", lambda: split_heads({"(": MultiHead(2, 2)})),
         (ValueError, r"positive whole number; got 0", lambda: split_heads(HEADS, 0)),

@@ -36,7 +36,7 @@ LAYERS = (
     ("examples.moonlight.training",),
     tuple(
         f"examples.moonlight.{program}"
-        for program in ("train", "stages", "compare", "generate", "hf_check", "hf_export")
+        for program in ("train", "stages", "generate", "hf_check", "hf_export")
     ),
     ("examples.scaling_law", "examples.colab", "examples.minimal", "examples.finetune"),
     ("benchmarks",),

@@ -111,6 +111,15 @@ class UseRoles:
           From patterns of modules to `MultiHead` or `GroupedQuery`; empty where nothing was seen.
 
         Example:
+          >>> def loss(params, x):
+          ...   attn = params["attn"]
+          ...   q, k, v = ((x @ attn[name]).reshape(2, 5, 2, 4) for name in "qkv")
+          ...   mixed = jax.nn.dot_product_attention(q, k, v).reshape(2, 5, 8)
+          ...   return jnp.mean((mixed @ attn["o"] @ params["head"]) ** 2)
+          >>> attn = {name: jnp.ones((8, 8)) for name in "qkvo"}
+          >>> roles = by_use(loss, {"attn": attn, "head": jnp.ones((8, 9))}, jnp.ones((2, 5, 8)))
+          >>> {pattern: (seen.heads, seen.head_dim) for pattern, seen in roles.heads().items()}
+          {'^attn$': (2, 4)}
           >>> tx = muon(3e-4, muon_weight_dimension_numbers=roles, heads=roles.heads())
         """
         return propose_heads(self.readings)
