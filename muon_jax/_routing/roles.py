@@ -104,10 +104,10 @@ def role_of(
         return Role("scalar")
     if sum(length != 1 for length in shape) <= 1:
         return Role("vector")
-    if len(core) < 2:
-        return Role("stacked vector")
     if role := _lora(path, shape, stacks, beside):
         return role
+    if len(core) < 2:
+        return Role("stacked vector")
     if len(core) == 2:
         return _matrix(leaf, name, shape, stacks, beside)
     return _of_heads(leaf, name, shape, stacks, per_head, beside)
@@ -141,7 +141,8 @@ def _lora(
         return None
     if any(names.is_head(name) for name in path[:-1]) and names.has_heads(path):
         return Role("LoRA factor of an unembedding head")
-    more = stack_axes(factor, shape[len(stacks) :], beside.factor)
+    core = shape[len(stacks) :]
+    more = stack_axes(factor, core, beside.factor) if len(core) > 1 else None
     if more is None:
         return Question(
             "it is a factor of an adapter (LoRA), and the shape of the other one beside it does "

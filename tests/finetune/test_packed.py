@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from examples.moonlight.model import layers
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelSharding, make_mesh
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.packed import Packed
 from tests.finetune import lora_toy
 
-# Logits reach 9; measured 4e-6.
-LOGITS_TOLERANCE = 2e-5
-# Sums in another order, over the largest; measured 1e-6.
+# Logits reach 24; measured 1.0e-5.
+LOGITS_TOLERANCE = 5e-5
+# Sums in another order, over the largest; measured 1.9e-6.
 SUM_TOLERANCE = 1e-5
 
 TOKENS, PACKED = lora_toy.packed_rows(8, 24)
@@ -23,7 +24,10 @@ WEIGHTS = ((PACKED.segment_bt > 0) * np.linspace(0.5, 2, 24)[None]).astype(np.fl
 
 
 @pytest.mark.parametrize(("family", "block"), [("dense", None), ("moonlight", 5)])
-def test_a_packed_sample_computes_what_it_does_alone(family: str, block: int | None):
+def test_a_packed_sample_computes_what_it_does_alone(
+    family: str, block: int | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(layers, "HOT_LOGIT", 0.5)
     execution = Execution(attention_block=block, monitor=True)
     model = lora_toy.make(lora_toy.FAMILIES[family], execution)
     graphdef, state = nnx.split(model)
@@ -43,8 +47,22 @@ def test_a_packed_sample_computes_what_it_does_alone(family: str, block: int | N
             read.append(length * (length + 1) / 2)
             hots.append(measured.hot_share_lh * read[-1])
     # Padding is in no statistic.
+    assert 0.1 < stats.hot_share_lh.min() < stats.hot_share_lh.max() < 0.9
     np.testing.assert_allclose(stats.max_logit_lh, np.max(maxima, axis=0), rtol=1e-5)
     np.testing.assert_allclose(stats.hot_share_lh, np.sum(hots, axis=0) / sum(read), rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", lora_toy.FAMILIES)
+def test_rope_turns_by_the_positions_that_are_given(family: str):
+    """Where samples begin shows in no logit: rope is relative. Positions twice as far apart do."""
+    model = lora_toy.make(lora_toy.FAMILIES[family])
+    packed = Packed(*(x[:1] for x in PACKED))
+    logits, moved, stretched = (
+        np.asarray(model(TOKENS[:1], packed._replace(position_bt=position_bt))[0])
+        for position_bt in (packed.position_bt, packed.position_bt + 5, 2 * packed.position_bt)
+    )
+    np.testing.assert_allclose(moved, logits, rtol=0, atol=LOGITS_TOLERANCE)
+    assert np.abs(stretched - logits).max() > 0.1
 
 
 @pytest.mark.parametrize("family", lora_toy.FAMILIES)

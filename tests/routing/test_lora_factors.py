@@ -58,6 +58,11 @@ def test_factors_are_matrices_along_their_axes(a_shape, b_shape, matrices):
     assert found(q__w_lora_a=a_shape, q__w_lora_b=b_shape) == matrices
 
 
+def test_a_norm_of_two_axes_beside_makes_no_stack_of_a_factor():
+    leaves = {"layers__0__q__w_lora_a": (4, 16, 4), "layers__0__q__w_lora_b": (4, 6, 3)}
+    assert found(**leaves, layers__0__norm__scale=(4, 5))[1:] == [(1, 64, 4), (1, 4, 18)]
+
+
 def test_a_named_stack_needs_no_other_factor_and_may_be_as_long_as_the_rank():
     leaves = {"layers__q__lora_a": (4, 64, 4), "layers__q__lora_b": (4, 4, 6, 16)}
     assert found(**leaves) == [(4, 64, 4), (4, 4, 96)]
@@ -71,6 +76,8 @@ def test_a_named_stack_needs_no_other_factor_and_may_be_as_long_as_the_rank():
         {"q__lora_a": (6, 64, 4)},
         {"q__lora_a": (6, 64, 4), "q__lora_b": (5, 4, 96)},
         {"q__lora_b": (4, 6, 16), "k__lora_a": (64, 4)},
+        # As many experts as the rank, which B has without them.
+        {"experts__w_lora_a": (4, 64, 4), "experts__w_lora_b": (4, 96)},
     ],
     ids=str,
 )
