@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import rich
 import tyro
+from rich.console import Console
 
 from examples.finetune.foreign_flags import Foreign
 
@@ -71,8 +71,9 @@ def parse(
             wrong.append(f"--{' '.join([name, *words])} means nothing here: {entry.why}")
     if wrong:
         raise ValueError("; ".join(wrong))
+    console = Console(stderr=True)  # what a program writes may be piped on
     for line in ignored:
-        rich.get_console().print(line, style="yellow", markup=False, highlight=False)
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     return cls(**values)
 
 

@@ -71,7 +71,7 @@ def test_a_command_of_the_documentation_is_read(capsys):
         model_author=("swift",),
         model_name=("swift-robot",),
     )
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert said.startswith("--dataloader_num_workers is ignored: rows are read in a thread")
     assert said.count("is ignored") == 1
 
@@ -81,7 +81,7 @@ def test_commands_of_the_documentation_for_tuned_models_are_read(capsys):
     argv += " --infer_backend vllm --vllm_max_model_len 8192 --merge_lora true"
     args = parse(infer.Args, argv.split(), aliases=infer.ALIASES, foreign=IN_INFERENCE)
     assert args == infer.Args(adapters=Path("output/checkpoint-20"), max_new_tokens=2048)
-    assert capsys.readouterr().out.count("is ignored") == 3
+    assert capsys.readouterr().err.count("is ignored") == 3
     argv = "--adapters output/checkpoint-20 --merge_lora true --output_dir merged"
     args = parse(export.Args, argv.split(), aliases=export.ALIASES, foreign=IN_EXPORT)
     assert (args.merge_lora, args.output_dir) == (True, Path("merged"))
@@ -116,7 +116,7 @@ def test_flags_that_ask_for_what_is_done_anyway_are_ignored(capsys):
     read(
         "--attn_impl flash_attn --deepspeed zero2 --use_dora false --loss_scale default --vllm_tp 2"
     )
-    assert capsys.readouterr().out.count("is ignored") == 5
+    assert capsys.readouterr().err.count("is ignored") == 5
 
 
 @pytest.mark.parametrize("value", ["last_round", "react"])
