@@ -3,14 +3,15 @@
 The same weights, factors, rows and optimizer in float32, on equally many threads: our side is the
 training step of `examples.finetune.sft`, the other is transformers' `Qwen2ForCausalLM` under peft's
 LoRA in torch, not compiled, with torch's own AdamW or Muon on the factors. Before they are timed,
-in turns in one run, both train for a few steps, and their losses must agree. Peak memory is that of a
-process of its own for each side, with the libraries of both.
+in turns in one run, both train for a few steps, and their losses must agree. Peak memory is that of
+a process of its own for each side, with the libraries of both.
 """
 
 import dataclasses
 import multiprocessing
 import os
 import resource
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -174,7 +175,9 @@ def theirs(args: Args, start: Start) -> dict[str, Step]:
         lora = peft.LoraConfig(
             r=args.rank, lora_alpha=32, lora_dropout=0.0, target_modules=[*TARGETS]
         )
-        model: Any = peft.get_peft_model(plain, lora)
+        with warnings.catch_warnings():  # peft calls transformers by a name that is to go
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            model: Any = peft.get_peft_model(plain, lora)
         _set_factors(model, start.factors)
         trained = [x for x in model.parameters() if x.requires_grad]
         kind: Any = torch.optim.AdamW
