@@ -67,7 +67,7 @@ def test_a_run_is_found_by_what_it_trains():
     changed = [dataclasses.replace(run, seed=7), dataclasses.replace(run, measured_on="test")]
     assert len({x.key() for x in (run, run.base, *changed)}) == 4
     keys = [run.key() for cell in MAIN.cells() for run in MAIN.tuning(cell)]
-    assert len(set(keys)) == len(keys) == 40
+    assert len(set(keys)) == len(keys) == 120
 
 
 def made_up(run):
@@ -121,8 +121,22 @@ def test_a_cell_whose_runs_all_diverged_ends_the_study(tmp_path):
     store, tuning = runs.open_store(tmp_path), MAIN.tuning(MAIN.cells()[0])
     for run in tuning:
         store.append(made_up(run) | {"loss": None, "exact": None})
-    with pytest.raises(RuntimeError, match=r"every run of .* diverged, at the rates"):
+    with pytest.raises(RuntimeError, match=r"every rate of .* diverged"):
         runs.chosen_rate(store, tuning)
+
+
+def test_a_rate_is_chosen_by_the_mean_of_its_seeds(tmp_path):
+    store, tuning = runs.open_store(tmp_path), MAIN.tuning(MAIN.cells()[0])
+    seeds, low, lucky, diverged = protocol.TUNING_SEEDS, 1e-3, 3e-3, 1e-2
+    for run in tuning:
+        loss = {low: 0.5, lucky: 0.1 if run.seed == seeds[0] else 0.8}.get(run.learning_rate, 1.0)
+        if (run.learning_rate, run.seed) == (diverged, seeds[-1]):
+            loss = None
+        store.append(made_up(run) | {"loss": loss})
+    assert runs.chosen_rate(store, tuning) == low
+    losses = runs.tuning_losses(store, tuning)
+    assert losses[lucky] == pytest.approx(1.7 / 3) and losses[diverged] is None
+    assert not set(seeds) & set(protocol.SEEDS)
 
 
 @pytest.mark.one_stack

@@ -8,7 +8,7 @@ import statistics
 from typing import Any
 
 from examples.finetune.study.protocol import OPTIMIZERS, TUNERS, Run, Study
-from examples.finetune.study.runs import chosen_rate
+from examples.finetune.study.runs import chosen_rate, tuning_losses
 from examples.scaling_law.store import Record, Store
 
 Summary = dict[str, Any]
@@ -51,7 +51,7 @@ def _cell(study: Study, store: Store, cell: Run) -> Summary:
     return {
         "rate": rate,
         "at_edge": rate in (rates[0], rates[-1]),
-        "grid": {f"{run.learning_rate:g}": store[run.key()]["loss"] for run in tuning},
+        "grid": {f"{rate:g}": loss for rate, loss in tuning_losses(store, tuning).items()},
     } | _numbers([store[run.key()] for run in study.reported(cell, rate)])
 
 

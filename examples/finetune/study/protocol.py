@@ -3,7 +3,8 @@
 Two models are pre-trained, one with each optimizer, at one rate: Muon's update RMS is matched to
 AdamW's, as in the paper. Each is then fine-tuned with each optimizer, in full and by LoRA: eight
 cells. Each cell has its own learning rate, the one of a grid with the lowest loss on the tuning
-questions; then it trains with every one of `SEEDS`, and is measured on the test questions.
+questions, in the mean of `TUNING_SEEDS`; then it trains with every one of `SEEDS`, and is measured
+on the test questions. Changed since: rates were first chosen by one seed, see REPORT.md.
 """
 
 import dataclasses
@@ -29,7 +30,8 @@ TUNING_BATCH = 32
 # Optimizer steps of one call into XLA; a run is a whole number of calls.
 STEPS_PER_CALL = 20
 
-TUNING_SEED = 0
+# The reported seeds are others.
+TUNING_SEEDS = (0, 6, 7)
 SEEDS = (1, 2, 3, 4, 5)
 
 # Changes whenever the same `Run` would give other numbers: results of before are not reused.
@@ -57,7 +59,7 @@ class Run:
     tuner: Tuner | None = None
     steps: int = 0
     learning_rate: float = PRETRAINING_RATE
-    seed: int = TUNING_SEED
+    seed: int = TUNING_SEEDS[0]
     measured_on: Literal["tuning", "test"] = "tuning"
 
     @property
@@ -98,12 +100,14 @@ class Study:
         pretraining_steps: The steps of both pre-trainings.
         steps: The steps of a fine-tuning with each tuner.
         rates: The grid of learning rates of each tuner.
+        tuning_seeds: The seeds that a rate is chosen by.
         seeds: The seeds of the reported runs.
     """
 
     pretraining_steps: int
     steps: dict[str, int]
     rates: dict[str, tuple[float, ...]]
+    tuning_seeds: tuple[int, ...]
     seeds: tuple[int, ...]
 
     def bases(self) -> list[Run]:
@@ -124,7 +128,9 @@ class Study:
     def tuning(self, cell: Run) -> list[Run]:
         """The runs that a cell's rate is chosen by."""
         return [
-            dataclasses.replace(cell, learning_rate=rate) for rate in self.rates[str(cell.tuner)]
+            dataclasses.replace(cell, learning_rate=rate, seed=seed)
+            for rate in self.rates[str(cell.tuner)]
+            for seed in self.tuning_seeds
         ]
 
     def reported(self, cell: Run, rate: float) -> list[Run]:
@@ -138,11 +144,12 @@ RATES = {
     "lora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
 }
 STUDIES = {
-    "main": Study(3000, {"full": 400, "lora": 800}, RATES, SEEDS),
+    "main": Study(3000, {"full": 400, "lora": 800}, RATES, TUNING_SEEDS, SEEDS),
     "quick": Study(
         1000,
         {"full": 200, "lora": 400},
         {name: rates[1:4] for name, rates in RATES.items()},
+        TUNING_SEEDS[:1],
         SEEDS[:3],
     ),
 }

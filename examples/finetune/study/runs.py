@@ -1,5 +1,6 @@
 """Trains what is missing of the study, side by side: each finished run is a line, found again."""
 
+import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -24,16 +25,27 @@ def open_store(folder: Path) -> Store:
 
 
 def chosen_rate(store: Store, runs: Sequence[Run]) -> float:
-    """The rate of the run with the lowest loss on the tuning questions.
+    """The rate with the lowest loss on the tuning questions, in the mean of their seeds.
 
     Raises:
-        RuntimeError: All of them diverged.
+        RuntimeError: A run diverged at each of the rates.
     """
-    losses = {run.learning_rate: store[run.key()]["loss"] for run in runs}
+    losses = tuning_losses(store, runs)
     whole = {rate: loss for rate, loss in losses.items() if loss is not None}
     if not whole:
-        raise RuntimeError(f"every run of {runs[0].cell} diverged, at the rates {sorted(losses)}")
+        raise RuntimeError(f"every rate of {runs[0].cell} diverged: {sorted(losses)}")
     return min(whole, key=lambda rate: whole[rate])
+
+
+def tuning_losses(store: Store, runs: Sequence[Run]) -> dict[float, float | None]:
+    """The mean loss of each rate over its seeds; None where one of them diverged."""
+    by_rate: dict[float, list[float | None]] = {}
+    for run in runs:
+        by_rate.setdefault(run.learning_rate, []).append(store[run.key()]["loss"])
+    return {
+        rate: None if None in losses else statistics.mean(x for x in losses if x is not None)
+        for rate, losses in by_rate.items()
+    }
 
 
 def run_study(study: Study, folder: Path, jobs: int) -> Store:
