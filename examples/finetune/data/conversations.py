@@ -174,7 +174,7 @@ def _loss(value: Any, role: str, name: str, origin: str) -> bool:
 def _check_order(messages: Sequence[Message], origin: str) -> None:
     roles = [message.role for message in messages]
     turns = roles[1:] if roles[0] == SYSTEM else roles
-    if turns and len(turns) % 2 == 0 and turns == [USER, ASSISTANT] * (len(turns) // 2):
+    if turns and turns == [USER, ASSISTANT] * (len(turns) // 2):
         return
     said = ", ".join(roles[:8]) + (", ..." if len(roles) > 8 else "")
     detail = f"expected [{SYSTEM},] {USER}, {ASSISTANT}, ..., {USER}, {ASSISTANT}; got {said}"
