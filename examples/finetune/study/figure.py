@@ -32,15 +32,15 @@ def draw(path: Path, summary: dict[str, Any]) -> None:
         for place, before in enumerate(OPTIMIZERS):
             for side, after in enumerate(OPTIMIZERS):
                 values = [100 * x for x in cells[f"{before} -> {after}"]["exact"]]
-                x = place + (side - 0.5) * 0.4
+                x = place + (side - 0.5) * 0.5
                 label = f"fine-tuned with {NAMES[after]}" if place == 0 else None
                 spread = [x + 0.02 * (i - (len(values) - 1) / 2) for i in range(len(values))]
                 axes.scatter(spread, values, s=28, label=label, zorder=3, **_STYLES[after])
                 mean = statistics.mean(values)
-                axes.hlines(mean, x - 0.15, x + 0.15, color=_STYLES[after]["color"], linewidth=2)
+                axes.hlines(mean, x - 0.12, x + 0.12, color=_STYLES[after]["color"], linewidth=2)
                 axes.annotate(
                     f"{mean:.1f}",
-                    (x + 0.15, mean),
+                    (x + 0.12, mean),
                     xytext=(2, -3),
                     textcoords="offset points",
                     fontsize=9,
