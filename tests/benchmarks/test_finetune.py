@@ -26,5 +26,5 @@ def test_both_sides_train_the_same_model(tmp_path, monkeypatch):
 
 
 def test_sides_that_differ_are_refused():
-    with pytest.raises(RuntimeError, match="step 1 with muon: our loss is 1.000000, theirs 2"):
+    with pytest.raises(RuntimeError, match=r"step 1 with muon: our loss is 1.000000, theirs 2"):
         finetune.check_losses(lambda: 1.0, lambda: 2.0, "muon")
