@@ -58,7 +58,7 @@ class Theirs:
         fields = config_fields(config, dtype="float32")
         theirs = transformers.AutoConfig.for_model(**fields)
         self.model = transformers.AutoModelForCausalLM.from_config(theirs).float()
-        self._weights = their_weights(config, params, bias)
+        self._weights = _theirs(config, params, bias)
         self._tokens = torch.tensor(tokens_bt, dtype=torch.long)
         self.reset()
         self.calls: Calls = {"forward": self._forward, "gradient": self._gradient}
@@ -158,7 +158,7 @@ def _matrices(path: str, param: Any) -> list[tuple[int, slice]]:
     return [(expert, part) for expert in range(param.shape[0]) for part in parts]
 
 
-def their_weights(config: ModelConfig, params: nnx.State, bias: nnx.State) -> dict[str, Any]:
+def _theirs(config: ModelConfig, params: nnx.State, bias: nnx.State) -> dict[str, Any]:
     """Our weights by transformers' names, experts fused as it holds them."""
     leaves = {
         hf_import.path_names(path): leaf

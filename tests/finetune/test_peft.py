@@ -206,7 +206,7 @@ def test_what_peft_accepts_in_silence_is_refused(
         ({"target_modules": ".*proj"}, "target_modules must be a list of names, got '.*proj'"),
         ({"target_modules": ["lm_head"]}, "target_modules names lm_head, which is no matrix"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
 @pytest.mark.parametrize("case", ["qwen2"], indirect=True)
 def test_what_is_no_adapter_of_the_model_is_refused(

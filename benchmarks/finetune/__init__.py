@@ -1,0 +1,1 @@
+"""Fine-tuning with LoRA beside peft on torch: the program is `__main__.py`."""
