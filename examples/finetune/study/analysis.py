@@ -4,6 +4,7 @@ A pair is two runs of one seed, which see the same questions in the same order a
 begin with the same factors: only the optimizer of the fine-tuning differs.
 """
 
+import math
 import statistics
 from typing import Any
 
@@ -60,7 +61,7 @@ def _numbers(records: list[Record]) -> Summary:
     return {
         "exact": [record["exact"] or 0.0 for record in records],
         "loss": [record["loss"] for record in records],
-        "cpu_seconds": sum(record["cpu_seconds"] for record in records),
+        "cpu_seconds": round(math.fsum(record["cpu_seconds"] for record in records), 1),
     }
 
 
