@@ -9,6 +9,9 @@ from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from multiprocessing.connection import wait
 from typing import Any
 
+import rich
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
 from examples.one_thread import cores, one_thread_environment
 from examples.xla_flags import check_flags
 
@@ -77,3 +80,15 @@ def _environment() -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def progress_bar() -> Progress:
+    """How many are done, for how long, and what the field `left` of the task says."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+        console=rich.get_console(),
+    )

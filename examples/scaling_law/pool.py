@@ -11,14 +11,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
-import rich
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from examples.scaling_law.corpus import load_corpus
 from examples.scaling_law.models import flops_of
 from examples.scaling_law.protocol import Run
 from examples.scaling_law.store import Record, Store
-from examples.side_by_side import side_by_side
+from examples.side_by_side import progress_bar, side_by_side
 
 _Train = Callable[[Run], Future[Record]]
 
@@ -97,7 +94,7 @@ class Pool:
     def _train(self, runs: list[Run], title: str) -> None:
         total = sum(map(estimate, runs))
         started, done = time.perf_counter(), 0.0
-        with _bar() as bar, self._trainer(len(runs)) as train:
+        with progress_bar() as bar, self._trainer(len(runs)) as train:
             task = bar.add_task(title, total=len(runs), left="")
             for run, ours in self._finished(runs, train):
                 done += estimate(run)
@@ -200,17 +197,6 @@ def _train_here(run: Run) -> Record:
     from examples.scaling_law.training import train
 
     return train(run, _corpus)
-
-
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-        console=rich.get_console(),
-    )
 
 
 def _duration(seconds: float) -> str:

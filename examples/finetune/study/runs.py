@@ -6,12 +6,9 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
-import rich
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from examples.finetune.study.protocol import Run, Study, from_json
 from examples.scaling_law.store import Store
-from examples.side_by_side import side_by_side
+from examples.side_by_side import progress_bar, side_by_side
 
 FIELDS = ("key", "loss", "exact")
 
@@ -84,7 +81,7 @@ def _finish(
     if not left:
         return
     started = time.perf_counter()
-    with _bar() as bar, side_by_side(min(jobs, len(left))) as pool:
+    with progress_bar() as bar, side_by_side(min(jobs, len(left))) as pool:
         task = bar.add_task(title, total=len(left), left="")
         futures: dict[Future, Run] = {pool.submit(_train, run, folder / BASES): run for run in left}
         done = 0
@@ -116,14 +113,3 @@ def _line(run: Run, record: dict) -> str:
     if record["loss"] is None:
         return f"{what:<56} diverged"
     return f"{what:<56} loss {record['loss']:.4f}  exact {record['exact']:.1%}"
-
-
-def _bar() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[left]}"),
-        console=rich.get_console(),
-    )
