@@ -1,11 +1,16 @@
-"""How the products of Newton-Schulz are multiplied and rounded: two engines, one arithmetic.
+"""How the products of Newton-Schulz are multiplied and rounded: three engines, one arithmetic.
 
 What the precision rests on: in bfloat16 every product is accumulated in float32, its sum with
 ``a X`` or ``b A`` is formed in float32, and the result is rounded once. Written with bfloat16
 sums instead, five steps drift 4-7% away from float32; rounded once, 1.2-1.5%.
 
-Accelerators multiply bfloat16 operands in one batched product. XLA:CPU has no fast product of that
-kind (some fail at run time), so there the bfloat16-rounded values are held in float32.
+Every product is written ``X Y^H``, both factors contracted over their minor axes: XLA:CPU is fast
+in bfloat16 in that layout and no other. ``X X^H`` is one as it stands, ``A A`` is one because ``A``
+is Hermitian, and ``P X`` is one with ``X^H`` beside ``X``.
+
+Accelerators multiply bfloat16 operands, all matrices in one batched product. So do processors that
+have instructions for it (`_processor`), some matrices at a time. Others hold the bfloat16-rounded
+values in float32.
 """
 
 from collections.abc import Callable
@@ -15,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from muon_jax import _processor
+
 
 class Arithmetic(NamedTuple):
     """How one engine multiplies and rounds.
@@ -22,29 +29,58 @@ class Arithmetic(NamedTuple):
     Attributes:
       wide: the dtype in which products are accumulated, sums formed and norms taken.
       store: rounds a sum to what the next product reads.
-      product: multiplies two stored matrices; the result is wide.
+      product: ``X Y^H`` of two stored matrices; the result is wide.
+      held: the dtype in which stored matrices are held.
       unroll: whether the program repeats the step, or holds it once, in a loop.
+      keeps_adjoint: whether ``X^T`` is written out beside a real ``X``. Elsewhere the compiler
+        reads ``X`` in the other order, at no cost.
+      batch_bytes: how many bytes of stored matrices go through together; None means all.
     """
 
     wide: Any
     store: Callable[[jax.Array], jax.Array]
     product: Callable[..., jax.Array]
+    held: Any
     unroll: bool
+    keeps_adjoint: bool = False
+    batch_bytes: int | None = None
 
     def widen(self, x: jax.Array) -> jax.Array:
         """A stored matrix, as sums take it."""
         return x.astype(self.wide)
 
+    def beside(self, x: jax.Array) -> jax.Array | None:
+        """What the next step reads beside a stored ``X``: ``X^H``, where it is kept."""
+        return transpose_in_tiles(x) if self.keeps_adjoint else None
+
 
 def arithmetics(dtype: jnp.dtype) -> tuple[Arithmetic, Arithmetic]:
     """The engines of XLA:CPU and of accelerators, for matrices that lie in `dtype`."""
     if dtype != jnp.bfloat16:
-        exact = Arithmetic(dtype, lambda x: x, full_precision_product, unroll=True)
-        return exact._replace(unroll=False), exact
-    return (
-        Arithmetic(jnp.float32, _round_to_bfloat16, full_precision_product, unroll=False),
-        Arithmetic(jnp.float32, to_bfloat16, bfloat16_product, unroll=True),
-    )
+        exact = Arithmetic(dtype, lambda x: x, full_precision_product, dtype, unroll=True)
+        return exact._replace(unroll=False, batch_bytes=ONE_BY_ONE), exact
+    mixed = Arithmetic(jnp.float32, to_bfloat16, bfloat16_product, jnp.bfloat16, unroll=True)
+    if _processor.multiplies_bfloat16():
+        native = mixed._replace(unroll=False, keeps_adjoint=True, batch_bytes=CACHE_BYTES)
+        return native, mixed
+    return rounded_float32(), mixed
+
+
+def rounded_float32() -> Arithmetic:
+    """The engine of processors without bfloat16: its values, held in float32."""
+    store, product = _round_to_bfloat16, full_precision_product
+    wide = jnp.float32
+    return Arithmetic(wide, store, product, wide, unroll=False, batch_bytes=ONE_BY_ONE)
+
+
+ONE_BY_ONE = 0
+"""A batch is never less than one matrix, which stays in the CPU's cache as no batch would."""
+
+CACHE_BYTES = 2**20
+"""1 MiB: small matrices share what each operation costs, and stay in the cache."""
+
+TILE = 32
+"""Rows and columns that XLA:CPU transposes at a time: two caches' lines of bfloat16."""
 
 
 def _round_to_bfloat16(x: jax.Array) -> jax.Array:
@@ -58,13 +94,40 @@ def to_bfloat16(x: jax.Array) -> jax.Array:
 
 
 def full_precision_product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Multiply without rounding the factors: a GPU or TPU would take fewer bits of float32."""
-    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+    """``X Y^H`` without rounding the factors: a GPU or TPU would take fewer bits of float32."""
+    return jnp.matmul(x, adjoint(y), precision=lax.Precision.HIGHEST)
 
 
+@jax.custom_jvp
 def bfloat16_product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Multiply bfloat16 matrices; the sums are float32."""
-    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
+    """``X Y^T`` of bfloat16 matrices; the sums are float32."""
+    return _processor.bfloat16_product(x, y)
+
+
+@bfloat16_product.defjvp
+def _(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    # In float32: transposed for a gradient, these products have layouts in which XLA:CPU fails.
+    (x, y), (dx, dy) = primals, tangents
+    wide = [array.astype(jnp.float32) for array in (x, y, dx, dy)]
+    rate = full_precision_product(wide[2], wide[1]) + full_precision_product(wide[0], wide[3])
+    return bfloat16_product(x, y), rate
+
+
+def transpose_in_tiles(x: jax.Array) -> jax.Array:
+    """``X^T``, written out; XLA:CPU walks whole columns of ``X`` for it unless it is cut in tiles.
+
+    The barriers keep XLA from folding the transposition into a product, in a layout which is slow.
+    """
+    *batch, rows, cols = x.shape
+    x, first = lax.optimization_barrier(x), len(batch)
+    if rows % TILE or cols % TILE:
+        return lax.optimization_barrier(x.mT)
+    tiles = x.reshape(*batch, rows // TILE, TILE, cols // TILE, TILE)
+    order = (*range(first), first + 2, first, first + 3, first + 1)
+    turned = lax.optimization_barrier(tiles.transpose(order))
+    return turned.swapaxes(first + 1, first + 2).reshape(*batch, cols, rows)
 
 
 def adjoint(x: jax.Array) -> jax.Array:

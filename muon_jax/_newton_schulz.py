@@ -9,6 +9,7 @@ what divides M is `_preconditioning`'s, how products are rounded `_arithmetic`'s
 
 import dataclasses
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ from jax import lax
 from jaxtyping import Array, Inexact
 
 from muon_jax._arithmetic import Arithmetic, adjoint, arithmetics
-from muon_jax._polynomials import Schedule
+from muon_jax._common.loops import map_chunks
+from muon_jax._polynomials import Coefficients, Schedule
 from muon_jax._preconditioning import precondition
 
 
@@ -52,15 +54,27 @@ def step(
     arithmetic: Arithmetic,
     rows: Rows = ALL_ROWS,
     gram: Inexact[Array, "*batch rows rows"] | None = None,
+    beside: Inexact[Array, "*batch cols rows"] | None = None,
 ) -> Inexact[Array, "*batch own cols"]:
-    """``A = X X^T,  X' = a X + (b A + c A A) X``: the own rows of X', of all of X."""
+    """``A = X X^T,  X' = a X + (b A + c A A) X``: the own rows of X', of all of X.
+
+    `beside` is ``X^T``, where the arithmetic keeps it. A step whose c is the number 0 has no A A.
+    """
     a, b, c = abc
     store, product, widen = arithmetic.store, arithmetic.product, arithmetic.widen
     if gram is None:
-        gram = rows.gather(store(product(rows.own(x), adjoint(x))))
+        gram = rows.gather(store(product(rows.own(x), x)))
     own_gram = rows.own(gram)
-    polynomial = store(b * widen(own_gram) + c * product(own_gram, gram))
-    return store(a * widen(rows.own(x)) + product(polynomial, x))
+    polynomial = b * widen(own_gram)
+    if has_square(abc):
+        polynomial += c * product(own_gram, gram)
+    beside = adjoint(x) if beside is None else beside
+    return store(a * widen(rows.own(x)) + product(store(polynomial), beside))
+
+
+def has_square(abc: Any) -> bool:
+    """Whether a step needs ``A A``: not where its c is known, as the program is traced, to be 0."""
+    return not (isinstance(abc[2], float) and abc[2] == 0)
 
 
 @functools.partial(jax.jit, static_argnames=("schedule", "preconditioning", "rows"))
@@ -81,17 +95,23 @@ def newton_schulz(
     on_cpu, elsewhere = arithmetics(x.dtype)
     run = functools.partial(iterate, schedule, preconditioning, rows)
     # Sharers meet in every step, so their few matrices go through together on CPU too.
-    cpu = functools.partial(_one_by_one, run) if rows.are_all else run
+    cpu = functools.partial(_some_at_a_time, run) if rows.are_all else run
     default = functools.partial(run, elsewhere)
     return lax.platform_dependent(x, cpu=functools.partial(cpu, on_cpu), default=default)
 
 
-def _one_by_one(
+def _some_at_a_time(
     run: Any, arithmetic: Arithmetic, x: Inexact[Array, "batch rows cols"]
 ) -> Inexact[Array, "batch rows cols"]:
-    """One matrix after the other: it stays in the CPU's cache, which a batch would not."""
-    # Widened before the loop: inside it the conversion costs more (EXPERIMENTS.md).
-    return lax.map(functools.partial(run, arithmetic), arithmetic.widen(x)).astype(x.dtype)
+    """One loop over chunks of at most `batch_bytes`, all alike: their length divides the batch."""
+    count, rows, cols = x.shape
+    capacity = max(1, (arithmetic.batch_bytes or 0) // (rows * cols * x.dtype.itemsize))
+    together = max(n for n in range(1, min(capacity, count) + 1) if count % n == 0)
+    # Cast before the loop: inside it the conversion costs more (EXPERIMENTS.md).
+    held = x.astype(arithmetic.held)
+    chunks = held.reshape(count // together, *([together] if together > 1 else []), rows, cols)
+    out = map_chunks(lambda _, chunk: run(arithmetic, chunk), chunks)
+    return out.reshape(x.shape).astype(x.dtype)
 
 
 def iterate(
@@ -112,15 +132,27 @@ def iterate(
         schedule = schedule[1:]
         x = rows.gather(x) if schedule else x
     # Sharers do not gather the rows of the last step: they are what each returns.
-    count = len(schedule) if rows.are_all else len(schedule) - 1
-    real = jnp.finfo(arithmetic.wide).dtype
-    if count > 0:
-        x, _ = lax.scan(
-            lambda x, abc: (rows.gather(step(x, abc, arithmetic, rows)), None),
-            x,
-            jnp.asarray(schedule[:count], real),
-            unroll=count if arithmetic.unroll else 1,
-        )
-    for abc in schedule[max(count, 0) :]:
-        x = step(x, jnp.asarray(abc, real), arithmetic, rows)
+    count = len(schedule) if rows.are_all else max(len(schedule) - 1, 0)
+    held = x, arithmetic.beside(x)
+    for _, alike in itertools.groupby(schedule[:count], has_square):
+        held = _steps([*alike], arithmetic, rows, held)
+    x, beside = held
+    for abc in schedule[count:]:
+        x = step(x, abc, arithmetic, rows, beside=beside)
     return x.astype(dtype)
+
+
+def _steps(alike: list[Coefficients], arithmetic: Arithmetic, rows: Rows, held: Any) -> Any:
+    """Steps of which all have the product ``A A``, or none: of a whole X, and what is beside it."""
+    real = jnp.finfo(arithmetic.wide).dtype
+
+    def one(held: Any, abc: Any) -> tuple[Any, None]:
+        a, b, c = abc
+        x, beside = held
+        abc = (a, b, c if has_square(alike[0]) else 0.0)
+        x = rows.gather(step(x, abc, arithmetic, rows, beside=beside))
+        return (x, arithmetic.beside(x)), None
+
+    unroll = len(alike) if arithmetic.unroll else 1
+    held, _ = lax.scan(one, held, jnp.asarray(alike, real), unroll=unroll)
+    return held

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-from muon_jax._arithmetic import Arithmetic, adjoint, full_precision_product
+from muon_jax._arithmetic import Arithmetic, full_precision_product
 
 Preconditioning = Literal["frobenius", "spectral", "aol", "schatten"]
 
@@ -51,7 +51,7 @@ def precondition(
         rescale = _aol if name == "aol" else _schatten
         # From the norm's rounded quotient, as the first step would read it.
         x = arithmetic.store(x)
-        x, gram = rescale(arithmetic.widen(x), arithmetic.product(x, adjoint(x)))
+        x, gram = rescale(arithmetic.widen(x), arithmetic.product(x, x))
         gram = arithmetic.store(gram)
     return arithmetic.store(x), gram
 
@@ -78,7 +78,7 @@ def _divide_by_norm(x: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*b
 def _divide_by_largest_singular_value(
     x: Inexact[Array, "*batch rows cols"],
 ) -> Inexact[Array, "*batch rows cols"]:
-    gram = full_precision_product(x, adjoint(x))
+    gram = full_precision_product(x, x)
     largest = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram)[..., -1], 0))
     return x / _safe(largest)[..., None, None]
 

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from muon_jax import MeshCosts
+from muon_jax._processor import multiplies_bfloat16
 from tests.checkers import gaussian, hadamard_rows
 
 Gradients = Literal["hadamard", "gaussian"]
@@ -82,6 +83,8 @@ def make_mesh(
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
     """A list that grows by one with every program that is compiled in this context."""
+    # The processor is asked by a program of its own, once in a process.
+    multiplies_bfloat16()
     seen: list[str] = []
 
     def listen(event: str, _: float, **__: Any) -> None:

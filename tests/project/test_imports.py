@@ -13,8 +13,9 @@ FOLDERS = ("muon_jax", "examples", "benchmarks")
 
 # The library's story begins with one matrix after the other, and knows of no mesh there.
 KERNEL = (
-    *("_polynomials", "_arithmetic", "_preconditioning", "_newton_schulz", "_matrices"),
-    *("_orthogonalize", "_scaling", "_momentum", "_update_rule", "_batching", "_routes"),
+    *("_polynomials", "_processor", "_arithmetic", "_preconditioning", "_newton_schulz"),
+    *("_matrices", "_orthogonalize", "_scaling", "_momentum", "_update_rule", "_batching"),
+    "_routes",
 )
 
 # Lowest first: a module imports from its own layer and those before it. A name stands for itself
