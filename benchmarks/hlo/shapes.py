@@ -9,15 +9,16 @@ from benchmarks.hlo.brackets import closing, split
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "c64": 64, "c128": 128}
 
-_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{[^}]*?S\((\d+)\)[^}]*\})?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """An array's element type and dimensions."""
+    """An array's element type and dimensions, and which memory it lies in: 0 is the main one."""
 
     dtype: str
     dims: tuple[int, ...]
+    memory: int = 0
 
     @property
     def elements(self) -> int:
@@ -47,7 +48,7 @@ def read_shape(text: str) -> Shape:
     if found is None:
         raise ValueError(f"cannot read this HLO shape: {text[:80]!r}")
     dims = [int(size.lstrip("<=")) for size in found[2].split(",") if size]
-    return Array(found[1], tuple(dims))
+    return Array(found[1], tuple(dims), int(found[3] or 0))
 
 
 def arrays_of(shape: Shape) -> Iterator[Array]:
