@@ -56,6 +56,7 @@ TARGETS = {
     for target in (
         Target("cpu-8", "cpu", "", (8,)),
         Target("v5e-8", "tpu", "v5e:2x4", (8,)),
+        Target("v5e-4x2", "tpu", "v5e:2x4", (4, 2)),
         Target("h100-8", "cuda", "1x1x8", (8,)),
         Target("v5e-256", "tpu", "v5e:16x16", (16, 16)),
         Target("v6e-256", "tpu", "v6e:16x16", (16, 16)),

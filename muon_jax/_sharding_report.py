@@ -13,8 +13,9 @@ from jaxtyping import PyTree
 from muon_jax._common.paths import show
 from muon_jax._common.tables import in_units, table
 from muon_jax._leaves import Leaf
+from muon_jax._mesh.layout import tile_waste
 from muon_jax._mesh.plan import Group, Part, PlannedLeaf, Split
-from muon_jax._mesh.specs import local_shape, spec_axes
+from muon_jax._mesh.specs import Sizes, local_shape, spec_axes
 from muon_jax._mesh.zero1 import Zero1
 from muon_jax._muon import muon, optimizer_of
 
@@ -35,6 +36,8 @@ class ShardingRow:
       flops: FLOPs of Newton-Schulz on the busiest device.
       balance: the busiest device's FLOPs, divided by an even share of the group's FLOPs.
       state_bytes: bytes of the momentum on one device.
+      tile_waste: what a TPU sends to reduce-scatter a gradient, divided by what its elements need.
+        Above 1 no side of the matrix, cut over the mesh, suits the tiles in which a TPU keeps it.
     """
 
     shape: tuple[int, int]
@@ -47,6 +50,7 @@ class ShardingRow:
     flops: int
     balance: float
     state_bytes: int
+    tile_waste: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +128,12 @@ class ShardingReport:
             f"adam: gathers {_bytes(self.adam_gather_bytes)}; state {adam_state}",
         ]
         lines += [
+            f"  {row.shape[0]}x{row.shape[1]}: cut over the mesh, no side suits a TPU's tiles; to "
+            f"reduce-scatter its gradients sends {row.tile_waste:.2f}x their bytes there"
+            for row in self.rows
+            if row.tile_waste > 1
+        ]
+        lines += [
             f"  {leaf.path}: its state, {_bytes(leaf.state_bytes)}, cannot be divided further than "
             f"{leaf.state}; {leaf.replicas} devices hold the same"
             for leaf in self.leaves
@@ -182,7 +192,7 @@ def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingRe
     devices, flops = math.prod(zero1.sizes.values()), int(plan.flops.max())
     share = sum(_matrices(group, planned) * group.flops_of_one for group in plan.groups)
     return ShardingReport(
-        tuple(_row(group, planned, devices) for group in plan.groups),
+        tuple(_row(group, planned, zero1.sizes) for group in plan.groups),
         tuple(rows),
         devices,
         flops,
@@ -205,14 +215,15 @@ def _leaf_row(zero1: Zero1, leaf: Leaf, itemsize: int) -> LeafRow:
     )
 
 
-def _row(group: Group, leaves: Sequence[PlannedLeaf], devices: int) -> ShardingRow:
+def _row(group: Group, leaves: Sequence[PlannedLeaf], sizes: Sizes) -> ShardingRow:
     key, matrices, traffic = group.key, _matrices(group, leaves), group.sent
     state = sum(
         member.matrices * math.prod(member.state_cut.local) * leaves[member.leaf].momentum.itemsize
         for member in group.members
     )
     teams = matrices // sum(member.matrices for member in group.members)
-    busiest = int(group.flops.max())
+    busiest, devices = int(group.flops.max()), math.prod(sizes.values())
+    members = [leaves[member.leaf] for member in group.members]
     return ShardingRow(
         (key.rows, key.cols),
         matrices,
@@ -224,6 +235,7 @@ def _row(group: Group, leaves: Sequence[PlannedLeaf], devices: int) -> ShardingR
         busiest,
         busiest * devices / (matrices * group.flops_of_one),
         state,
+        max(tile_waste(leaf.layout, leaf.views, sizes) for leaf in members),
     )
 
 

@@ -100,13 +100,25 @@ def _layer(width: int) -> Shapes:
     return square | {"up_proj": (width, 4 * width), "down_proj": (4 * width, width)}
 
 
-def _separate(layers: int, width: int) -> Shapes:
-    names = _layer(width)
-    return {f"{i}/{name}": shape for i in range(layers) for name, shape in names.items()}
+def _separate(layers: int, layer: Shapes) -> Shapes:
+    return {f"{i}/{name}": shape for i in range(layers) for name, shape in layer.items()}
 
 
-def _stacked(under: str, count: int, width: int) -> Shapes:
-    return {f"{under}/{name}": (count, *shape) for name, shape in _layer(width).items()}
+def _gated_layer(width: int, hidden: int) -> Shapes:
+    """A transformer layer: two square matrices, and the three of a gated MLP."""
+    layer = dict.fromkeys(("q_proj", "o_proj"), (width, width))
+    wide = dict.fromkeys(("gate_proj", "up_proj"), (width, hidden))
+    return layer | wide | {"down_proj": (hidden, width)}
+
+
+def _tiles(layers: int, width: int, hidden: int, *targets: str) -> Case:
+    title = f"{layers} gated layers, d={width}, f={hidden}"
+    shapes = _separate(layers, _gated_layer(width, hidden))
+    return Case(title, shapes, targets=targets or ("v5e-8",))
+
+
+def _stacked(under: str, count: int, layer: Shapes) -> Shapes:
+    return {f"{under}/{name}": (count, *shape) for name, shape in layer.items()}
 
 
 def _same(count: int, shape: tuple[int, int]) -> Shapes:
@@ -117,16 +129,33 @@ _LARGE = ("v5e-256", "v6e-256", "v5p-128")
 _THREE: tuple[Optimizer, ...] = ("adamw", "adamw bf16", "muon_jax")
 
 CASES: dict[str, Case] = {
-    "separate": Case("4 separate layers, d=768", _separate(4, 768), optimizers=OPTIMIZERS),
-    "deep": Case("12 separate layers, d=768", _separate(12, 768)),
-    "stacked-8": Case("8 stacked layers, d=768", _stacked("layers", 8, 768), "scanned"),
-    "stacked-12": Case("12 stacked layers, d=768", _stacked("layers", 12, 768), "scanned"),
-    "stacked-6": Case("6 stacked layers, d=768", _stacked("layers", 6, 768), "scanned"),
-    "many": Case("48 separate layers, d=128", _separate(48, 128)),
-    "few": Case("4 separate layers, d=128", _separate(4, 128)),
-    "fsdp": Case("4 separate layers, d=768, FSDP", _separate(4, 768), parameters="fsdp"),
+    "separate": Case("4 separate layers, d=768", _separate(4, _layer(768)), optimizers=OPTIMIZERS),
+    "deep": Case("12 separate layers, d=768", _separate(12, _layer(768))),
+    "stacked-8": Case("8 stacked layers, d=768", _stacked("layers", 8, _layer(768)), "scanned"),
+    "stacked-12": Case("12 stacked layers, d=768", _stacked("layers", 12, _layer(768)), "scanned"),
+    "stacked-6": Case("6 stacked layers, d=768", _stacked("layers", 6, _layer(768)), "scanned"),
+    "many": Case("48 separate layers, d=128", _separate(48, _layer(128))),
+    "few": Case("4 separate layers, d=128", _separate(4, _layer(128))),
+    "fsdp": Case("4 separate layers, d=768, FSDP", _separate(4, _layer(768)), parameters="fsdp"),
     "experts": Case(
-        "8 experts, d=768, each on its device", _stacked("experts", 8, 768), "experts", "local"
+        "8 experts, d=768, each on its device",
+        _stacked("experts", 8, _layer(768)),
+        "experts",
+        "local",
+    ),
+    # Widths of which a share of an eighth is, or is not, a whole number of TPU tiles.
+    "tiles-896": _tiles(8, 896, 4864),
+    "tiles-1408": _tiles(8, 2048, 1408),
+    "tiles-640": _tiles(8, 640, 1728, "v5e-8", "v5e-4x2"),
+    "tiles-672": _tiles(8, 672, 1792, "v5e-8", "v5e-4x2"),
+    "tiles-704": _tiles(8, 704, 1864),
+    "tiles-2816": _tiles(4, 2048, 2816),
+    "tiles-5632": _tiles(4, 2048, 5632),
+    "tiles-stacked": Case(
+        "8 stacked gated layers, d=672, f=1792",
+        _stacked("layers", 8, _gated_layer(672, 1792)),
+        "scanned",
+        targets=("v5e-8",),
     ),
     "square": Case(
         "64 matrices of 1024x1024", _same(64, (1024, 1024)), optimizers=_THREE, targets=_LARGE

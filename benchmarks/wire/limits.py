@@ -31,6 +31,14 @@ EXPECTED = {
     "many": Expected(0.79),
     "fsdp": Expected(0.064),
     "experts": Expected(0.0),
+    "tiles-896": Expected(0.79),
+    "tiles-1408": Expected(0.79),
+    "tiles-640": Expected(0.79),
+    "tiles-672": Expected(0.792),  # 84 rows of a square are padded to 88
+    "tiles-704": Expected(0.806),  # 233 rows to 240
+    "tiles-2816": Expected(0.85),  # four matrices of twelve are shared by pairs
+    "tiles-5632": Expected(0.85),
+    "tiles-stacked": Expected(0.83),  # in a loop 84 rows of all matrices are padded
     "square": Expected(0.82, work=True),
     "wide": Expected(0.78, work=True),
 }
@@ -49,10 +57,11 @@ def complete(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _compare(row: dict[str, Any], adamw: dict[str, Any]) -> dict[str, Any]:
     case, n = CASES[row["case"]], row["devices"]
     total, base = total_of(row), total_of(adamw)
+    reference = 8 * (n - 1) / n * row["parameters"]
     if case.parameters == "replicated":
         ratio, ideal = total / base, ideal_total(row) / ideal_total(adamw)
     else:
-        ratio = ideal = (total - base) / (8 * (n - 1) / n * row["parameters"])
+        ratio = ideal = (total - base) / reference
     found: dict[str, Any] = {
         "ratio": ratio,
         "ideal_ratio": ideal,
@@ -63,6 +72,9 @@ def _compare(row: dict[str, Any], adamw: dict[str, Any]) -> dict[str, Any]:
     if row["optimizer"] == "muon_jax":
         expected = EXPECTED[row["case"]]
         held = ratio if holds_as_compiled(TARGETS[row["target"]]) else ideal
+        if held is ratio and case.parameters == "replicated":
+            # To what ZeRO-1 needs, where AdamW's own reduce-scatters are padded.
+            held = total / min(base, reference)
         found["limit"] = expected.ratio
         found["checks"] = {"ratio": held <= expected.ratio, "state": found["state_ratio"] <= STATE}
         if expected.work:

@@ -3,6 +3,7 @@
 Where things lie:
 
     specs, layout, split_layout   the specs of the parameters; how those and ZeRO-1 cut a leaf
+    tiles                         which cuts suit a TPU, and its layouts
     zero1                         the mesh as `muon` was given it
     placed, state_shardings       the state's shardings, for `jax.jit` and for Orbax
 

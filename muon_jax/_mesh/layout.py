@@ -2,7 +2,8 @@
 
 JAX has no uneven layout across a jit boundary, so ZeRO-1 shards each leaf of the state on
 dimensions that divide: on the matrix axes first, then on stack axes, else over those mesh axes that
-divide, else not at all.
+divide, else not at all. Of a matrix' two sides it is the longer, or the other where the shards of
+that suit a TPU's tiles better (`tiles`).
 
 Not on stack axes first, though every device would then hold whole matrices: where layers run in a
 `lax.scan`, each layer's gradient is reduced inside the loop, one slice of the stack at a time. Onto
@@ -20,6 +21,7 @@ from jaxtyping import Array, Inexact
 from muon_jax._matrices import LeafViews, MatrixView, is_tall
 from muon_jax._mesh.specs import AnyMesh, Sizes, Spec, local_shape, partition_spec, spec_axes
 from muon_jax._mesh.split_layout import SplitLayout, split_layout, whole_parts
+from muon_jax._mesh.tiles import scatter_waste
 
 
 class Layout(NamedTuple):
@@ -81,12 +83,13 @@ def zero1_layout(
 
     def shard(axes: Sequence[str]) -> bool:
         count = math.prod(sizes[axis] for axis in axes)
-        for dim in order:
-            if local[dim] % count == 0 and local[dim] > 0:
-                state[dim] += tuple(axes)
-                local[dim] //= count
-                return True
-        return False
+        fitting = [dim for dim in order if local[dim] % count == 0 and local[dim] > 0]
+        if not fitting:
+            return False
+        dim = _least_waste(fitting, local, count, views)
+        state[dim] += tuple(axes)
+        local[dim] //= count
+        return True
 
     if free and not shard(free):
         for axis in free:
@@ -95,6 +98,48 @@ def zero1_layout(
     if views is not None and views.split is not None:
         split = split_layout(param, tuple(state), views, sizes)
     return Layout(shape, param, tuple(state), split)
+
+
+def tile_waste(layout: Layout, views: LeafViews, sizes: Sizes) -> float:
+    """What a TPU sends to reduce-scatter a leaf's gradient, to what its elements need: 1 to 2."""
+    sides = _sides(views)
+    cut = [dim for dim in sides if len(layout.state[dim]) > len(layout.param[dim])]
+    if len(cut) != 1 or 0 in layout.shape:
+        return 1.0
+    local = local_shape(layout.shape, layout.state, sizes)
+    (dim,) = cut
+    count = math.prod(sizes[axis] for axis in layout.state[dim][len(layout.param[dim]) :])
+    return _waste(dim, sides, [*local[:dim], local[dim] * count, *local[dim + 1 :]], count)
+
+
+def _least_waste(
+    fitting: Sequence[int], local: Sequence[int], count: int, views: LeafViews | None
+) -> int:
+    """The dimension to cut by `count`: the first, or the other side if that suits a TPU better.
+
+    It is decided by the lengths of the sides alone, so that tall and wide matrices agree.
+    """
+    sides = _sides(views)
+    if fitting[0] not in sides:
+        return fitting[0]
+    both = [dim for dim in fitting if dim in sides]
+    return min(both, key=lambda dim: _waste(dim, sides, local, count))
+
+
+def _sides(views: LeafViews | None) -> tuple[int, ...]:
+    """The two dimensions of a leaf that are its matrices' sides; none where a side has more."""
+    if views is None or views.split is not None:
+        return ()
+    view = views[0]
+    return (*view.reduction, *view.output) if len(view.reduction) == len(view.output) == 1 else ()
+
+
+def _waste(dim: int, sides: tuple[int, ...], local: Sequence[int], count: int) -> float:
+    """What cutting dimension `dim` of a shard by `count` wastes."""
+    across = local[sum(sides) - dim]
+    # In a loop over a stack `tiles.laid_out` has no say: there the longer side may lie along lanes.
+    only_lanes = len(local) > 2 and local[dim] > across
+    return scatter_waste(local[dim] // count, across, only_lanes=only_lanes)
 
 
 def _dimension_order(shape: tuple[int, ...], views: LeafViews | None) -> list[int]:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from muon_jax._mesh.layout import Layout
 from muon_jax._mesh.specs import AnyMesh, partition_spec, place, spec_axes
+from muon_jax._mesh.tiles import laid_out, scatters_at_once
 
 
 def on_shards(
@@ -51,12 +52,22 @@ def on_shards(
         )
         here = [next(merged) if isinstance(part, jax.Array) else part for part in parts]
         columns = [[next(merged) for _ in layouts] for _ in (gradients, *kept)]
+        columns[0] = [_tiled(x, layout) for x, layout in zip(columns[0], layouts, strict=True)]
         return body(structure.unflatten(here), *columns)
 
     args = itertools.chain(arrays, _arrive(mesh, gradients, layouts), *kept)
     placed = [place(x, mesh, spec) for x, spec in zip(args, specs, strict=True)]
     out_specs = (param, *[state] * len(kept))
     return jax.shard_map(on_one, mesh=mesh, in_specs=(*specs,), out_specs=out_specs)(*placed)
+
+
+def _tiled(gradient: jax.Array, layout: Layout) -> jax.Array:
+    """A gradient's shard, in the layout in which a TPU's reduce-scatter leaves it best."""
+    pairs = enumerate(zip(layout.state, layout.param, strict=True))
+    scattered = [dim for dim, (state, param) in pairs if len(state) > len(param)]
+    if gradient.ndim != 2 or len(scattered) != 1 or not gradient.size:
+        return gradient
+    return laid_out(gradient, scattered[0])
 
 
 def _axes_of_length_one(mesh: AnyMesh, spec: PartitionSpec) -> tuple[str, ...]:
@@ -68,8 +79,11 @@ def _arrive(mesh: AnyMesh, gradients: Sequence[Any], layouts: Sequence[Layout]) 
     """Lay gradients out as the state is, over several axes in two stages.
 
     A sum over data parallelism that is still to be done then ends as a reduce-scatter over the
-    longest axis first. In one stage, over many TPU chips, XLA makes it an all-reduce.
+    longest axis first. In one stage, over many TPU chips, XLA makes it an all-reduce. Where it does
+    not, one stage is better: where gradients are clipped, the second is an all-reduce.
     """
+    if scatters_at_once(mesh):
+        return [*gradients]
     arrived = []
     for gradient, layout in zip(gradients, layouts, strict=True):
         free = spec_axes(layout.state) - spec_axes(layout.param)

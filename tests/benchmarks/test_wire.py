@@ -86,6 +86,20 @@ def test_tpu_row_is_within_its_limits():
     assert all(ours["checks"].values()) and ours["ratio"] <= 0.79, ours
 
 
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("target", "case"),
+    [("v5e-8", "tiles-704"), ("v5e-8", "tiles-stacked"), ("v5e-4x2", "tiles-640")],
+)
+def test_gradients_are_scattered_whatever_their_widths(target, case):
+    """Shards of no whole lanes, of no whole tiles, in a loop, and over two mesh axes."""
+    rows = complete(list(wire.measure(TARGETS[target], [case])))
+    ours = rows[-1]
+    reductions = [c for c in ours["listed"] if c["kind"] == "reduction"]
+    assert {c["opcode"] for c in reductions} == {"reduce-scatter"}
+    assert ours["checks"] and all(ours["checks"].values()), ours
+
+
 def test_a_worker_that_fails_says_why():
     with pytest.raises(wire.WorkerError, match=r"(?s)cpu-8: exit status 1.*KeyError: 'nothing'"):
         list(wire.measure(CPU, ["nothing"]))

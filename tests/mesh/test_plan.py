@@ -79,7 +79,7 @@ def balance(result, sizes, group_counts):
         ((5, 7), "..", {"a": 2, "b": 4}, ((), ())),
         # Axes that shard the parameter stay where they are, and the others come after them.
         ((64, 31, 63), (("e",), (), ()), {"d": 2, "e": 4}, (("e", "d"), (), ())),
-        ((64, 32, 64), (("e",), (), ()), {"d": 2, "e": 4}, (("e",), (), ("d",))),
+        ((64, 32, 64), (("e",), (), ()), {"d": 2, "e": 4}, (("e",), ("d",), ())),
         ((32, 64), (("f",), ()), {"d": 2, "f": 4}, (("f",), ("d",))),
         # An axis of length one is no axis.
         ((32, 64), "..", {"d": 1, "f": 4}, ((), ("f",))),
