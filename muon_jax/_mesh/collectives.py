@@ -9,16 +9,30 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact, Num
 
+from muon_jax._mesh.cost import exchange_stages
 from muon_jax._newton_schulz import Rows
 
 
 def all_to_all(
     x: Num[Array, "devices *shape"], axes: Sequence[str]
 ) -> Num[Array, "devices *shape"]:
-    """Send `x[i]` to device `i` along `axes` (row-major), and get its piece in that place."""
+    """Send `x[i]` to device `i` along `axes` (row-major), and get its piece in that place.
+
+    In the stages of `exchange_stages`: first to the column of the mesh, say, and then to the row.
+    """
     if not axes:
         return x
-    return _moved(x, lambda bits: lax.all_to_all(bits, tuple(axes), 0, 0, tiled=True))
+    sizes = {axis: lax.axis_size(axis) for axis in axes}
+    stages = exchange_stages(axes, sizes)
+    lengths = [math.prod(sizes[axis] for axis in stage) for stage in stages]
+
+    def exchange(bits: jax.Array) -> jax.Array:
+        bits = bits.reshape(*lengths, *x.shape[1:])
+        for number, stage in enumerate(stages):
+            bits = lax.all_to_all(bits, stage, number, number, tiled=True)
+        return bits.reshape(x.shape)
+
+    return _moved(x, exchange)
 
 
 def all_gather(x: Num[Array, "*shape"], axes: Sequence[str]) -> Num[Array, "devices *shape"]:

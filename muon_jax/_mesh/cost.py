@@ -6,7 +6,13 @@ The planner compares routes in one unit, bytes on the wire:
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+EXCHANGED_AT_ONCE = 128
+"""Devices of one all_to_all. XLA:TPU compiles one for 128 in 1 s, for 256 in 11 s, in two stages
+for 256 in half a second."""
 
 
 class Traffic(NamedTuple):
@@ -79,6 +85,22 @@ def newton_schulz_flops(rows: int, cols: int, steps: int, *, is_complex: bool = 
     """FLOPs of `steps` steps on one wide matrix: the products of each take ``4 m^2 n + 2 m^3``."""
     per_step = 4 * rows * rows * cols + 2 * rows**3
     return steps * per_step * (4 if is_complex else 1)
+
+
+def exchange_stages(axes: Sequence[str], sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """The mesh axes of each all_to_all that an exchange along `axes` is made of.
+
+    One for all, up to `EXCHANGED_AT_ONCE` devices; beyond that one for each axis. It sends nearly
+    everything once per axis then, which along the rings of a torus is the way that it takes anyway.
+    """
+    together = math.prod(sizes[axis] for axis in axes) <= EXCHANGED_AT_ONCE
+    return [tuple(axes)] if together else [(axis,) for axis in axes]
+
+
+def exchanged(axes: Sequence[str], sizes: Mapping[str, int]) -> tuple[float, int]:
+    """The share of a buffer that one device sends in an exchange, and the number of collectives."""
+    lengths = [math.prod(sizes[axis] for axis in s) for s in exchange_stages(axes, sizes)]
+    return sum(map(others, lengths)), sum(length > 1 for length in lengths)
 
 
 def others(count: int) -> float:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from muon_jax._mesh.cost import MeshCosts, Traffic, newton_schulz_flops, others
+from muon_jax._mesh.cost import MeshCosts, Traffic, exchanged, newton_schulz_flops, others
 from muon_jax._mesh.plan import Exchange, GroupKey, Part, Split, length
 from muon_jax._mesh.specs import Sizes
 
@@ -69,6 +69,7 @@ class Pricing(NamedTuple):
     def _to_owners_and_back(self, key: GroupKey, part: Exchange) -> Traffic:
         stacks, cut = self._length(key.gathered_stack_axes), self._length(key.cut_axes)
         kept = self._length(key.kept_axes)
+        there, exchanges = exchanged(key.cut_axes, self.sizes)
         held = part.slots * key.bytes  # whole matrices on one device, empty slots too
         split, rounds, fraction = 0.0, 0, 1
         if isinstance(part, Split):
@@ -79,17 +80,18 @@ class Pricing(NamedTuple):
             split = (gram * self.steps + held * (rounds - self.steps)) * others(part.ways)
             fraction = part.ways if part.returns_rows else 1
         if part.through_state:
-            back, gathered = cut, cut // kept * stacks
+            back, gathered = key.cut_axes, cut // kept * stacks
             result = part.matrices * key.bytes / kept * stacks
         else:
-            back, gathered = kept, self._length(key.gathered_axes)
+            back, gathered = key.kept_axes, self._length(key.gathered_axes)
             result = held * gathered / fraction
+        returns, returning = exchanged(back, self.sizes)
         return Traffic(
-            exchange=held * others(cut),
+            exchange=held * there,
             split=split,
-            returned=held * others(back),
+            returned=held * returns,
             gather=result * others(gathered),
-            collectives=(cut > 1) + rounds + (back > 1) + (gathered > 1),
+            collectives=exchanges + rounds + returning + (gathered > 1),
         )
 
     def cost(self, traffic: Traffic, flops: float = 0) -> float:

@@ -28,7 +28,7 @@ from muon_jax import (
     scale_by_muon,
     sharding_report,
 )
-from muon_jax._mesh.collectives import axes_index
+from muon_jax._mesh.collectives import all_to_all, axes_index
 from muon_jax._mesh.owner_runners import ExchangeRunner
 from tests.checkers import gaussian, hadamard_rows, relative_error
 from tests.mesh.mesh_model import CHEAP_WORK, COSTLY_WORK
@@ -288,6 +288,23 @@ def test_ten_gaussian_steps_tell_wrong_variants_apart(wrong):
         print(f"{name}: {error:.2g} on the mesh, {away:.2g} with {wrong}")
         assert error < TEN_STEPS_TOLERANCE < away / 10
     assert relative_error(actual["embedding"], expected["embedding"]) < TEN_STEPS_TOLERANCE
+
+
+@pytest.mark.parametrize("at_once", [8, 7], ids=["at once", "in stages"])
+def test_an_exchange_brings_each_piece_to_its_place(monkeypatch, at_once):
+    """Over hundreds of devices it goes along one axis after the other."""
+    monkeypatch.setattr("muon_jax._mesh.cost.EXCHANGED_AT_ONCE", at_once)
+    mesh, axes = make_mesh((2, 2, 2), ("a", "b", "c")), ("a", "b", "c")
+    # The value says who sends it and to whom: 10 of the first, 1 of the second.
+    sent = 10 * jnp.arange(8).repeat(8) + jnp.tile(jnp.arange(8), 8)
+    exchange = jax.shard_map(
+        lambda x: all_to_all(x.astype(jnp.bfloat16), axes), mesh=mesh, in_specs=P(axes),
+        out_specs=P(axes),
+    )  # fmt: skip
+    program = jax.jit(exchange).lower(sent)
+    assert program.as_text().count("stablehlo.all_to_all") == (1 if at_once == 8 else 3)
+    received = np.asarray(program.compile()(sent), np.float32).reshape(8, 8)
+    np.testing.assert_array_equal(received, sent.reshape(8, 8).T)
 
 
 def test_zeros_travel_in_empty_slots(monkeypatch):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from benchmarks import hlo
 from muon_jax import MeshCosts, MuonDimensionNumbers, muon, opt_state_shardings, sharding_report
+from muon_jax._mesh import cost
 
 F32 = np.dtype(np.float32)
 NUMBERS = MuonDimensionNumbers(-2, -1)
@@ -79,6 +80,26 @@ def test_bytes_and_flops_are_those_of_the_program(name, flops_per_byte):
     assert heaviest >= report.flops
     if not any(row.padding for row in report.rows):
         assert heaviest == report.flops
+
+
+def test_bytes_of_an_exchange_in_stages_are_those_of_the_program(monkeypatch):
+    """As over hundreds of devices, where one all_to_all would take the compiler long."""
+    monkeypatch.setattr(cost, "EXCHANGED_AT_ONCE", 4)
+    jax.clear_caches()  # another test's program was made at once
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    params = abstract({"many": (16, 32, 64), "few": (3, 64, 128)}, mesh, {})
+    keywords = {
+        "muon_weight_dimension_numbers": NUMBERS,
+        "mesh_costs": MeshCosts(1, latency_bytes=0),
+        "ns_dtype": "bfloat16",
+    }
+    report = sharding_report(params, mesh=mesh, **keywords)
+    sent = [c for c in hlo.collectives(compiled(params, mesh, **keywords)) if "muon." in c.scope]
+    exchanges = [c.group_size for c in sent if c.opcode == "all-to-all"]
+    assert {*exchanges} == {2, 4}
+    assert sum(c.wire_bytes for c in sent) == pytest.approx(
+        sum(row.bytes_in + row.bytes_out for row in report.rows), abs=4
+    )
 
 
 def test_the_gather_of_adamw_is_that_of_the_program():
