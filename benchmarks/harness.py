@@ -1,4 +1,4 @@
-"""What every benchmark needs: fair timing, the matmul peak, and a record of the machine."""
+"""What every benchmark needs: fair timing, and a record of the machine."""
 
 import json
 import os
@@ -9,16 +9,32 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
+from rich.console import Console
 
 from examples.one_thread import available_cores
 
+# Programs that run beside this one; torch's threads, which wait for each other, suffer most.
+BUSY = 0.5
+
+Name = TypeVar("Name", bound=str)
+Built = TypeVar("Built")
+
+
+def wall_clock(call: Callable[[], Any]) -> float:
+    """The seconds that a call takes; it blocks until its work is done."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
 
 def time_interleaved(
-    functions: Mapping[str, Callable[[], Any]], repeats: int, warmups: int = 1
+    functions: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    warmups: int = 1,
+    clocks: Mapping[str, Callable[[Callable[[], Any]], float]] | None = None,
 ) -> dict[str, list[float]]:
     """Time several functions in turns, so that a change of the machine's speed hits all alike.
 
@@ -26,6 +42,7 @@ def time_interleaved(
       functions: name -> a call that blocks until its work is done.
       repeats: how often each is timed.
       warmups: how often each is called before.
+      clocks: name -> what makes the call and returns its seconds; `wall_clock` for the others.
 
     Returns:
       name -> seconds of each call.
@@ -36,10 +53,48 @@ def time_interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, call in functions.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
+            clock = (clocks or {}).get(name, wall_clock)
+            seconds[name].append(clock(call))
     return seconds
+
+
+def attempt_each(
+    builders: Mapping[Name, Callable[[], Built]], run: Callable[[Built], Any]
+) -> tuple[dict[Name, Built], dict[Name, str]]:
+    """Build each, and run it once: what one of them cannot do does not stop the others.
+
+    Args:
+      builders: name -> makes what is to be measured.
+      run: what is tried with it, which warms it up as well.
+
+    Returns:
+      Those that ran, by name, and what the others said.
+    """
+    built: dict[Name, Built] = {}
+    failed: dict[Name, str] = {}
+    for name, build in builders.items():
+        try:
+            made = build()
+            run(made)
+        except Exception as error:  # out of memory, a kernel that there is not, no torch
+            failed[name] = describe(error)
+        else:
+            built[name] = made
+    return built, failed
+
+
+def describe(error: BaseException) -> str:
+    """An error's type and the first line that it says."""
+    said = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {said[0][:300] if said else 'nothing'}"
+
+
+def load_average(console: Console) -> float:
+    """How many other programs run, which is said where it matters: torch's threads wait longest."""
+    load = os.getloadavg()[0]
+    if load > BUSY:
+        console.print(f"load average {load:.1f}: what else runs here will be in the figures")
+    return load
 
 
 def limit_threads(count: int) -> None:
@@ -59,21 +114,6 @@ def limit_threads(count: int) -> None:
 def median(seconds: list[float]) -> float:
     """The median, in the unit given."""
     return statistics.median(seconds)
-
-
-def matmul_peak(size: int | None = None, repeats: int = 5) -> float:
-    """FLOP/s of the fastest of several square matrix products on the default device.
-
-    bfloat16 with float32 accumulation on accelerators, float32 on CPU: what Newton-Schulz
-    multiplies there.
-    """
-    cpu = jax.default_backend() == "cpu"
-    size = size or (2048 if cpu else 8192)
-    dtype = jnp.float32 if cpu else jnp.bfloat16
-    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    product = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
-    calls = {"peak": lambda: jax.block_until_ready(product(x))}
-    return 2 * size**3 / min(time_interleaved(calls, repeats, warmups=2)["peak"])
 
 
 def environment(*packages: str) -> dict[str, Any]:

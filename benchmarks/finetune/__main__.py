@@ -10,7 +10,6 @@ Peak memory is a whole process's: libraries, reading the model, and compilation 
 
 import contextlib
 import dataclasses
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from rich.table import Table
 
 from benchmarks.finetune.base import write_base
 from benchmarks.finetune.work import Optimizer, Side, Work
-from benchmarks.harness import environment, limit_threads, median, write_json
+from benchmarks.harness import environment, limit_threads, load_average, median, write_json
 from examples.moonlight.model.dense import DenseConfig
 from examples.one_thread import available_cores
 
@@ -29,9 +28,6 @@ from examples.one_thread import available_cores
 # bfloat16 in Newton-Schulz makes of it; measured 5e-6.
 CHECKED_STEPS = 4
 FIRST_LOSS_TOLERANCE, LATER_LOSS_TOLERANCE = 1e-5, 1e-4
-
-# Programs that run beside this one; torch's threads, which wait for each other, suffer most.
-BUSY = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,9 +178,7 @@ def main(args: Args) -> dict[str, Any]:
     if args.threads is not None:
         limit_threads(args.threads)  # both sides' processes inherit it
     console = rich.get_console()
-    load = os.getloadavg()[0]
-    if load > BUSY:
-        console.print(f"load average {load:.1f}: what else runs here will be in the figures")
+    load = load_average(console)
     config = config_of(args)
     results: dict[str, Any] = {}
     record: dict[str, Any] = {

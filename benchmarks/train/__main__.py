@@ -10,7 +10,6 @@ gradients takes longer than that, "update" clipping and the optimizer; "step" is
 """
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import environment, limit_threads, median, time_interleaved, write_json
+from benchmarks.harness import (
+    environment,
+    limit_threads,
+    load_average,
+    median,
+    time_interleaved,
+    write_json,
+)
 from benchmarks.train.ours import Family, Optimizer, Ours, config_of
 from benchmarks.train.theirs import Theirs
 from examples.moonlight.huggingface.config import ModelConfig
@@ -31,9 +37,6 @@ from examples.one_thread import available_cores
 # by what bfloat16 in Newton-Schulz and a token sent to another expert make of it.
 CHECKED_STEPS = 3
 FIRST_LOSS_TOLERANCE, LATER_LOSS_TOLERANCE = 1e-5, 2e-3
-
-# Programs that run beside this one; torch's threads, which wait for each other, suffer most.
-BUSY = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +167,7 @@ def main(args: Args, moonlight: MoonlightConfig | None = None) -> dict[str, Any]
         limit_threads(args.threads)  # before the first computation, which starts XLA's threads
     console = Console()
     moonlight = moonlight or MoonlightConfig.preset(args.preset)
-    load = os.getloadavg()[0]
-    if load > BUSY:
-        console.print(f"load average {load:.1f}: what else runs here will be in the figures")
+    load = load_average(console)
     record: dict[str, Any] = {
         "environment": environment("jax", "jaxlib", "flax", "optax", "torch", "transformers"),
         "threads": available_cores(),

@@ -40,6 +40,8 @@ class Theirs:
         bias: Router biases of the other side.
         tokens_bt: One batch, int32 `[batch, time + 1]`.
         optimizers: Which to build steps for.
+        device: Where it runs; on "cuda" `torch.compile` compiles Muon's step.
+        bfloat16: Whether the model computes in bfloat16 where `torch.autocast` lets it.
 
     Attributes:
         calls: By the names above; those of a step return the loss.
@@ -53,13 +55,16 @@ class Theirs:
         bias: nnx.State,
         tokens_bt: np.ndarray,
         optimizers: tuple[Optimizer, ...],
+        device: str = "cpu",
+        bfloat16: bool = False,
     ):
         torch.set_num_threads(available_cores())
         fields = config_fields(config, dtype="float32")
         theirs = transformers.AutoConfig.for_model(**fields)
-        self.model = transformers.AutoModelForCausalLM.from_config(theirs).float()
+        self.model = transformers.AutoModelForCausalLM.from_config(theirs).float().to(device)
         self._weights = _theirs(config, params, bias)
-        self._tokens = torch.tensor(tokens_bt, dtype=torch.long)
+        self._tokens = torch.tensor(tokens_bt, dtype=torch.long, device=device)
+        self._device, self._bfloat16 = device, bfloat16
         self.reset()
         self.calls: Calls = {"forward": self._forward, "gradient": self._gradient}
         self.routes = self._choose_routes(has_experts=bool(jax.tree.leaves(bias)))
@@ -74,9 +79,10 @@ class Theirs:
 
     def _loss(self) -> Any:
         # Not its own loss, which reads a column more to shift it away.
-        logits = self.model(input_ids=self._tokens[:, :-1], use_cache=False).logits
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._bfloat16):
+            logits = self.model(input_ids=self._tokens[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), self._tokens[:, 1:].flatten()
+            logits.flatten(0, 1).float(), self._tokens[:, 1:].flatten()
         )
 
     def _forward(self) -> float:
@@ -132,13 +138,15 @@ class Theirs:
                 )
             )
         params = list(self.model.parameters())
+        compiles = self._device == "cuda" and name == "muon"
+        steps = [torch.compile(x.step) if compiles else x.step for x in optimizers]
 
         def update() -> None:
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             for leaf, (param, expert, rows) in zip(leaves, views, strict=True):
                 leaf.grad = param.grad[expert, rows]
-            for optimizer in optimizers:
-                optimizer.step()
+            for step in steps:
+                step()
 
         return update
 

@@ -23,6 +23,7 @@ def test_step_benchmark_measures_every_case_and_peer(tmp_path, capsys):
         assert rows["muon_jax"]["compile_s"] > 0
         assert rows["muon_jax"]["temporary_bytes"] > 0
         assert rows["adamw"]["share_of_peak"] is None
+        assert rows["torch"]["share_of_peak"].keys() == record["matmul_peak_flops"].keys()
     assert record["environment"]["versions"]["jax"]
 
 

@@ -1,0 +1,1 @@
+"""Orthogonalization by shape; `__main__` measures the shapes of real models."""

@@ -1,0 +1,1 @@
+"""Tables and pictures of the docs, from the JSON of the runs."""
