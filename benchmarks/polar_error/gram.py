@@ -54,7 +54,7 @@ def gram_newton_schulz(
     small = gram_arithmetic or arithmetic
     for steps in segments(schedule, restarts):
         gram = small.store(arithmetic.product(x, x))
-        scale, q = None, None
+        scale, q = 1.0, None
         for index, abc in enumerate(steps):
             a, w = _factor(gram, abc, small, identity_apart)
             if q is None:
@@ -65,6 +65,7 @@ def gram_newton_schulz(
                 scale = scale * a
             if index + 1 < len(steps):
                 gram = _congruence(gram, a, w, small)
+        assert q is not None  # no segment is empty
         product = arithmetic.product(q.astype(x.dtype), adjoint(x))
         x = arithmetic.store(scale * arithmetic.widen(x) + product)
     return x
