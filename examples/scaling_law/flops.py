@@ -5,7 +5,7 @@
 2. `whole`: attention's inner products (causal: half of the square) and the head besides; the
    embedding is a lookup.
 3. `newton_schulz`: what Muon adds, which AdamW does not pay: 4 m^2 n + 2 m^3 for each step on each
-   m x n matrix, m <= n.
+   m x n matrix, m <= n; `cubic5` needs no 2 m^3.
 
 Elementwise work is in none of them.
 """
@@ -18,7 +18,10 @@ from muon_jax import SCHEDULES
 PETAFLOP_DAY = 1e15 * 86_400
 """The unit of the paper's compute: one PFLOP/s for a day."""
 
-_OWN_STEPS = {"standard": 5, "dion": 5, "polar_express": 5, "deepseek_v4": 10}
+_OWN_STEPS = {
+    **{"standard": 5, "dion": 5, "polar_express": 5, "deepseek_v4": 10},
+    **{"minimax": 5, "cubic5": 5},
+}
 
 
 class Flops(NamedTuple):
@@ -57,7 +60,8 @@ def newton_schulz(shapes: Iterable[tuple[int, int]], ns_coeffs: str, ns_steps: i
     """
     steps = _OWN_STEPS[ns_coeffs] if ns_steps is None else ns_steps
     sides = (sorted(shape) for shape in shapes)
-    return float(steps * sum(4 * m * m * n + 2 * m**3 for m, n in sides))
+    square = 0 if ns_coeffs == "cubic5" else 2
+    return float(steps * sum(4 * m * m * n + square * m**3 for m, n in sides))
 
 
 assert set(_OWN_STEPS) == set(SCHEDULES)

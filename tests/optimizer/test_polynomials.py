@@ -18,8 +18,17 @@ BANDS = {
     "dion": (0.01, 0.9777, 1.0318),
     "polar_express": (0.01, 0.8702, 1.1236),
     "deepseek_v4": (0.001, 1.0000, 1.0006),
+    "minimax": (10**-2.5, 0.9909, 1.0039),
+    "cubic5": (0.01, 0.7740, 1.3000),
 }
-LENGTHS = {"standard": 5, "dion": 5, "polar_express": 5, "deepseek_v4": 10}
+LENGTHS = {
+    "standard": 5,
+    "dion": 5,
+    "polar_express": 5,
+    "deepseek_v4": 10,
+    "minimax": 5,
+    "cubic5": 5,
+}
 
 # Range of the singular values, mean |s - 1| and RMS * sqrt(max(m, n)) of a Gaussian matrix. The
 # first three are published with three digits, and the smallest singular value of a square
@@ -33,6 +42,10 @@ GAUSSIAN_TABLE = {
     ("polar_express", (512, 2048)): (0.870, 1.124, 0.079, 1.013),
     ("deepseek_v4", (512, 512)): (1.000, 1.001, 0.000, 1.000),
     ("deepseek_v4", (512, 2048)): (1.000, 1.001, 0.000, 1.000),
+    ("minimax", (512, 512)): (0.014, 1.004, 0.019, 0.988),
+    ("minimax", (512, 2048)): (0.995, 1.004, 0.003, 1.000),
+    ("cubic5", (512, 512)): (0.003, 1.300, 0.215, 1.035),
+    ("cubic5", (512, 2048)): (0.774, 1.300, 0.151, 0.992),
 }
 TABLE_DIGITS = 0.0011
 
@@ -43,6 +56,8 @@ REALISED_RMS = {
     "dion": (0.99, 1.01),
     "polar_express": (0.96, 1.04),
     "deepseek_v4": (0.998, 1.001),
+    "minimax": (0.99, 1.001),
+    "cubic5": (0.94, 1.21),
 }
 ASPECT_RATIOS = (1, 2, 4, 8, 16)
 RMS_TOLERANCE = 2e-5  # float32 against the singular values in float64; measured 1e-6
@@ -120,6 +135,53 @@ def test_polar_express_of_any_length_is_a_prefix():
     for steps in range(1, 12):
         assert resolve_schedule("polar_express", steps) == longest[:steps]
     assert set(longest[7:]) == {(1.875, -1.25, 0.375)}
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5, 6])
+def test_minimax_is_closest_to_1_from_its_own_bound(steps):
+    """Two extremes inside alternate with both ends: Chebyshev's condition, after every step."""
+    values = np.geomspace(10 ** (-steps / 2), 1, 400_001)
+    for abc in _polynomials.MINIMAX[steps]:
+        low, high = values.min(), values.max()
+        grid = np.linspace(low, high, 400_001)
+        error = reference.polynomial(grid, [abc]) - 1
+        inside = error[1:-1][np.diff(np.sign(np.diff(error))) != 0]
+        largest = np.abs(error).max()
+        extremes = [error[0], *inside, error[-1]]
+        # Measured 1e-10: what the grid leaves out.
+        np.testing.assert_allclose(extremes, np.multiply(largest, [-1, 1, -1, 1]), rtol=1e-8)
+        values = reference.polynomial(values, [abc])
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5, 6])
+def test_minimax_is_safe_but_in_its_last_step(steps):
+    schedule = resolve_schedule("minimax", steps)
+    grid = np.linspace(0, 1, 101)
+    for used, derived in zip(schedule[:-1], _polynomials.MINIMAX[steps][:-1], strict=True):
+        expected = reference.polynomial(grid / 1.01, [derived])
+        np.testing.assert_allclose(reference.polynomial(grid, [used]), expected, rtol=1e-12)
+    assert schedule[-1] == _polynomials.MINIMAX[steps][-1]
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5])
+def test_minimax_beats_polar_express_with_as_many_products(steps):
+    """The largest error on the singular values that so few steps can lift."""
+    grid = np.geomspace(10 ** (-steps / 2), 1, 10_001)
+    ours, theirs = (
+        np.abs(reference.polynomial(grid, resolve_schedule(name, steps)) - 1).max()
+        for name in ("minimax", "polar_express")
+    )
+    assert ours < theirs / 10
+
+
+@pytest.mark.parametrize("steps", [2, 7])
+def test_minimax_names_the_lengths_that_it_has(steps):
+    with pytest.raises(ValueError, match=f"has 3 to 6 steps; got ns_steps={steps}"):
+        resolve_schedule("minimax", steps)
+
+
+def test_cubic5_leaves_out_the_square():
+    assert all(c == 0 for _, _, c in resolve_schedule("cubic5"))
 
 
 @pytest.mark.parametrize(

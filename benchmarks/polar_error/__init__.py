@@ -1,0 +1,1 @@
+"""What Newton-Schulz costs, and how far its result is from the polar factor."""

@@ -1,0 +1,76 @@
+"""The picture of FLOPs against polar error, a panel for each aspect ratio."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # No display is needed, and none is looked for.
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+COLOURS = {
+    "frobenius": "#4477aa",
+    "schatten": "#ccbb44",
+    "aol": "#ee6677",
+    "spectral": "#999999",
+}
+"""By what divides the matrix; a ring is the Gram form of the same."""
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the rows of one dtype."""
+    aspects = sorted({row["aspect"] for row in rows})
+    columns = min(2, len(aspects))
+    lines = -(-len(aspects) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(6.2 * columns, 4.6 * lines), squeeze=False)
+    for axis, aspect in zip(axes.flat, aspects, strict=False):
+        _panel(axis, [row for row in rows if row["aspect"] == aspect])
+        axis.set_title(f"{aspect}:1", fontsize=10, loc="left")
+    for axis in axes[-1]:
+        axis.set_xlabel("FLOPs of matrix products, five standard steps = 1")
+    for line in axes:
+        line[0].set_ylabel("polar error, mean of three spectra")
+    handles = [
+        Line2D([], [], color=colour, marker="o", linestyle="", label=name)
+        for name, colour in COLOURS.items()
+    ]
+    handles += [
+        Line2D([], [], color="k", marker="o", mfc="none", linestyle="", label="Gram form"),
+        Line2D([], [], color="k", linewidth=1, label="Pareto front"),
+        Line2D([], [], color="k", marker="*", linestyle="", label="the default"),
+    ]
+    figure.legend(handles=handles, loc="upper center", ncols=len(handles), frameon=False)
+    figure.suptitle(" ", fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _panel(axis: Axes, rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        colour = COLOURS[row["preconditioning"]]
+        face = "none" if row["gram"] else colour
+        axis.plot(row["work"], row["error"], "o", color=colour, mfc=face, markersize=5, alpha=0.8)
+        if (row["method"], row["preconditioning"], row["gram"]) == ("standard", "frobenius", False):
+            axis.plot(row["work"], row["error"], "*", color="k", markersize=10)
+    edge = sorted((row for row in rows if row["front"]), key=lambda row: row["flops"])
+    axis.step(
+        [row["work"] for row in edge], [row["error"] for row in edge], "k", where="post", lw=0.8
+    )
+    for index, row in enumerate(edge):
+        axis.annotate(
+            row["method"],
+            (row["work"], row["error"]),
+            xytext=(-3, -8 - 7 * (index % 2)),
+            textcoords="offset points",
+            ha="right",
+            fontsize=6.5,
+        )
+    axis.set_yscale("log")
+    # What breaks, by up to 1e14, is outside: the table has it.
+    axis.set_ylim(1e-3, 1)
+    axis.grid(alpha=0.2, which="both")
