@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import targets
-from benchmarks.harness import environment, write_json
+from benchmarks.harness import check_known, environment, write_json
 from benchmarks.wire.cases import CASES, Optimizer
 from benchmarks.wire.steps import MESH_AXES, build
 
@@ -76,9 +76,8 @@ def main(args: Args) -> dict[str, float]:
 
 if __name__ == "__main__":
     arguments = tyro.cli(Args)
-    for given, known in ((arguments.case, CASES), (arguments.target, targets.TARGETS)):
-        if given not in known:
-            raise SystemExit(f"unknown: {given}; known: {', '.join(known)}")
+    check_known([arguments.case], CASES)
+    check_known([arguments.target], targets.TARGETS)
     wanted = targets.TARGETS[arguments.target]
     if reason := targets.missing(wanted):
         raise SystemExit(f"{wanted.name} {reason}")

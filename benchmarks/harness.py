@@ -6,7 +6,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,6 +87,13 @@ def describe(error: BaseException) -> str:
     """An error's type and the first line that it says."""
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0][:300] if said else 'nothing'}"
+
+
+def check_known(given: Iterable[str], known: Iterable[str]) -> None:
+    """End the program, naming what there is, where it was asked for anything else."""
+    known = [*known]
+    if unknown := [name for name in given if name not in known]:
+        raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
 
 
 def load_average(console: Console) -> float:

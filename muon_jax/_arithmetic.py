@@ -80,7 +80,7 @@ CACHE_BYTES = 2**20
 """1 MiB: small matrices share what each operation costs, and stay in the cache."""
 
 TILE = 32
-"""Rows and columns that XLA:CPU transposes at a time: two caches' lines of bfloat16."""
+"""Rows and columns that XLA:CPU transposes at a time: a cache line of bfloat16."""
 
 
 def _round_to_bfloat16(x: jax.Array) -> jax.Array:

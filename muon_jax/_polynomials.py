@@ -112,7 +112,7 @@ DEEPSEEK_V4_FINAL: Coefficients = (2.0, -1.5, 0.5)
 DEFAULT_STEPS = 5
 
 
-def _safe(steps: Schedule) -> Schedule:
+def with_margin(steps: Schedule) -> Schedule:
     """All but the last, with their input divided by the safety factor."""
     return tuple(
         (a / POLAR_EXPRESS_SAFETY, b / POLAR_EXPRESS_SAFETY**3, c / POLAR_EXPRESS_SAFETY**5)
@@ -121,7 +121,7 @@ def _safe(steps: Schedule) -> Schedule:
 
 
 def _polar_express(steps: int) -> Schedule:
-    safe = _safe(POLAR_EXPRESS)
+    safe = with_margin(POLAR_EXPRESS)
     return (safe + (POLAR_EXPRESS[-1],) * max(0, steps - len(safe)))[:steps]
 
 
@@ -131,7 +131,7 @@ def _minimax(steps: int) -> Schedule:
             f"The schedule 'minimax' has {min(MINIMAX)} to {max(MINIMAX)} steps; got "
             f"ns_steps={steps}. 'polar_express' takes any number."
         )
-    return (*_safe(MINIMAX[steps]), MINIMAX[steps][-1])
+    return (*with_margin(MINIMAX[steps]), MINIMAX[steps][-1])
 
 
 # A schedule of several lengths takes the number of steps; a fixed one has its own.

@@ -19,7 +19,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from muon_jax._polynomials import POLAR_EXPRESS_SAFETY, Coefficients, Schedule
+from muon_jax._polynomials import Coefficients, Schedule, with_margin
 
 PRODUCTS = {3: 2, 5: 3}
 """Matrix products of a step, by the degree of its polynomial."""
@@ -116,8 +116,7 @@ def schedule(products: int) -> Schedule:
     """The best steps for a budget, as they are run: with Polar Express' margin for rounding."""
     low = bound(products)
     steps, _ = compose(best(products, low)[0], low)
-    margin = POLAR_EXPRESS_SAFETY
-    return (*((a / margin, b / margin**3, c / margin**5) for a, b, c in steps[:-1]), steps[-1])
+    return (*with_margin(steps), steps[-1])
 
 
 @dataclasses.dataclass(frozen=True)

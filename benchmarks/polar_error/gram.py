@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from muon_jax._arithmetic import Arithmetic, adjoint
+from muon_jax._arithmetic import Arithmetic, adjoint, full_precision_product
 from muon_jax._polynomials import Schedule
 
 
@@ -95,7 +95,7 @@ def rounded(exponent_bits: int, mantissa_bits: int) -> Arithmetic:
     return Arithmetic(
         jnp.float32,
         lambda x: lax.reduce_precision(x, exponent_bits, mantissa_bits),
-        lambda x, y: jnp.matmul(x, adjoint(y), precision=lax.Precision.HIGHEST),
+        full_precision_product,
         jnp.float32,
         unroll=False,
     )

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import targets
-from benchmarks.harness import environment, write_json
+from benchmarks.harness import check_known, environment, write_json
 from benchmarks.targets import TARGETS
 from benchmarks.traffic.steps import CASES
 
@@ -76,9 +76,8 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
 
 def main(args: Args) -> dict[str, Any]:
     """Compile, print the tables, write the JSON."""
-    for given, known in ((args.targets, TARGETS), (args.cases, CASES)):
-        if unknown := [name for name in given if name not in known]:
-            raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    check_known(args.targets, TARGETS)
+    check_known(args.cases, CASES)
     console = Console()
     record: dict[str, Any] = {"left_out": {}, "rows": []}
     for name in args.targets:

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from benchmarks import targets
-from benchmarks.harness import environment, write_json
+from benchmarks.harness import check_known, environment, write_json
 from benchmarks.targets import TARGETS, Target
 from benchmarks.wire.cases import CASES
 from benchmarks.wire.limits import complete
@@ -91,9 +91,8 @@ def measure(target: Target, names: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 def main(args: Args) -> dict[str, Any]:
     """Compile, print the tables, write the JSON."""
-    for given, known in ((args.targets, TARGETS), (args.cases, CASES)):
-        if unknown := [name for name in given if name not in known]:
-            raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    check_known(args.targets, TARGETS)
+    check_known(args.cases, CASES)
     console = Console()
     record: dict[str, Any] = {"left_out": {}, "rows": []}
     for name in args.targets:
