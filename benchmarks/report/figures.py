@@ -104,6 +104,7 @@ def step_bars(axes: Axes, cases: Mapping[str, Any]) -> None:
     for peer, name in NAMES.items():
         axes.bar(0, 0, color=COLOURS[peer], label=name)
     axes.set_xticks(range(len(cases)), [CASES.get(case, case) for case in cases], fontsize=8)
+    axes.margins(y=0.08)  # room for the numbers on the bars
     axes.set_ylabel("time of a step, Optax = 1")
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=8)
