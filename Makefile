@@ -7,7 +7,7 @@ NEWEST_PYTHON ?= $(shell .ci/newest-python)
 endif
 NEWEST_BIN := .venv-newest/bin
 
-.PHONY: train test test-newest lint notebook clean
+.PHONY: train test test-newest lint docs notebook clean
 
 train: .venv/.examples
 	$(BIN)/python -m examples.moonlight.train --preset tiny --output-dir runs/moonlight --resume
@@ -34,6 +34,10 @@ lint: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# The documentation site, into site/. Warnings are errors.
+docs: .venv/.docs
+	$(BIN)/python docs/site.py
+
 # Takes outputs out of the notebook before it is committed.
 notebook: .venv/.test
 	$(BIN)/python -m examples.colab.clean
@@ -53,6 +57,10 @@ notebook: .venv/.test
 	$(BIN)/python -m pip install -q -e ".[test]"
 	touch $@
 
+.venv/.docs: .venv/.python pyproject.toml
+	$(BIN)/python -m pip install -q -e ".[docs]"
+	touch $@
+
 .venv-newest/.$(notdir $(NEWEST_PYTHON)):
 	"$(NEWEST_PYTHON)" -m venv --clear .venv-newest
 	touch $@
@@ -68,4 +76,4 @@ notebook: .venv/.test
 	touch $@
 
 clean:
-	rm -rf .venv .venv-newest .aot runs
+	rm -rf .venv .venv-newest .aot runs site .cache

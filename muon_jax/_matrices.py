@@ -32,7 +32,9 @@ class FusedBlocks:
       TypeError: for sizes or an axis that are no whole numbers, and for other dimension numbers;
         what the leaf contradicts raises from the optimizer's `init`.
 
-    Example: a fused QKV kernel `[d, q + k + v]` and a gate-up stack `[experts, d, 2 * f]`:
+    Examples:
+      A fused QKV kernel `[d, q + k + v]` and a gate-up stack `[experts, d, 2 * f]`:
+
       >>> qkv = FusedBlocks(sizes=(512, 128, 128))
       >>> gate_up = FusedBlocks((1408, 1408), dimension_numbers=MuonDimensionNumbers(1, 2))
     """

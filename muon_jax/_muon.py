@@ -133,7 +133,7 @@ def muon(
       ValueError, TypeError: for arguments out of range or unknown names; from `init` and
         `update`, for leaves whose matrices cannot be known, naming each and what to write.
 
-    Example:
+    Examples:
       >>> params = {"dense": {"kernel": jnp.ones((8, 4)), "bias": jnp.zeros(4)}}
       >>> tx = optax.chain(optax.clip_by_global_norm(1.0), muon(3e-4, weight_decay=0.1))
       >>> state = tx.init(params)

@@ -54,7 +54,7 @@ def orthogonalize(
       ValueError: for fewer than two axes, an unknown name, contradicting steps, another dtype.
       TypeError: for an integer or boolean `x`.
 
-    Example:
+    Examples:
       >>> x = jax.random.normal(jax.random.key(0), (3, 64, 16))
       >>> s = jnp.linalg.svd(orthogonalize(x, "deepseek_v4"), compute_uv=False)
       >>> bool(abs(s - 1).max() < 0.02)

@@ -90,7 +90,7 @@ def scale_by_muon(
       ValueError, TypeError: for arguments out of range, or unknown names; from `init` and
         `update`, for leaves that are no matrices or do not fit the state.
 
-    Example:
+    Examples:
       >>> tx = optax.chain(
       ...     scale_by_muon(),
       ...     optax.add_decayed_weights(0.1),

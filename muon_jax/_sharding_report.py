@@ -166,7 +166,7 @@ def sharding_report(params: PyTree, *, mesh: Any, **keywords: Any) -> ShardingRe
     Raises:
       ValueError, TypeError: where `muon` would, for the same arguments.
 
-    Example:
+    Examples:
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> sharding_report({"kernel": jnp.ones((64, 64))}, mesh=mesh)
       per device and step, on 1 devices:

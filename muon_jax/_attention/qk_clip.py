@@ -92,7 +92,7 @@ def qk_clip(
         their weights (norms of queries or keys) or whose leaves do not fit; from `update`, where
         `params` or `max_logits` are missing or do not fit.
 
-    Example:
+    Examples:
       >>> params = {"attn": {"q_proj": jnp.ones((8, 4)), "k_proj": jnp.ones((8, 4))}}
       >>> tx = optax.chain(muon(3e-4), qk_clip(MultiHead(heads=2, head_dim=2)))
       >>> state = tx.init(params)

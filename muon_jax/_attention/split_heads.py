@@ -57,7 +57,7 @@ def split_heads(attention: Mapping[str, AttentionHeads], heads_per_group: int = 
         fit, or are AdamW's.
       TypeError: for a structure of another type.
 
-    Example:
+    Examples:
       >>> heads = split_heads({"self_attn": MultiHead(heads=16, head_dim=128)}, heads_per_group=4)
       >>> tx = muon(3e-4, heads=heads)
     """

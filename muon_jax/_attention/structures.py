@@ -117,7 +117,7 @@ class MultiHead(AttentionHeads):
       check_qk_norm: whether `qk_clip` refuses a gain in the module that is as long as a head or as
         all heads: it may normalise queries or keys. False is your word that it does not.
 
-    Example:
+    Examples:
       >>> llama_2 = MultiHead(heads=32, head_dim=128)
       >>> flax = MultiHead(8, 64, query="query", key="key", value="value", output="out")
     """
@@ -162,7 +162,7 @@ class GroupedQuery(AttentionHeads):
       output: see `MultiHead`.
       check_qk_norm: see `MultiHead`.
 
-    Example:
+    Examples:
       >>> qwen2_7b = GroupedQuery(heads=28, kv_heads=4, head_dim=128)
     """
 
@@ -233,7 +233,7 @@ class MultiHeadLatent(AttentionHeads):
       output: the name of the output projection `[..., heads * v_dim, out]`; see `MultiHead`.
       check_qk_norm: see `MultiHead`. Norms of latent vectors, before the projections, are none.
 
-    Example:
+    Examples:
       >>> moonlight = MultiHeadLatent(heads=16, nope_dim=128, rope_dim=64, v_dim=128)
     """
 

@@ -33,7 +33,7 @@ def opt_state_shardings(tx: Any, params: PyTree) -> PyTree:
       ValueError: where nothing in `tx` was given a mesh; and where `tx.init` would.
       TypeError: where `tx` is no optimizer.
 
-    Example:
+    Examples:
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
       >>> tx = optax.chain(optax.clip_by_global_norm(1.0), muon(3e-4, mesh=mesh))
       >>> params = {"kernel": jnp.ones((8, 4))}

@@ -104,7 +104,7 @@ def routing_report(
     Raises:
       ValueError, TypeError: where `muon` would, for the same leaves.
 
-    Example:
+    Examples:
       >>> routing_report({"embed": jnp.ones((9, 4)), "proj": {"kernel": jnp.ones((4, 4))}})
       path         shape  optimizer  matrix  batch  scale  because
       ------------------------------------------------------------------

@@ -49,7 +49,7 @@ def by_path(rules: Mapping[str, MatrixSpec | None]) -> PathRules:
       ValueError: for an invalid pattern; and from the optimizer, for a pattern found in no path.
       TypeError: for a value of another type.
 
-    Example:
+    Examples:
       >>> rules = by_path({"qkv/kernel": FusedBlocks((64, 64, 64)), "patch_embed": None})
       >>> tx = muon(3e-4, muon_weight_dimension_numbers=rules)
     """

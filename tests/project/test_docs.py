@@ -5,6 +5,7 @@ import functools
 import json
 import re
 import tokenize
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("muon_jax", "examples", "benchmarks", "tests", "docs", ".ci")
 PAGES = [
     *ROOT.glob("*.md"),
-    *(ROOT / "docs").glob("*.md"),
+    *(ROOT / "docs").rglob("*.md"),
     *(ROOT / "examples").rglob("*.md"),
 ]
 SOURCES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))]
@@ -32,7 +33,7 @@ MAKEFILE = (ROOT / "Makefile").read_text()
 # Named by us and made by a run, or by others: what is in no clone.
 ELSEWHERE = {
     *("results.json", "metrics.jsonl", "loss.png", "stability.png", "seal.json", "damaged/"),
-    *("tensorboard/", "tokenizer.json", "tokenizer_config.json", "config.json"),
+    *("site/", "tensorboard/", "tokenizer.json", "tokenizer_config.json", "config.json"),
     *("generation_config.json", "args.json", "adapter_config.json"),
 }
 NAMES_A_FILE = re.compile(r"[\w./-]*\w\.(py|md|ipynb|json|jsonl|png|toml|txt)|[\w./-]+/")
@@ -137,6 +138,24 @@ def test_targets_of_make_that_are_named_are_there():
         assert set(re.findall(r"^make ([\w-]+)|`make ([\w-]+)`", page.read_text(), re.M)) <= {
             pair for name in targets for pair in ((name, ""), ("", name))
         }
+
+
+def test_the_site_has_every_page_once():
+    def pages(entries: list[dict]) -> Iterator[str]:
+        for entry in entries:
+            for inside in entry.values():
+                yield from [inside] if isinstance(inside, str) else pages(inside)
+
+    site = tomllib.loads((ROOT / "zensical.toml").read_text())
+    assert sorted(pages(site["project"]["nav"])) == sorted(
+        str(page.relative_to(ROOT)) for page in PAGES
+    )
+
+
+def test_every_public_name_is_on_a_page_of_the_api():
+    text = "\n".join(page.read_text() for page in (ROOT / "docs/api").glob("*.md"))
+    named = re.findall(r"^(?:::: muon_jax\.|## `)(\w+)`?$", text, re.M)
+    assert sorted(named) == sorted(muon_jax.__all__)
 
 
 def test_code_on_pages_is_python():

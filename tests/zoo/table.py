@@ -13,7 +13,7 @@ _TOP = """\
 # The zoo: where the leaves of published models go
 
 Names, shapes and the right verdict of every leaf of {models} models lie in
-[`tests/zoo/families`](../tests/zoo/families), each with its source; a test holds the library's
+`tests/zoo/families`, each with its source; a test holds the library's
 verdict by names and shapes against them, leaf by leaf. What `by_use` reads of their losses
 [stands below](#read-from-their-programs). This page is what `python -m tests.zoo.table` makes of
 them.

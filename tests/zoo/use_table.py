@@ -8,10 +8,10 @@ from tests.zoo.use_checker import OUTCOMES
 HEADING = "\n## Read from their programs\n"
 
 _TOP = """
-{built} of the models stand as programs in [`tests/zoo/built`](../tests/zoo/built), most in a few
-lines of JAX on the entry's own leaves, some of Flax's, Haiku's and Equinox's own layers. `by_use`
-reads a loss of each, and a test holds every leaf against the entry's verdict. Where layers in a
-numbered list are alike the first four are built, and counted.
+{built} of the models stand as programs in [`tests/zoo/built`](../tests/zoo/built/__init__.py), most
+in a few lines of JAX on the entry's own leaves, some of Flax's, Haiku's and Equinox's own layers.
+`by_use` reads a loss of each, and a test holds every leaf against the entry's verdict. Where layers
+in a numbered list are alike the first four are built, and counted.
 
 - **right**: as above; `[out, in]` weights are not exchanged.
 - **otherwise**: the program says another role than the verdict by names, as it should. What comes

@@ -85,7 +85,9 @@ def by_use(
         another type, for parameters that are no floating-point arrays, and for a batch that holds
         what is no array, or by whose values the loss decides in Python.
 
-    Example: A tree of arrays, and then a model of Flax NNX, of Linen and of Equinox.
+    Examples:
+      A tree of arrays:
+
       >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 4))}
       >>> def loss(params, x, y):
       ...   return jnp.mean((jax.nn.relu(x @ params["up"]) @ params["down"] - y) ** 2)
@@ -93,10 +95,12 @@ def by_use(
       >>> roles = by_use(loss, params, x, y)
       >>> tx = muon(3e-4, muon_weight_dimension_numbers=roles)
 
-      by_use(lambda model, x, y: loss(model(x), y), model, x, y)
-      by_use(lambda p, x, y: loss(model.apply({"params": p}, x), y), params, x, y)
-      params, static = eqx.partition(model, eqx.is_inexact_array)
-      by_use(lambda p, x, y: loss(eqx.combine(p, static), x, y), params, x, y)
+      A model of Flax NNX, of Linen and of Equinox:
+
+          by_use(lambda model, x, y: loss(model(x), y), model, x, y)
+          by_use(lambda p, x, y: loss(model.apply({"params": p}, x), y), params, x, y)
+          params, static = eqx.partition(model, eqx.is_inexact_array)
+          by_use(lambda p, x, y: loss(eqx.combine(p, static), x, y), params, x, y)
     """
     if declared is not None and not isinstance(declared, PathRules):
         raise TypeError(

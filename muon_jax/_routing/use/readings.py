@@ -110,7 +110,7 @@ class UseRoles:
         Returns:
           From patterns of modules to `MultiHead` or `GroupedQuery`; empty where nothing was seen.
 
-        Example:
+        Examples:
           >>> def loss(params, x):
           ...   attn = params["attn"]
           ...   q, k, v = ((x @ attn[name]).reshape(2, 5, 2, 4) for name in "qkv")
