@@ -33,7 +33,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from benchmarks import targets
 from benchmarks.harness import check_known, environment, write_json
 from benchmarks.targets import TARGETS, Target
-from benchmarks.wire.cases import CASES
+from benchmarks.wire.cases import CASES, OPTIMIZERS
 from benchmarks.wire.limits import complete
 from benchmarks.wire.tables import show
 
@@ -57,13 +57,21 @@ class WorkerError(RuntimeError):
     """A process that compiled for a target ended badly."""
 
 
-def measure(target: Target, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def measure(
+    target: Target, names: Sequence[str], optimizers: Sequence[str] = OPTIMIZERS
+) -> Iterator[dict[str, Any]]:
     """Compile cases for a target in a process of its own, and yield its rows as they come.
+
+    Args:
+      target: what to compile for.
+      names: the cases.
+      optimizers: those of a case's optimizers that are compiled.
 
     Raises:
       WorkerError: with the end of what the process wrote, if it failed.
     """
-    command = [sys.executable, "-m", "benchmarks.wire.steps", target.name, *names]
+    command = [sys.executable, "-m", "benchmarks.wire.steps", target.name]
+    command += [",".join(names), ",".join(optimizers)]
     variables = targets.environment(target)
     with (
         tempfile.TemporaryFile("w+") as errors,

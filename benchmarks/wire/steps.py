@@ -12,7 +12,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from optax.contrib import muon as optax_muon
 
 from benchmarks.step import newton_schulz_flops
 from benchmarks.targets import TARGETS, Target, make_mesh
-from benchmarks.wire.cases import CASES, Case, Optimizer
+from benchmarks.wire.cases import CASES, OPTIMIZERS, Case, Optimizer
 from benchmarks.wire.counts import count
 from muon_jax import muon, opt_state_shardings
 
@@ -163,12 +163,14 @@ def _bytes_per_device(tree: Any) -> int:
     )
 
 
-def rows(target: Target, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+def rows(
+    target: Target, names: Iterable[str], optimizers: Sequence[str] = OPTIMIZERS
+) -> Iterator[dict[str, Any]]:
     """Compile the cases for a target, one row for each optimizer as soon as it is there."""
     mesh = make_mesh(target, target.mesh, MESH_AXES[len(target.mesh)])
     for name in names:
         case = CASES[name]
-        for optimizer in case.optimizers:
+        for optimizer in filter(optimizers.__contains__, case.optimizers):
             start = time.perf_counter()
             program = build(case, optimizer, mesh)
             text = program.compiled_text()
@@ -187,5 +189,6 @@ def rows(target: Target, names: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    for row in rows(TARGETS[sys.argv[1]], sys.argv[2:]):
+    target, names, optimizers = sys.argv[1:]
+    for row in rows(TARGETS[target], names.split(","), optimizers.split(",")):
         print(json.dumps(row), flush=True)

@@ -10,7 +10,7 @@ from benchmarks.targets import TARGETS
 from benchmarks.wire import __main__ as wire
 from benchmarks.wire import counts, steps
 from benchmarks.wire.cases import CASES
-from benchmarks.wire.limits import EXPECTED, complete, ideal_total
+from benchmarks.wire.limits import EXPECTED, complete, ideal_total, total_of
 
 pytestmark = pytest.mark.one_stack
 
@@ -93,11 +93,11 @@ def test_tpu_row_is_within_its_limits():
 )
 def test_gradients_are_scattered_whatever_their_widths(target, case):
     """Shards of no whole lanes, of no whole tiles, in a loop, and over two mesh axes."""
-    rows = complete(list(wire.measure(TARGETS[target], [case])))
-    ours = rows[-1]
+    [ours] = wire.measure(TARGETS[target], [case], ["muon_jax"])
     reductions = [c for c in ours["listed"] if c["kind"] == "reduction"]
     assert {c["opcode"] for c in reductions} == {"reduce-scatter"}
-    assert ours["checks"] and all(ours["checks"].values()), ours
+    adamw = 8 * 7 / 8 * ours["parameters"]  # reduce-scatters and gathers that nothing pads
+    assert total_of(ours) <= EXPECTED[case].ratio * adamw, ours
 
 
 def test_a_worker_that_fails_says_why():

@@ -337,8 +337,10 @@ RECURSION = "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}"
 )
 def test_a_template_costs_no_more_than_its_limits(template, message, tokenizer, tmp_path):
     write_template(tmp_path, template)
+    # A busy machine is no reason to end what another limit ends.
+    limits = Limits(seconds=2 if "seconds" in message else 25)
     with bounded(seconds=30, megabytes=200), pytest.raises(ValueError, match=message) as caught:
-        load_chat_template(tmp_path, tokenizer, Limits(seconds=2))(HELLO)
+        load_chat_template(tmp_path, tokenizer, limits)(HELLO)
     if "surrogate" not in message:
         assert "chat_template.jinja: the chat template" in str(caught.value)
     assert len(str(caught.value)) < 1000
