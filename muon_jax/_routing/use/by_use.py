@@ -3,10 +3,9 @@
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from muon_jax._common.parameters import check_tree, parameter_shape
@@ -15,36 +14,7 @@ from muon_jax._matrices import MatrixSpec, leaf_views
 from muon_jax._routing.remedies import declaration, listed
 from muon_jax._routing.roles import Question
 from muon_jax._routing.route_leaves import PathRules, declared_by_rules
-from muon_jax._routing.use import (
-    control,
-    elementwise,
-    gather,
-    joining,
-    other_products,
-    products,
-    reductions,
-    slices,
-    structure,
-)
-from muon_jax._routing.use.decide import RAVELLED, Judge
-from muon_jax._routing.use.doubts import Doubt
-from muon_jax._routing.use.labels import Label
-from muon_jax._routing.use.reader import Reader
 from muon_jax._routing.use.readings import Reading, UseRoles
-from muon_jax._routing.use.values import Kind, Value, fresh_axes, parameter
-
-# The modules whose rules the reader follows.
-RULES = (
-    structure,
-    slices,
-    joining,
-    elementwise,
-    reductions,
-    products,
-    other_products,
-    gather,
-    control,
-)
 
 
 def by_use(
@@ -102,6 +72,9 @@ def by_use(
           params, static = eqx.partition(model, eqx.is_inexact_array)
           by_use(lambda p, x, y: loss(eqx.combine(p, static), x, y), params, x, y)
     """
+    # A third of the library, and jax.extend: whoever does not ask shall not wait for its import.
+    from muon_jax._routing.use.program import RAVELLED, Doubt, judge_program
+
     if declared is not None and not isinstance(declared, PathRules):
         raise TypeError(
             f"by_use: declared must be what muon_jax.by_path returns, or None; got {declared!r}."
@@ -114,7 +87,8 @@ def by_use(
     check_tree(params, [path for path, _ in leaves])
     shapes = [(path, parameter_shape(path, leaf)) for path, leaf in leaves]
     words = {} if declared is None else declared_by_rules(leaves, declared)
-    judge = _judge(loss, params, batch, [shape for _, shape in shapes])
+    scalar = functools.partial(_scalar_of, loss)
+    judge = judge_program(scalar, params, batch, [shape for _, shape in shapes])
     readings, doubts = [], []
     for number, (path, shape) in enumerate(shapes):
         if path in words:
@@ -162,38 +136,9 @@ def _of_module(
     return of_parameters, params, (rest, *batch)
 
 
-def _judge(
-    loss: Callable[..., Any], params: Any, batch: Sequence[Any], shapes: list[tuple[int, ...]]
-) -> Judge:
-    def scalar(params: Any, *batch: Any) -> Any:
-        return _scalar(loss(params, *batch))
-
-    try:
-        program = jax.make_jaxpr(scalar)(params, *batch)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerIntegerConversionError) as error:
-        flags = [x for x in jax.tree.leaves(batch) if isinstance(x, bool | int | float)]
-        if not flags:
-            raise
-        raise TypeError(
-            f"by_use: the loss decides by a value of the batch, which holds {flags[:3]} as Python "
-            "values; all of the batch is traced. Close over what is no array: "
-            "by_use(lambda params, x: loss(params, x, train=True), params, x)."
-        ) from error
-    reader = Reader(shapes)
-    labels = [tuple(Label(size) for size in shape) for shape in shapes]
-    values = [
-        parameter(leaf, shape, tuple((label,) for label in labels[leaf]))
-        for leaf, shape in enumerate(shapes)
-    ]
-    for var in program.jaxpr.invars[len(shapes) :]:
-        shape = var.aval.shape  # type: ignore[attr-defined]
-        values.append(Value(shape, Kind.DATA, fresh_axes(shape, data=True)))
-    (outcome,) = reader.run(program, values)
-    return Judge(reader, labels, outcome)
-
-
-def _scalar(outcome: Any) -> Any:
+def _scalar_of(loss: Callable[..., Any], params: Any, *batch: Any) -> Any:
     """The loss itself of what a loss function returns."""
+    outcome: Any = loss(params, *batch)
     value: Any = outcome[0] if isinstance(outcome, tuple) and len(outcome) == 2 else outcome
     if not hasattr(value, "shape") and not isinstance(value, float):
         raise TypeError(
