@@ -9,12 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Inexact, PyTree
+from jaxtyping import Array, Float, Inexact
 
 from muon_jax._attention.split_heads import Heads
 from muon_jax._common.checks import as_array
 from muon_jax._common.dtypes import promote
 from muon_jax._common.paths import flatten_with_names, is_absent, show
+from muon_jax._common.trees import PyTree
 from muon_jax._routes import Route
 from muon_jax._routing.route_leaves import DimensionNumbers, route_leaves
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from muon_jax._common.paths import is_absent, show
+from muon_jax._common.trees import PyTree
 from muon_jax._routes import Route
 
 

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from muon_jax._common.paths import is_absent, show
+from muon_jax._common.trees import PyTree
 from muon_jax._matrices import LeafViews
 from muon_jax._mesh.layout import Layout
 from muon_jax._mesh.placed import Place, answer

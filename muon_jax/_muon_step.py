@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int
 
 from muon_jax._batching import DEFAULT_MAX_GROUP_BYTES, batched_update
 from muon_jax._common.checks import Scalar, check_bool, check_group_bytes, check_scalar
 from muon_jax._common.paths import show
+from muon_jax._common.trees import PyTree
 from muon_jax._leaves import Leaf
 from muon_jax._mesh.distributed import distributed_update
 from muon_jax._mesh.plan import Plan, PlannedLeaf

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jaxtyping import PyTree
 
 from muon_jax._adam_step import AdamStep
 from muon_jax._common.prefix import resolve_mask
+from muon_jax._common.trees import PyTree
 from muon_jax._gradients import gradient_leaves
 from muon_jax._leaves import Leaf, decide_leaves
 from muon_jax._muon_step import MuonStep

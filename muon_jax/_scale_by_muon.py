@@ -5,12 +5,12 @@ from typing import Any
 
 import jax
 import optax
-from jaxtyping import PyTree
 
 from muon_jax._attention.split_heads import Heads, resolve_heads
 from muon_jax._common.checks import Scalar
 from muon_jax._common.injectable import Held, injectable, unheld
 from muon_jax._common.paths import show
+from muon_jax._common.trees import PyTree
 from muon_jax._gradients import gradient_leaves
 from muon_jax._leaves import decide_in_update, decide_leaves
 from muon_jax._mesh.cost import MeshCosts

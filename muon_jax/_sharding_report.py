@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import PyTree
 
+from muon_jax._common.alike import groups_of_alike, one_name
 from muon_jax._common.paths import show
 from muon_jax._common.tables import in_units, table
+from muon_jax._common.trees import PyTree
 from muon_jax._leaves import Leaf
 from muon_jax._mesh.layout import tile_waste
 from muon_jax._mesh.plan import Group, Part, PlannedLeaf, Split
@@ -134,10 +135,13 @@ class ShardingReport:
             if row.tile_waste > 1
         ]
         lines += [
-            f"  {leaf.path}: its state, {_bytes(leaf.state_bytes)}, cannot be divided further than "
-            f"{leaf.state}; {leaf.replicas} devices hold the same"
-            for leaf in self.leaves
-            if leaf.indivisible
+            f"  {one_name(paths)}: its state, {_bytes(size)}, cannot be divided further than "
+            f"{state}; {replicas} devices hold the same"
+            for paths, (size, state, replicas) in groups_of_alike(
+                (leaf.path, (leaf.state_bytes, leaf.state, leaf.replicas))
+                for leaf in self.leaves
+                if leaf.indivisible
+            )
         ]
         return "\n".join(lines)
 

@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Inexact, PyTree
+from jaxtyping import Array, Inexact
 
 from muon_jax._common.dtypes import promote
 from muon_jax._common.paths import is_absent
+from muon_jax._common.trees import PyTree
 from muon_jax._leaves import Leaf, new_count, new_zeros
 from muon_jax._mesh.zero1 import Zero1
 

@@ -17,13 +17,14 @@ import numpy as np
 import optax
 from jax.core import Tracer
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Inexact, Int, PyTree
+from jaxtyping import Array, Float, Inexact, Int
 
 from muon_jax._attention.leaves import AttentionModule, find_attention
 from muon_jax._attention.structures import AttentionHeads, check_rule
 from muon_jax._common.checks import Scalar, check_arity, check_scalar, is_positive_integer
 from muon_jax._common.dtypes import promote
 from muon_jax._common.paths import flatten_with_names, is_absent, show
+from muon_jax._common.trees import PyTree
 from muon_jax._mesh.specs import partition_spec, place
 
 

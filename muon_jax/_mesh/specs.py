@@ -20,10 +20,10 @@ from jax.sharding import (
     PartitionSpec,
     SingleDeviceSharding,
 )
-from jaxtyping import PyTree
 
 from muon_jax._common.paths import flatten_with_names, is_absent, show
 from muon_jax._common.prefix import match_prefix
+from muon_jax._common.trees import PyTree
 
 AnyMesh = Mesh | AbstractMesh
 

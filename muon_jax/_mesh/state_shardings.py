@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import PyTree
 
 from muon_jax._common.paths import Path, flatten_with_names
+from muon_jax._common.trees import PyTree
 from muon_jax._mesh.placed import Placed, asked
 from muon_jax._mesh.specs import partition_spec, resolve_param_specs
 from muon_jax._mesh.zero1 import Zero1

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
 
 from muon_jax._common.injectable import unheld
 from muon_jax._common.paths import show
+from muon_jax._common.trees import PyTree
 from muon_jax._matrices import LeafViews
 from muon_jax._mesh.cost import MeshCosts
 from muon_jax._mesh.layout import Layout, zero1_layout
