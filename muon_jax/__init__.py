@@ -17,6 +17,7 @@ from muon_jax._mesh.cost import MeshCosts
 from muon_jax._mesh.state_shardings import opt_state_shardings
 from muon_jax._muon import muon
 from muon_jax._muon_step import MuonState
+from muon_jax._optax_state import state_from_optax, state_to_optax
 from muon_jax._orthogonalize import orthogonalize
 from muon_jax._polynomials import SCHEDULES
 from muon_jax._routing.report import RoutingReport, RoutingRow, routing_report
@@ -60,6 +61,8 @@ __all__ = [
     "scale_by_muon",
     "sharding_report",
     "split_heads",
+    "state_from_optax",
+    "state_to_optax",
     "svd_entropy",
     "update_rms",
 ]
