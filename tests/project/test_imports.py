@@ -92,7 +92,7 @@ def test_every_layer_is_there():
     assert LAYER_OF.keys() <= imports().keys()
 
 
-@pytest.mark.parametrize("room", ["_common", "_attention", "_routing", "_mesh"])
+@pytest.mark.parametrize("room", ["_common", "_attention", "_routing", "_mesh", "_planning"])
 def test_a_room_has_a_map_of_its_modules(room):
     folder = ROOT / "muon_jax" / room
     text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""

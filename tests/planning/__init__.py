@@ -1,0 +1,1 @@
+"""A model planned for a mesh without loading it: `python -m muon_jax report`."""
