@@ -7,7 +7,7 @@ NEWEST_PYTHON ?= $(shell .ci/newest-python)
 endif
 NEWEST_BIN := .venv-newest/bin
 
-.PHONY: train test test-newest lint docs notebook clean
+.PHONY: train test test-newest test-packaged lint docs notebook clean
 
 train: .venv/.examples
 	$(BIN)/python -m examples.moonlight.train --preset tiny --output-dir runs/moonlight --resume
@@ -28,6 +28,10 @@ test-newest:
 	$(NEWEST_BIN)/python -m pytest -n 2 --dist loadgroup -m "bits and not one_stack"
 	flags="$$($(NEWEST_BIN)/python -m tests.xla_flags)" && \
 	  XLA_FLAGS="$$flags" $(NEWEST_BIN)/python -m pytest -n 2 --dist loadfile -m "not bits and not one_stack"
+
+# The packed library in an environment with nothing else, and the tests that need nothing else.
+test-packaged: .venv/.test
+	$(BIN)/python -m tests.packaged
 
 lint: .venv/.test
 	$(BIN)/ruff check .
