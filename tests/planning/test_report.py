@@ -109,6 +109,12 @@ def test_bytes_are_those_of_compiled_programs(tmp_path, report):
     assert sent["gradients"] == counted["adamw"]["gather"]
     assert sent["adamw"] == sent["gradients"] + counted["adamw"]["gather"]
     assert sent["total"] == sent["gradients"] + muon["exchange"] + muon["gather"]
+    assert found["held"]["adamw_state"] == 2 * found["held"]["muon_state"]
+
+
+def test_a_gradient_that_no_device_can_cut_is_summed_on_all(tmp_path, report):
+    sent = report(write_model(tmp_path / "gain", {"norm.weight": (3,)}), "--mesh", "data=4")["sent"]
+    assert sent["gradients"] == sent["total"] == 2 * (4 * 3) * 3 // 4  # an all-reduce on a ring
 
 
 def test_an_axis_called_fsdp_shards_matrices(tiny, report):
