@@ -75,6 +75,8 @@ def test_a_wrong_flag_is_not(program, monkeypatch):
 
 
 def test_commands_are_found():
-    page = "```\nmake x\nA=1 .venv/bin/python -m examples.a.b --x 'c d' e#5 \\\n  --y  # e\n```\n"
-    assert commands(page) == [("examples.a.b", "--x", "c d", "e#5", "--y")]
+    page = (
+        "```\nmake x\nA=1 .venv/bin/python -m examples.minimal --x 'c d' e#5 \\\n  --y  # e\n```\n"
+    )
+    assert commands(page) == [("examples.minimal", "--x", "c d", "e#5", "--y")]
     assert len(COMMANDS) > 15

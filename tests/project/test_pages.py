@@ -70,6 +70,12 @@ def test_a_page_runs(name, tmp_path, monkeypatch, capsys):
         run(RUN[name], name, capsys)
 
 
+def test_no_block_is_missed():
+    for page in PAGES:
+        text = page.read_text()
+        assert len(shown(text)) == len(re.findall(r"```py|~~~py", text)), page
+
+
 def page(*blocks: str) -> str:
     kinds = (block.partition("|") for block in blocks)
     return "\n\n".join(f"```{kind}\n{code}\n```" for kind, _, code in kinds)
