@@ -2,11 +2,16 @@
 
     python docs/site.py
 
-Zensical's strict build fails on links to pages and headings that are not there. What it lets pass
-fails here: what griffe finds wrong in a docstring, and links to files that were not copied.
+A page lies where GitHub shows it, and a link leads to the same place there and on the site. So the
+site is made of a copy of the repository, as far as pages show it; in the repository itself Zensical
+would read environments too.
+
+Its strict build fails on links to pages and headings that are not there. What it lets pass fails
+here: what griffe finds wrong in a docstring, and links to files that were not copied.
 """
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +20,21 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 ROOT = Path(__file__).parents[1]
+COPY = ROOT / "build/pages"
 SITE = ROOT / "site"
+FOLDERS = ("docs", "examples", "muon_jax", "tests/zoo")
 COLOURS = re.compile(r"\x1b\[[\d;]*m")
+
+
+def copy_pages() -> None:
+    """Copies what pages show and lead to, each file to its place in the repository."""
+    for made in (COPY, SITE):
+        shutil.rmtree(made, ignore_errors=True)
+    for folder in FOLDERS:
+        no_page = shutil.ignore_patterns("__pycache__", "*.jsonl.lock")
+        shutil.copytree(ROOT / folder, COPY / folder, ignore=no_page)
+    for file in (*ROOT.glob("*.md"), ROOT / "LICENSE"):
+        shutil.copy(file, COPY)
 
 
 class Addresses(HTMLParser):
@@ -57,15 +75,16 @@ def wrong_addresses() -> Iterator[str]:
 
 def main() -> int:
     """Builds the site, prints what is wrong, and returns the exit status."""
+    copy_pages()
     command = [str(Path(sys.executable).with_name("zensical")), "build", "--strict", "--clean"]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     printed = COLOURS.sub("", built.stdout + built.stderr.partition("Traceback")[0])
     print(printed, end="")
     if built.returncode:
         return 1
     wrong = [line for line in printed.splitlines() if line.startswith("griffe:")]
-    wrong += (found := list(wrong_addresses()))
-    print("\n".join(found or ["every link leads to a file"]))
+    wrong += wrong_addresses()
+    print("\n".join(wrong or ["every link leads to a file"]))
     return 1 if wrong else 0
 
 

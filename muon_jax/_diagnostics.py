@@ -31,6 +31,11 @@ def update_rms(updates: PyTree) -> PyTree:
 
     Returns:
       A pytree of float32 scalars with the structure of `updates`; 0 for an empty array.
+
+    Examples:
+      >>> rms = update_rms({"kernel": jnp.full((8, 4), -0.5)})
+      >>> float(rms["kernel"])
+      0.5
     """
     leaves, structure = flatten_with_names(updates)
     arrays = [as_array(f"update_rms, at {show(path)},", leaf) for path, leaf in leaves]
@@ -58,6 +63,12 @@ def rms_by_optimizer(
 
     Raises:
       ValueError, TypeError: where `muon` would, for the same parameters.
+
+    Examples:
+      >>> params = {"embed": jnp.full((9, 4), 2.0), "up": {"kernel": jnp.ones((4, 8))}}
+      >>> rms = rms_by_optimizer(params, params)
+      >>> float(rms["muon"]), float(rms["adam"])
+      (1.0, 2.0)
     """
     routes, structure = route_leaves(params, muon_weight_dimension_numbers, heads)
     updated: dict[str, list[jax.Array]] = {"muon": [], "adam": []}
@@ -95,6 +106,12 @@ def map_matrices(
 
     Raises:
       ValueError, TypeError: where `muon` would, for the same parameters.
+
+    Examples:
+      >>> params = {"up": {"kernel": jnp.eye(4, 8), "bias": jnp.zeros(8)}}
+      >>> errors = map_matrices(orthogonality_error, params, params)
+      >>> {path: errors_of_leaf[0].tolist() for path, errors_of_leaf in errors.items()}
+      {'up/kernel': [0.0]}
     """
     if not callable(function):
         raise TypeError(f"map_matrices takes a function of matrices first; got {function!r}.")
@@ -123,6 +140,13 @@ def svd_entropy(matrix: Inexact[Array, "*batch m n"]) -> Float[Array, "*batch"]:
     Raises:
       ValueError: for fewer than two axes.
       TypeError: for anything but an array.
+
+    Examples:
+      Four equal singular values, and two of four:
+
+      >>> x = jnp.stack([jnp.eye(4), jnp.diag(jnp.array([1.0, 1.0, 0.0, 0.0]))])
+      >>> print(svd_entropy(x).round(3))
+      [1.  0.5]
     """
     matrix = _as_matrices("svd_entropy", matrix)
     rank = min(matrix.shape[-2:])
@@ -150,6 +174,12 @@ def orthogonality_error(matrix: Inexact[Array, "*batch m n"]) -> Float[Array, "*
     Raises:
       ValueError: for fewer than two axes.
       TypeError: for anything but an array.
+
+    Examples:
+      >>> float(orthogonality_error(jnp.eye(4, 8)))
+      0.0
+      >>> float(orthogonality_error(2 * jnp.eye(4, 8)))
+      3.0
     """
     matrix = _as_matrices("orthogonality_error", matrix)
     wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT

@@ -36,6 +36,11 @@ class MuonState(NamedTuple):
     Attributes:
       count: the number of updates so far, int32.
       mu: the momentum, shaped like the parameters.
+
+    Examples:
+      >>> state = scale_by_muon().init({"kernel": jnp.ones((8, 4))})
+      >>> state.mu["kernel"].shape
+      (8, 4)
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]

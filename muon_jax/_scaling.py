@@ -26,6 +26,14 @@ class AdjustedLR:
     """``rms * sqrt(max(fan_in, fan_out))``: the same update RMS for every shape.
 
     Liu et al. 2025, Eq. 4 ("Adjusted LR"), Moonlight's choice and the default of `muon`.
+
+    Attributes:
+      rms: the update RMS to aim at, 0 or more.
+
+    Examples:
+      >>> AdjustedLR(0.2).factor(fan_in=64, fan_out=16)
+      1.6
+      >>> tx = muon(3e-4, update_scale=AdjustedLR(0.18))
     """
 
     rms: Scalar = ADAMW_RMS
@@ -41,6 +49,13 @@ class FixedScale:
     """The same factor for every matrix, such as ``0.2 * sqrt(hidden_size)``.
 
     Liu et al. 2025, Eq. 5 ("Baseline").
+
+    Attributes:
+      value: the factor, 0 or more.
+
+    Examples:
+      >>> hidden_size = 1024
+      >>> tx = muon(3e-4, update_scale=FixedScale(0.2 * hidden_size**0.5))
     """
 
     value: Scalar
@@ -74,6 +89,18 @@ class UpdateNorm:
     """``rms / RMS(O)``: exactly this update RMS, measured on each matrix at each step.
 
     Liu et al. 2025, Eq. 6 ("Update Norm"). A zero matrix stays zero.
+
+    Attributes:
+      rms: the update RMS, 0 or more.
+
+    Examples:
+      A matrix of rank one, whose polar factor alone would have a smaller RMS:
+
+      >>> params = {"kernel": jnp.ones((8, 4))}
+      >>> tx = scale_by_muon(update_scale=UpdateNorm(0.25))
+      >>> updates, _ = tx.update(params, tx.init(params))
+      >>> round(float(update_rms(updates)["kernel"]), 3)
+      0.25
     """
 
     rms: Scalar = ADAMW_RMS

@@ -39,6 +39,12 @@ class ShardingRow:
       state_bytes: bytes of the momentum on one device.
       tile_waste: what a TPU sends to reduce-scatter a gradient, divided by what its elements need.
         Above 1 no side of the matrix, cut over the mesh, suits the tiles in which a TPU keeps it.
+
+    Examples:
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> (row,) = sharding_report({"kernel": jnp.ones((96, 64))}, mesh=mesh).rows
+      >>> row.shape, row.matrices, row.route
+      ((64, 96), 1, 'local')
     """
 
     shape: tuple[int, int]
@@ -67,6 +73,12 @@ class LeafRow:
       replicas: the number of devices that hold the same piece of the state.
       indivisible: whether a mesh axis is left that would divide the state further, if the
         parameter's shape allowed.
+
+    Examples:
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> (leaf,) = sharding_report({"kernel": jnp.ones((96, 64))}, mesh=mesh).leaves
+      >>> leaf.path, leaf.optimizer, leaf.state_bytes
+      ('kernel', 'muon', 24576)
     """
 
     path: str
@@ -89,6 +101,12 @@ class ShardingReport:
       flops: FLOPs of Newton-Schulz on the busiest device, all groups together.
       balance: the busiest device's FLOPs, divided by an even share of all FLOPs.
       adam_gather_bytes: bytes that one device sends to gather AdamW's updates.
+
+    Examples:
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> report = sharding_report({"kernel": jnp.ones((96, 64))}, mesh=mesh)
+      >>> report.devices, report.state_bytes("muon")
+      (1, 24576)
     """
 
     rows: tuple[ShardingRow, ...]

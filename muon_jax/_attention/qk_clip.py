@@ -35,6 +35,12 @@ class QKClipState(NamedTuple):
       micro_step: micro-batches seen since the last step.
       step: steps of the optimizer.
       max_logits: the largest logits so far, from a module's path to `[*stack, heads]`.
+
+    Examples:
+      >>> params = {"attn": {"q_proj": jnp.ones((8, 4)), "k_proj": jnp.ones((8, 4))}}
+      >>> state = qk_clip(MultiHead(heads=2, head_dim=2), every_k_schedule=4).init(params)
+      >>> print(state.max_logits["attn"])
+      [-inf -inf]
     """
 
     micro_step: Int[Array, ""]

@@ -63,6 +63,11 @@ class MeshCosts:
 
     Raises:
       ValueError: for a number that is not positive, or a negative latency.
+
+    Examples:
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+      >>> ethernet = MeshCosts(flops_per_byte=50_000)
+      >>> tx = muon(3e-4, mesh=mesh, mesh_costs=ethernet)
     """
 
     flops_per_byte: float | int = 1250

@@ -34,6 +34,11 @@ class RoutingRow:
         for AdamW.
       scale: the update scale of each triple, as text; empty for AdamW.
       reason: why it goes there.
+
+    Examples:
+      >>> (row,) = routing_report({"proj": {"kernel": jnp.ones((4, 8))}}).rows
+      >>> row.optimizer, row.matrices, row.reason
+      ('muon', ((1, 4, 8),), 'linear kernel')
     """
 
     path: str
@@ -46,7 +51,16 @@ class RoutingRow:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class RoutingReport:
-    """The rows of `routing_report`; printed, or shown by a notebook, it is a table."""
+    """The rows of `routing_report`; printed, or shown by a notebook, it is a table.
+
+    Attributes:
+      rows: one row for each parameter, in the order of ``jax.tree.leaves(params)``.
+
+    Examples:
+      >>> params = {"embed": jnp.ones((9, 4)), "proj": {"kernel": jnp.ones((4, 4))}}
+      >>> [row.path for row in routing_report(params).rows if row.optimizer == "adam"]
+      ['embed']
+    """
 
     rows: tuple[RoutingRow, ...]
 

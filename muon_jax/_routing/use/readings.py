@@ -30,6 +30,14 @@ class Reading:
       head_axes: the axes of `spec` that hold attention's heads, for ``heads="per_head"``.
       becomes: the number and the width of the heads that its one output axis becomes; None where it
         was not seen to become any.
+
+    Examples:
+      >>> def loss(params, x):
+      ...   return jnp.mean(jax.nn.relu(x @ params["up"]) @ params["down"])
+      >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 9))}
+      >>> roles = by_use(loss, params, jnp.ones((2, 4)))
+      >>> [(reading.shape, reading.role) for reading in roles.readings]
+      [((8, 9), 'head'), ((4, 8), 'matrix')]
     """
 
     path: Path
@@ -80,6 +88,17 @@ class UseRoles:
 
     Attributes:
       readings: one for each parameter, in the order of ``jax.tree.leaves``.
+
+    Examples:
+      >>> def loss(params, x):
+      ...   return jnp.mean(jax.nn.relu(x @ params["up"]) @ params["down"])
+      >>> params = {"up": jnp.ones((4, 8)), "down": jnp.ones((8, 9))}
+      >>> roles = by_use(loss, params, jnp.ones((2, 4)))
+      >>> print(roles)
+      path  shape  role    what was seen
+      --------------------------------------------------
+      down  8x9    head    no matrix after it
+      up    4x8    matrix  contracted over axis 0, out 1
     """
 
     readings: tuple[Reading, ...]
