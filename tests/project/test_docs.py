@@ -232,10 +232,9 @@ def test_the_readmes_ratio_is_the_reports():
     assert f"needs {ratio} of AdamW's compute (90% interval over three seeds {interval})" in words
 
 
-def test_as_many_meanings_differ_from_optax_as_are_listed():
+def test_as_many_meanings_differ_from_optax_as_is_said():
     differences = re.findall(r"^ *(\d)\. ", str(muon_jax.muon.__doc__), re.M)
-    listed = re.findall(r"^(\d)\. ", README, re.M)
-    assert differences == listed == [*"123456"]
+    assert differences == [*"123456"]
     for text in (README, (ROOT / "CHANGELOG.md").read_text(), str(muon_jax.muon.__doc__)):
         assert re.search(r"\bsix\s+(meanings\s+differ|differences)", text)
 
