@@ -94,15 +94,16 @@ class Learner:
     def start(self, console: Console) -> TrainState:
         """The state of a run that begins: new weights, or those of a Hugging Face directory."""
         job = self.job
+        if job.pretrained is None and job.sharding.mesh is not None:
+            draw = jax.jit(lambda: _draw(job, self.optimizer), out_shardings=self.shardings)
+            return draw()
         if job.pretrained is not None:
             _, params, bias = load_pretrained(job.pretrained, job.execution, console=console)
-            init = jax.jit(self.optimizer.init, out_shardings=self.shardings.opt_state)
-            return TrainState(params, bias, init(params))
-        if job.sharding.mesh is None:
-            # Eagerly: one compilation for each shape, not one of all draws.
-            return _draw(job, self.optimizer)
-        draw = jax.jit(lambda: _draw(job, self.optimizer), out_shardings=self.shardings)
-        return draw()
+        else:
+            # Eagerly, where one program makes all draws; see `draws.py`.
+            _, params, bias = nnx.split(_build(job), nnx.Param, RouterBias)
+        init = jax.jit(self.optimizer.init, out_shardings=self.shardings.opt_state)
+        return TrainState(params, bias, init(params))
 
 
 def make_learner(job: Job, qk_clip_threshold: float | None) -> Learner:
