@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 
 from examples.moonlight.common.json_text import read_jsonl
+from examples.moonlight.common.phases import phase
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.untrusted import read_text
 from examples.moonlight.data.tokenizer import encode_text
@@ -141,19 +142,21 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
         sharding=ModelSharding(None if args.mesh is None else make_mesh(args.mesh)),
     )
     checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
-    opened = open_model(args.model, execution, checkpoint=checkpoint, console=aside)
+    with phase(aside, f"reading {args.model}"):
+        opened = open_model(args.model, execution, checkpoint=checkpoint, console=aside)
 
     def prepare(rows: int, length: int) -> Generator:
-        return Generator(
-            opened.graphdef,
-            opened.params,
-            opened.bias,
-            batch=rows,
-            length=length,
-            chunk=args.prefill_chunk,
-            sampling=sampling,
-            sharding=execution.sharding,
-        )
+        with phase(aside, f"compiling for {rows} x {length} tokens"):
+            return Generator(
+                opened.graphdef,
+                opened.params,
+                opened.bias,
+                batch=rows,
+                length=length,
+                chunk=args.prefill_chunk,
+                sampling=sampling,
+                sharding=execution.sharding,
+            )
 
     tokenizer, longest = opened.tokenizer, opened.config.max_position_embeddings
     if args.chat:
