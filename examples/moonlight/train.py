@@ -66,7 +66,6 @@ from examples.moonlight.training.loop import (
     token_buffer,
 )
 from examples.moonlight.training.nonfinite import guard, wrap
-from examples.moonlight.training.plots import draw_plan
 from examples.moonlight.training.results import SCHEDULE, SHARDING, present, write_results
 from examples.moonlight.training.steps import TrainState, make_train_steps, make_validate
 from examples.moonlight.training.stopping import Stopped, StopRequest, quieten_signals
@@ -191,6 +190,9 @@ def _enter_folder(
 
 def _show_plan(job: Job, console: Console) -> None:
     console.print(plan_table(job.plan, job.recipe))
+    # Here, because matplotlib takes half as long to import as all else.
+    from examples.moonlight.training.plots import draw_plan
+
     name = job.args.init_from or f"Moonlight {job.args.preset}"
     title = f"{name}, {job.recipe.schedule} schedule"
     with phase(console, "drawing the schedule"):
