@@ -118,7 +118,8 @@ def lines(args: Args, row: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in held.items())
     found = [
         f"{args.preset} on {args.target}, {args.compute_dtype}, {args.experts} experts: "
-        f"{row['parameters']:,} parameters, {row['active']:,} active per token",
+        f"{row['parameters']:,} parameters, "
+        f"{row['active']:,} active per token beside embedding and head",
         f"memory: {sum(held.values()) / GIB:.2f} GiB ({parts})",
         f"a step: {flops['model'] / 1e12:.3f} TFLOPs of the model, "
         f"{flops['newton-schulz'] / 1e12:.3f} of Newton-Schulz",

@@ -48,16 +48,16 @@ def _spinner(console: Console, what: str) -> Progress:
 
 @contextlib.contextmanager
 def _lines(console: Console, what: str) -> Iterator[None]:
-    ended = threading.Event()
+    ended, started = threading.Event(), time.perf_counter()
 
     def tell() -> None:
         if ended.wait(FIRST):
             return
         _say(console, f"{what} ...")
-        seconds = FIRST
-        while not ended.wait(INTERVAL):
-            seconds += INTERVAL
-            _say(console, f"{what} ... {seconds:.0f} s")
+        due = INTERVAL
+        while not ended.wait(max(0.0, started + due - time.perf_counter())):
+            _say(console, f"{what} ... {due:.0f} s")
+            due += INTERVAL
 
     # A daemon, so that it can keep no program alive.
     teller = threading.Thread(target=tell, name=THREAD, daemon=True)

@@ -23,9 +23,9 @@ def compute_dtype(asked: str | None, device: Any = None) -> tuple[str, str]:
     if asked is not None:
         return asked, "as asked"
     if device.platform == "cpu":
-        return "float32", "what a CPU is used with"
+        return "float32", "most CPUs have no instructions for bfloat16"
     capability = getattr(device, "compute_capability", None)
     if capability is not None and float(capability) < _FIRST_WITH_BFLOAT16:
         why = f"compute capability {capability} has no instructions for bfloat16"
         return "float32", why
-    return "bfloat16", "which it multiplies faster than float32; weights stay float32"
+    return "bfloat16", "it multiplies bfloat16 faster; weights stay float32"
