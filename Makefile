@@ -1,6 +1,14 @@
 # Two commands do everything from nothing: `make train` and `make test`. Both may be repeated.
 PYTHON ?= python3
 BIN := .venv/bin
+# Whose JAX goes into the environment: cpu, cuda12, cuda13 or tpu.
+ACCELERATOR ?= cpu
+ifneq ($(words $(filter cpu cuda12 cuda13 tpu,$(ACCELERATOR)))$(words $(ACCELERATOR)),11)
+$(error ACCELERATOR is "$(ACCELERATOR)", expected cpu, cuda12, cuda13 or tpu: see docs/accelerators.md)
+endif
+JAX := $(if $(filter-out cpu,$(ACCELERATOR)),"jax[$(ACCELERATOR)]")
+# The stamp of an empty environment. One that was made for another accelerator lacks it.
+MADE := .venv/.python$(if $(JAX),-$(ACCELERATOR))
 # The other end of the range of versions that pyproject.toml names, looked for when it is asked for.
 ifneq ($(findstring newest,$(MAKECMDGOALS)),)
 NEWEST_PYTHON ?= $(shell .ci/newest-python)
@@ -47,22 +55,22 @@ notebook: .venv/.test
 	$(BIN)/python -m examples.colab.clean
 
 # The stamps are touched last, so an interrupted installation is taken up again.
-.venv/.python:
+$(MADE):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "muon_jax needs Python 3.11 or later; run: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv --clear .venv
 	touch $@
 
-.venv/.examples: .venv/.python pyproject.toml
-	$(BIN)/python -m pip install -q -e ".[examples]"
+.venv/.examples: $(MADE) pyproject.toml
+	$(BIN)/python -m pip install -q $(JAX) -e ".[examples]"
 	touch $@
 
-.venv/.test: .venv/.python pyproject.toml
-	$(BIN)/python -m pip install -q -e ".[test]"
+.venv/.test: $(MADE) pyproject.toml
+	$(BIN)/python -m pip install -q $(JAX) -e ".[test]"
 	touch $@
 
-.venv/.docs: .venv/.python pyproject.toml
-	$(BIN)/python -m pip install -q -e ".[docs]"
+.venv/.docs: $(MADE) pyproject.toml
+	$(BIN)/python -m pip install -q $(JAX) -e ".[docs]"
 	touch $@
 
 .venv-newest/.$(notdir $(NEWEST_PYTHON)):

@@ -64,6 +64,9 @@ TARGETS = {
     )
 }
 
+# The GPU of a free Colab. Apart, because it is one device: no benchmark of meshes runs on it.
+T4 = Target("t4", "cuda", "1x1x1", (1,))
+
 # What XLA:GPU asks of the hardware, for an H100 SXM.
 _H100 = """
 gpu_device_info {
@@ -89,6 +92,33 @@ gpu_device_info {
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 2 }
 device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+# The same for a Tesla T4, by NVIDIA's data sheet and the CUDA programming guide's table for 7.5.
+_T4 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 65536
+  shared_memory_per_core: 65536
+  threads_per_core_limit: 1024
+  core_count: 40
+  fpus_per_core: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 320000000000
+  l2_cache_size: 4194304
+  clock_rate_ghz: 1.59
+  device_memory_size: 15835660288
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  cuda_compute_capability { major: 7 minor: 5 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 2 }
+device_description_str: "Tesla T4"
 """
 
 
@@ -164,8 +194,8 @@ def devices(target: Target) -> list:
         return jax.devices("cpu")[: target.devices]
     if target.platform == "tpu":
         return topologies.get_topology_desc(target.topology, "tpu").devices
-    described = {"topology": target.topology, "target_config": _H100}
-    return topologies.get_topology_desc("h100", "cuda", **described).devices
+    described = {"topology": target.topology, "target_config": _T4 if target is T4 else _H100}
+    return topologies.get_topology_desc(target.name, "cuda", **described).devices
 
 
 def make_mesh(target: Target, shape: Sequence[int], names: Sequence[str]):

@@ -17,6 +17,9 @@ if (flags := os.environ.get("XLA_FLAGS")) and "PYTEST_XDIST_WORKER" not in os.en
     except ValueError as error:
         raise pytest.UsageError(str(error)) from error
 
+# No test reads or writes the cache of compiled programs of whoever runs the tests.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
+
 # Before jax is imported: the flags are read once.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (

@@ -23,6 +23,7 @@ from examples.finetune.foreign_flags import IN_EXPORT
 from examples.finetune.lora.peft_files import write_peft
 from examples.finetune.training.job import make_execution
 from examples.finetune.tuned import open_checkpoint, read_adapters, with_adapters
+from examples.moonlight.common.phases import phase
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.untrusted import is_there
 from examples.moonlight.generation.chat import TEMPLATE
@@ -74,7 +75,8 @@ def export(args: Args) -> Path:
     folder = args.output_dir or _beside(checkpoint, merges)
     if not merges:
         assert checkpoint.lora is not None and checkpoint.base is not None
-        factors = read_adapters(checkpoint, execution)
+        with phase(console, f"reading {checkpoint.folder}"):
+            factors = read_adapters(checkpoint, execution)
         model = with_adapters(checkpoint.config, execution, checkpoint.lora, factors)
         write_peft(folder, model, checkpoint.lora, base=str(checkpoint.base.folder.resolve()))
         console.print(
@@ -83,18 +85,20 @@ def export(args: Args) -> Path:
             soft_wrap=True,
         )
         return folder
-    opened = open_checkpoint(checkpoint, execution, console)
+    with phase(console, f"reading {checkpoint.folder}"):
+        opened = open_checkpoint(checkpoint, execution, console)
     dtype = args.torch_dtype or checkpoint.args["torch_dtype"]
-    export_pretrained(
-        folder,
-        opened.config,
-        opened.params,
-        opened.bias,
-        tokenizer=_tokenizer_of(checkpoint),
-        dtype=dtype,
-        max_shard_size=shard_size,
-        console=console,
-    )
+    with phase(console, f"writing {folder}"):
+        export_pretrained(
+            folder,
+            opened.config,
+            opened.params,
+            opened.bias,
+            tokenizer=_tokenizer_of(checkpoint),
+            dtype=dtype,
+            max_shard_size=shard_size,
+            console=console,
+        )
     console.print(
         f"{checkpoint.folder} in {dtype}: "
         f'transformers.AutoModelForCausalLM.from_pretrained("{folder}")',

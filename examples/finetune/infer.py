@@ -26,6 +26,7 @@ from examples.finetune.prompts import load_encoder, questions_of
 from examples.finetune.training.job import make_execution
 from examples.finetune.training.texts import system_text
 from examples.finetune.tuned import in_dtype, open_checkpoint, open_peft
+from examples.moonlight.common.phases import phase
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.untrusted import is_there
 from examples.moonlight.generation.chat import Encoder
@@ -100,19 +101,21 @@ def infer(args: Args, console: Console | None = None) -> list[str]:
         raise ValueError("--prompt and --val_dataset both say what to answer: give one")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     execution = make_execution(args)
-    opened, encode, trained_with = _open(args, execution, aside)
+    with phase(aside, f"reading {args.adapters or args.model}"):
+        opened, encode, trained_with = _open(args, execution, aside)
     system = system_text(trained_with if args.system is None else args.system)
 
     def prepare(rows: int, length: int) -> Generator:
-        return Generator(
-            opened.graphdef,
-            opened.params,
-            opened.bias,
-            batch=rows,
-            length=length,
-            sampling=sampling,
-            sharding=execution.sharding,
-        )
+        with phase(aside, f"compiling for {rows} x {length} tokens"):
+            return Generator(
+                opened.graphdef,
+                opened.params,
+                opened.bias,
+                batch=rows,
+                length=length,
+                sampling=sampling,
+                sharding=execution.sharding,
+            )
 
     if args.prompt or args.val_dataset:
         questions = questions_of(args.prompt, args.val_dataset, system, args.seed)

@@ -36,6 +36,7 @@ from examples.finetune.training.results import present, write_results
 from examples.finetune.training.steps import Frozen
 from examples.finetune.training.texts import Texts, load_texts
 from examples.moonlight.common.files import read_json, write_atomically
+from examples.moonlight.common.phases import phase
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.terminal import make_sturdy
 from examples.moonlight.run_folder import metrics, seal
@@ -69,10 +70,12 @@ def finetune(args: Args) -> dict[str, Any]:
 def _finetune(args: Args, stop: StopRequest) -> dict[str, Any]:
     clock, console = Clock(), rich.get_console()
     job = make_job(args)
-    texts = load_texts(job, console)
+    with phase(console, "reading the conversations"):
+        texts = load_texts(job, console)
     job = job.with_rows(texts.length)
     settings = job.settings(texts.settings)
-    learner = make_learner(job, texts.steps)
+    with phase(console, "laying out model and optimizer"):
+        learner = make_learner(job, texts.steps)
     with contextlib.ExitStack() as held:
         stop.check("stopped before the first step: nothing was written")
         lock, checkpoints = enter_folder(job, texts, settings, console, held)
@@ -93,9 +96,8 @@ def _finetune(args: Args, stop: StopRequest) -> dict[str, Any]:
         )
         stop.check(f"stopped after step {step}")
         if step < texts.steps:
-            started = clock.wall_seconds
-            train_step, validate = learner.compile(state, frozen, texts)
-            console.print(f"compiled in {clock.wall_seconds - started:.1f} s")
+            with phase(console, "compiling the training step and the validation"):
+                train_step, validate = learner.compile(state, frozen, texts)
             stop.check(f"stopped after step {step}")
             saves, validates = occasions(
                 args, texts.steps_per_epoch, validates=texts.validation is not None
@@ -128,9 +130,11 @@ def _restore_or_start(
 ) -> tuple[TrainState, Frozen, int, Course]:
     """The state, the step that it is after, and the run's course so far."""
     if checkpoints.latest_step() is None:
-        state, frozen, base = learner.start(console)
+        with phase(console, f"reading {learner.job.base.folder}"):
+            state, frozen, base = learner.start(console)
         return state, frozen, 0, Course(base=base)
-    state, frozen, restored = learner.restore(checkpoints, console)
+    with phase(console, "reading the newest checkpoint"):
+        state, frozen, restored = learner.restore(checkpoints, console)
     clock.add(restored.progress["clock"])
     texts.batches.set_state(restored.progress["data"])
     console.print(f"continuing after step {restored.step} of {texts.steps}")

@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 
 from examples.moonlight.common.json_text import read_jsonl
+from examples.moonlight.common.phases import phase
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.untrusted import read_text
 from examples.moonlight.data.tokenizer import encode_text
@@ -26,6 +27,7 @@ from examples.moonlight.generation.decoding import Generator, check_lengths
 from examples.moonlight.generation.model_folder import open_model
 from examples.moonlight.generation.sampling import Sampling
 from examples.moonlight.generation.texts import continue_texts, converse
+from examples.moonlight.model.execution.dtype import compute_dtype
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
 
@@ -73,7 +75,8 @@ class Args:
     prefill_chunk: int = 128
     """Tokens of a prompt that go through the model together."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
-    """Of activations, products and the cache; left out, float32 on CPU, else bfloat16."""
+    """Of activations, products and the cache; left out, bfloat16 on TPUs and on GPUs that have
+    instructions for it, else float32."""
     experts: Literal["dense", "ragged"] | None = None
     """How routed experts are computed; left out, dense on CPU, else ragged."""
     mesh: str | None = None
@@ -136,24 +139,26 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
     console, aside = console or Console(highlight=False), Console(stderr=True, highlight=False)
     on_cpu = jax.default_backend() == "cpu"
     execution = Execution(
-        dtype=jnp.dtype(args.compute_dtype or ("float32" if on_cpu else "bfloat16")),
+        dtype=jnp.dtype(compute_dtype(args.compute_dtype)[0]),
         experts=args.experts or ("dense" if on_cpu else "ragged"),
         sharding=ModelSharding(None if args.mesh is None else make_mesh(args.mesh)),
     )
     checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
-    opened = open_model(args.model, execution, checkpoint=checkpoint, console=aside)
+    with phase(aside, f"reading {args.model}"):
+        opened = open_model(args.model, execution, checkpoint=checkpoint, console=aside)
 
     def prepare(rows: int, length: int) -> Generator:
-        return Generator(
-            opened.graphdef,
-            opened.params,
-            opened.bias,
-            batch=rows,
-            length=length,
-            chunk=args.prefill_chunk,
-            sampling=sampling,
-            sharding=execution.sharding,
-        )
+        with phase(aside, f"compiling for {rows} x {length} tokens"):
+            return Generator(
+                opened.graphdef,
+                opened.params,
+                opened.bias,
+                batch=rows,
+                length=length,
+                chunk=args.prefill_chunk,
+                sampling=sampling,
+                sharding=execution.sharding,
+            )
 
     tokenizer, longest = opened.tokenizer, opened.config.max_position_embeddings
     if args.chat:

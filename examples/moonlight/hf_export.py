@@ -24,6 +24,7 @@ from flax import nnx
 from rich.console import Console
 from safetensors.numpy import save_file
 
+from examples.moonlight.common.phases import phase
 from examples.moonlight.common.program import run_program
 from examples.moonlight.generation.model_folder import open_model
 from examples.moonlight.huggingface import names as hf_names
@@ -235,22 +236,24 @@ def export(args: Args) -> None:
     console = rich.get_console()
     mesh = None if args.mesh is None else make_mesh(args.mesh)
     checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
-    model = open_model(
-        args.run,
-        Execution(sharding=ModelSharding(mesh)),
-        checkpoint=checkpoint,
-        console=console,
-    )
-    export_pretrained(
-        args.output,
-        model.config,
-        model.params,
-        model.bias,
-        tokenizer=args.run,
-        dtype=args.dtype,
-        max_shard_size=round(args.max_shard_gb * 1e9),
-        console=console,
-    )
+    with phase(console, f"reading {args.run}"):
+        model = open_model(
+            args.run,
+            Execution(sharding=ModelSharding(mesh)),
+            checkpoint=checkpoint,
+            console=console,
+        )
+    with phase(console, f"writing {args.output}"):
+        export_pretrained(
+            args.output,
+            model.config,
+            model.params,
+            model.bias,
+            tokenizer=args.run,
+            dtype=args.dtype,
+            max_shard_size=round(args.max_shard_gb * 1e9),
+            console=console,
+        )
     size = sum(path.stat().st_size for path in args.output.glob("*.safetensors"))
     console.print(
         f"{hf_names.total_size(model.config):,} numbers, {size / 1e9:,.3f} GB in {args.dtype}: "

@@ -25,7 +25,7 @@ from examples.moonlight.training.plots import draw_plan
 class ShowArgs:
     """Prints the plan that a training would follow."""
 
-    preset: Literal["tiny", "small", "moonlight-16b-a3b"] = "moonlight-16b-a3b"
+    preset: Literal["tiny", "mini", "small", "moonlight-16b-a3b"] = "moonlight-16b-a3b"
     """Architecture, with its recipe."""
     schedule: Literal["cosine", "moonlight"] | None = None
     """Shape of the plan; left out, the preset's."""

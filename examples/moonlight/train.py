@@ -33,11 +33,13 @@ import contextlib
 import sys
 from typing import Any
 
+import jax
 import rich
 import tyro
 from rich.console import Console
 
 from examples.moonlight.common.files import read_json, write_atomically
+from examples.moonlight.common.phases import phase
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.terminal import make_sturdy
 from examples.moonlight.data.tokenizer import TOKENIZER
@@ -64,7 +66,6 @@ from examples.moonlight.training.loop import (
     token_buffer,
 )
 from examples.moonlight.training.nonfinite import guard, wrap
-from examples.moonlight.training.plots import draw_plan
 from examples.moonlight.training.results import SCHEDULE, SHARDING, present, write_results
 from examples.moonlight.training.steps import TrainState, make_train_steps, make_validate
 from examples.moonlight.training.stopping import Stopped, StopRequest, quieten_signals
@@ -98,7 +99,8 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
 def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[str, Any]:
     clock, console = Clock(), rich.get_console()
     job = make_job(args, config)
-    texts = load_texts(job, console)
+    with phase(console, "reading the texts"):
+        texts = load_texts(job, console)
     job = job.with_vocabulary(texts.tokenizer.get_vocab_size())
     settings = job.settings(texts.corpus_hash)
     with contextlib.ExitStack() as held:
@@ -108,7 +110,8 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
             return present(job.folder, read_json(job.folder / RESULTS))
         _show_plan(job, console)
 
-        learner = make_learner(job, settings["qk_clip_threshold"])
+        with phase(console, "laying out model and optimizer"):
+            learner = make_learner(job, settings["qk_clip_threshold"])
         learner.describe(console)
         if (report := learner.sharding_report()) is not None:
             write_atomically(job.folder / SHARDING, f"{report}\n".encode())
@@ -121,9 +124,8 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
         stop.check(f"stopped after step {step}")
 
         if step < job.plan.steps:
-            started = clock.wall_seconds
-            programs = _compile(learner, texts, state, history)
-            console.print(f"compiled in {clock.wall_seconds - started:.1f} s")
+            with phase(console, "compiling the training step and the validation"):
+                programs = _compile(learner, texts, state, history)
             stop.check(f"stopped after step {step}")
             run = Run(
                 args=args,
@@ -143,10 +145,12 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
             )
             state = run.to_the_end(state, step)
 
+        with phase(console, "writing a sample"):
+            sample = args.prompt + _continue_prompt(learner, texts, state)
         results = {
             **_numbers(learner, texts, history, clock),
             "settings": settings,
-            "sample": args.prompt + _continue_prompt(learner, texts, state),
+            "sample": sample,
         }
         stop.check(f"stopped after step {job.plan.steps}, before the results were written")
         lock.check()
@@ -186,9 +190,13 @@ def _enter_folder(
 
 def _show_plan(job: Job, console: Console) -> None:
     console.print(plan_table(job.plan, job.recipe))
+    # Here, because matplotlib takes half as long to import as all else.
+    from examples.moonlight.training.plots import draw_plan
+
     name = job.args.init_from or f"Moonlight {job.args.preset}"
     title = f"{name}, {job.recipe.schedule} schedule"
-    draw_plan(job.folder / SCHEDULE, job.plan, title=title)
+    with phase(console, "drawing the schedule"):
+        draw_plan(job.folder / SCHEDULE, job.plan, title=title)
 
 
 def _restore_or_start(
@@ -197,9 +205,11 @@ def _restore_or_start(
     """The state, the step that it is after, and the run's course so far."""
     job = learner.job
     if checkpoints.latest_step() is None:
-        state, step, history = learner.start(console), 0, History()
+        with phase(console, "making the initial state"):
+            state, step, history = jax.block_until_ready(learner.start(console)), 0, History()
     else:
-        state, restored = learner.restore(checkpoints)
+        with phase(console, "reading the newest checkpoint"):
+            state, restored = learner.restore(checkpoints)
         step, saved = restored.step, restored.progress
         history = History.read(saved["history"])
         clock.add(saved["clock"])

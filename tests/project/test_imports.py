@@ -4,6 +4,8 @@ import ast
 import functools
 import graphlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,3 +111,14 @@ def test_examples_use_what_the_library_exports():
         if module.startswith("examples.") and name.startswith("muon_jax.")
     }
     assert not inside
+
+
+def test_programs_start_without_what_they_need_later_or_never():
+    heavy = ("matplotlib", "tensorboardX", "torch", "transformers", "scipy.optimize", "pandas")
+    programs = ("moonlight.train", "moonlight.generate", "moonlight.hf_export", "finetune.sft")
+    program = "import sys, " + ", ".join(f"examples.{name}" for name in programs)
+    program += f"\nprint(*(name for name in {heavy} if name in sys.modules))"
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout.split() == []

@@ -15,6 +15,7 @@ from examples.finetune.training.place import ARGS, Place, find_place
 from examples.moonlight.common.files import read_json
 from examples.moonlight.common.untrusted import is_there
 from examples.moonlight.huggingface.config import ModelConfig
+from examples.moonlight.model.execution.dtype import compute_dtype
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
 
@@ -125,7 +126,7 @@ def make_execution(args: Any) -> Execution:
     on_cpu = jax.default_backend() == "cpu"
     unroll = getattr(args, "unroll", False)
     return Execution(
-        dtype=jnp.dtype(args.torch_dtype or ("float32" if on_cpu else "bfloat16")),
+        dtype=jnp.dtype(compute_dtype(args.torch_dtype)[0]),
         sharding=ModelSharding(None if args.mesh is None else make_mesh(args.mesh)),
         experts=args.experts or ("dense" if on_cpu else "ragged"),
         remat=getattr(args, "gradient_checkpointing", False),

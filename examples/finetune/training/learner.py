@@ -19,6 +19,7 @@ from examples.finetune.training.optimizer import make_optimizer
 from examples.finetune.training.steps import Frozen, StepMetrics, make_train_step, make_validate
 from examples.finetune.training.texts import Texts
 from examples.moonlight.huggingface.pretrained import abstract_model
+from examples.moonlight.model.execution.dtype import compute_dtype
 from examples.moonlight.model.execution.sharding import BATCH_AXES, bytes_per_device
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.language_model import ParameterCounts, count_parameters
@@ -77,11 +78,12 @@ class Learner:
         how = f"LoRA of rank {job.args.lora_rank}" if job.lora else "full"
         console.print(
             f"{job.base.folder}: {counts.total:,} parameters, {self.trained:,} trained "
-            f"({share:.2%}, {how}); {job.args.optimizer}, peak rate {job.args.peak_rate:g}, "
-            f"{job.execution.dtype} on {jax.devices()[0].device_kind}",
+            f"({share:.2%}, {how}); {job.args.optimizer}, peak rate {job.args.peak_rate:g}",
             highlight=False,
             soft_wrap=True,
         )
+        dtype, why = compute_dtype(job.args.torch_dtype)
+        console.print(f"computing in {dtype} on {jax.devices()[0].device_kind}: {why}")
         if job.sharding.mesh is not None:
             weights = bytes_per_device(
                 (self.abstract.params, self.frozen.base),

@@ -13,7 +13,6 @@ import rich
 from examples.moonlight.common.files import write_atomically
 from examples.moonlight.run_folder import metrics
 from examples.moonlight.run_folder.folder import RESULTS
-from examples.moonlight.training.plots import draw_losses
 from examples.moonlight.training.results import CURVES, SHARDING
 
 _REPORTED_PACKAGES = ("muon-jax", "jax", "jaxlib", "flax", "optax", "tokenizers")
@@ -34,6 +33,9 @@ def write_results(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
 
 def present(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     """Draws the curves, prints the outcome, and says where everything is."""
+    # Here, because matplotlib takes long to import: a run shall begin without it.
+    from examples.moonlight.training.plots import draw_losses
+
     records = [
         record
         for record in metrics.read_metrics(folder / metrics.FILE, metrics.TRAIN)

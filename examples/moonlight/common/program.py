@@ -5,6 +5,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from examples.moonlight.common.program_cache import keep_programs
+
 # The examples: the pretraining of Moonlight, and the programs that are built on it.
 _OURS = Path(__file__).parents[2]
 
@@ -23,6 +25,7 @@ def run_program(main: Callable[[], object]) -> None:
         main: The program.
     """
     try:
+        keep_programs()
         main()
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         trace = error.__traceback__

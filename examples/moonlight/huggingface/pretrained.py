@@ -254,7 +254,7 @@ def read_part(
 
 
 def byte_bar(console: Console | None) -> progress.Progress:
-    """A progress bar that counts bytes."""
+    """A progress bar that counts bytes; in a pipe it would leave an empty line alone."""
     return progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
@@ -263,7 +263,7 @@ def byte_bar(console: Console | None) -> progress.Progress:
         progress.TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=console is None,
+        disable=console is None or not (console.is_terminal or console.is_jupyter),
     )
 
 

@@ -95,7 +95,8 @@ class MoonlightConfig:
 
         Args:
             name: "moonlight-16b-a3b", the published model; "small" (197M parameters), for a
-                single GPU or TPU; "tiny" (2.1M parameters), for a few minutes on two CPU cores.
+                single GPU or TPU; "mini" (25M parameters), for the GPU of a free Colab; "tiny"
+                (2.1M parameters), for a few minutes on two CPU cores.
 
         Raises:
             ValueError: No preset has this name.
@@ -164,6 +165,24 @@ PRESETS = {
         first_k_dense_replace=1,
         routed_scaling_factor=1.991,
         max_position_embeddings=2048,
+    ),
+    "mini": MoonlightConfig(
+        vocab_size=8192,
+        hidden_size=384,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        kv_lora_rank=128,
+        qk_nope_head_dim=64,
+        qk_rope_head_dim=32,
+        v_head_dim=64,
+        intermediate_size=1024,
+        moe_intermediate_size=192,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        routed_scaling_factor=1.409,
+        max_position_embeddings=512,
     ),
     "tiny": MoonlightConfig(
         vocab_size=4096,

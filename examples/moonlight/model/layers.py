@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from examples.moonlight.model.draws import normal
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import BATCH_AXES
 from examples.moonlight.model.packed import Packed
@@ -34,9 +35,7 @@ HOT_LOGIT = 100.0
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], stddev: float) -> nnx.Param:
     """A float32 parameter from N(0, stddev^2), the same bits eager, in jit and on any mesh."""
-    normal = jax.random.normal(rngs.params(), shape, jnp.float32)
-    # In jit, XLA would fold stddev into normal's own last factor, which rounds otherwise.
-    return nnx.Param(stddev * jax.lax.optimization_barrier(normal))
+    return nnx.Param(normal(rngs.params(), shape, stddev))
 
 
 class Linear(nnx.Module):

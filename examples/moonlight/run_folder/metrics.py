@@ -19,7 +19,6 @@ import rich
 from rich.console import Console
 
 from examples.moonlight.common.files import write_atomically
-from examples.moonlight.run_folder.board import Board
 
 FILE = "metrics.jsonl"
 UNREADABLE = "metrics.unreadable.jsonl"
@@ -63,6 +62,9 @@ class MetricsLog:
         kept = records_until(self._path, after_step, console)
         write_records(self._path, kept)
         self._open()
+        # Here, because tensorboardX imports torch where that is installed, which takes seconds.
+        from examples.moonlight.run_folder.board import Board
+
         self._board: Board | None = None
         with self._without_board_if_it_fails():
             self._board = Board(folder / TENSORBOARD, after_step=after_step)

@@ -15,7 +15,7 @@ class Args:
 
     output_dir: Path
     """Folder of the run: settings, metrics, checkpoints, results."""
-    preset: Literal["tiny", "small", "moonlight-16b-a3b"] = "tiny"
+    preset: Literal["tiny", "mini", "small", "moonlight-16b-a3b"] = "tiny"
     """Architecture of the model, and what is trained with where nothing else is said."""
     init_from: str | None = None
     """Folder of a Hugging Face model that takes the place of the preset's architecture: its
@@ -52,8 +52,9 @@ class Args:
     """Micro-batches per optimizer step; the most, where the batch grows."""
     cooldown_at: int | None = None
     """Begin the schedule's last stage after this many optimizer steps, earlier than planned."""
-    compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Activations and products; weights and optimizer states are float32 in any case."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Activations and products; weights and optimizer states are float32 in any case. Left out,
+    bfloat16 on TPUs and on GPUs that have instructions for it, else float32."""
     experts: Literal["dense", "ragged"] | None = None
     """How routed experts are computed; left out, dense on CPU, else ragged."""
     expert_capacity: float | None = None

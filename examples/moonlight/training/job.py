@@ -12,6 +12,7 @@ from examples.moonlight.data.sources import parse_mixes, parse_sources
 from examples.moonlight.huggingface.config import ModelConfig
 from examples.moonlight.huggingface.pretrained import check_pretrained
 from examples.moonlight.model.config import MoonlightConfig
+from examples.moonlight.model.execution.dtype import compute_dtype
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
 from examples.moonlight.run_folder.retention import EveryTokens, Retention
@@ -99,6 +100,7 @@ class Job:
     def settings(self, corpus_hash: str) -> dict[str, Any]:
         """What a run has to have in common with the one that it resumes."""
         settings = settings_of(self.args, self.recipe, self.plan.steps)
+        settings["compute_dtype"] = jnp.dtype(self.execution.dtype).name
         return settings | {"config": dataclasses.asdict(self.config), "corpus": corpus_hash}
 
 
@@ -124,7 +126,7 @@ def make_job(args: Args, config: ModelConfig | None = None) -> Job:
     sharding.check_divides(("batch", "--batch-size", recipe.batch_size))
     on_cpu = jax.default_backend() == "cpu"
     execution = Execution(
-        dtype=jnp.dtype(args.compute_dtype),
+        dtype=jnp.dtype(compute_dtype(args.compute_dtype)[0]),
         sharding=sharding,
         experts=args.experts or ("dense" if on_cpu else "ragged"),
         expert_capacity=args.expert_capacity,

@@ -9,6 +9,7 @@ from flax import nnx
 from rich.console import Console
 
 from examples.moonlight.huggingface.pretrained import abstract_model, load_pretrained, make_model
+from examples.moonlight.model.execution.dtype import compute_dtype
 from examples.moonlight.model.execution.sharding import bytes_per_device
 from examples.moonlight.model.experts import RouterBias
 from examples.moonlight.model.language_model import ParameterCounts, count_parameters
@@ -57,9 +58,10 @@ class Learner:
         console.print(
             f"{job.name}: {counts.total:,} parameters, {counts.body:,} without embedding and head, "
             f"{counts.active:,} of those active per token; {job.args.optimizer}, peak rate "
-            f"{job.recipe.learning_rate:g}, {job.args.compute_dtype} on "
-            f"{jax.devices()[0].device_kind}"
+            f"{job.recipe.learning_rate:g}"
         )
+        dtype, why = compute_dtype(job.args.compute_dtype)
+        console.print(f"computing in {dtype} on {jax.devices()[0].device_kind}: {why}")
         if job.sharding.mesh is not None:
             weights = bytes_per_device(self.abstract.params, self.shardings.params)
             console.print(
@@ -94,15 +96,16 @@ class Learner:
     def start(self, console: Console) -> TrainState:
         """The state of a run that begins: new weights, or those of a Hugging Face directory."""
         job = self.job
+        if job.pretrained is None and job.sharding.mesh is not None:
+            draw = jax.jit(lambda: _draw(job, self.optimizer), out_shardings=self.shardings)
+            return draw()
         if job.pretrained is not None:
             _, params, bias = load_pretrained(job.pretrained, job.execution, console=console)
-            init = jax.jit(self.optimizer.init, out_shardings=self.shardings.opt_state)
-            return TrainState(params, bias, init(params))
-        if job.sharding.mesh is None:
-            # Eagerly: one compilation for each shape, not one of all draws.
-            return _draw(job, self.optimizer)
-        draw = jax.jit(lambda: _draw(job, self.optimizer), out_shardings=self.shardings)
-        return draw()
+        else:
+            # Eagerly, where one program makes all draws; see `draws.py`.
+            _, params, bias = nnx.split(_build(job), nnx.Param, RouterBias)
+        init = jax.jit(self.optimizer.init, out_shardings=self.shardings.opt_state)
+        return TrainState(params, bias, init(params))
 
 
 def make_learner(job: Job, qk_clip_threshold: float | None) -> Learner:

@@ -31,6 +31,13 @@ from examples.moonlight.training.nonfinite import (
 from examples.moonlight.training.steps import TrainState, TrainSteps
 from examples.moonlight.training.stopping import StopRequest
 
+# Seconds that a call shall take where the user leaves it open: shown, stopped and saved is between
+# calls alone. Longer ones save no time that could be measured.
+CALL_SECONDS = 5.0
+
+# Seconds between lines of progress where no terminal shows a bar.
+LINE_SECONDS = 10.0
+
 
 class Programs(NamedTuple):
     """What is compiled; see `steps.py`."""
@@ -194,12 +201,18 @@ class Run:
         args, plan = self.args, self.plan
         buffer_sabt = token_buffer(args, self.recipe, plan)
         stage_ends = {*plan.stage_ends().values()}
+        # The first call is short: it shows that the run has begun, and how long a step takes.
+        most, told = args.steps_per_call or 1, float("-inf")
         with progress_bar(self.console) as bar:
             task = bar.add_task("training", total=plan.steps, completed=step, status="")
             while step < plan.steps:
-                count = _steps_until_stop(step, len(buffer_sabt), args, stage_ends)
+                count = _steps_until_stop(step, most, args, stage_ends)
+                called = time.perf_counter()
                 state, watched, columns, rate = self._call(state, step, count, buffer_sabt)
                 step += count
+                if args.steps_per_call is None:
+                    fit = CALL_SECONDS * count / (time.perf_counter() - called)
+                    most = min(max(1, int(fit)), len(buffer_sabt))
                 self._check_finite(state, step - count, columns)
                 loss = columns["loss"][count - 1]
 
@@ -215,6 +228,10 @@ class Run:
                         f"step {step:>6}  loss {loss:.4f}  validation {self._val_loss:.4f}  "
                         f"{rate:,.0f} tokens/s{dropped}"
                     )
+                    told = time.perf_counter()
+                elif not self.console.is_terminal and time.perf_counter() - told > LINE_SECONDS:
+                    self.console.print(f"step {step:>6}  loss {loss:.4f}  {rate:,.0f} tokens/s")
+                    told = time.perf_counter()
                 if watched is not None and step % args.monitor_every == 0:
                     svd = monitors.svd_entropies(state.params)
                     record = monitors.make_record(watched, svd, columns["grad_norm"][count - 1])

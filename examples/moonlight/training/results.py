@@ -14,8 +14,6 @@ import rich
 from examples.moonlight.common.files import write_atomically
 from examples.moonlight.run_folder import metrics
 from examples.moonlight.run_folder.folder import RESULTS
-from examples.moonlight.training.plots import draw_losses
-from examples.moonlight.training.stability_plot import draw_stability
 
 CURVES = "loss.png"
 STABILITY = "stability.png"
@@ -69,6 +67,10 @@ def write_results(
 
 def present(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     """Draws the curves, prints the outcome and the sample, and says where everything is."""
+    # Here, because matplotlib takes long to import: a run shall begin without it.
+    from examples.moonlight.training.plots import draw_losses
+    from examples.moonlight.training.stability_plot import draw_stability
+
     settings = results["settings"]
     train_records = [
         record

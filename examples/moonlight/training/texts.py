@@ -1,17 +1,21 @@
 """What a run reads: training batches, held-out windows and the prompt of its sample."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import grain
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from examples.moonlight.data.batches import Span, plan_spans, train_batches
+from examples.moonlight.data.batches import Span, plan_spans, train_batches, windows_read
 from examples.moonlight.data.tokenized import load_sources, token_byte_lengths
 from examples.moonlight.data.validation import Validation, make_validation
 from examples.moonlight.generation.texts import encode_prompt
 from examples.moonlight.training.job import Job
+
+# Times that a text is read up to which it teaches almost as much as new text would (Muennighoff et
+# al. 2023, arXiv 2305.16264).
+MOST_EPOCHS = 4
 
 
 class Texts(NamedTuple):
@@ -32,6 +36,28 @@ class Texts(NamedTuple):
     batches: grain.DatasetIterator
     validation: Validation
     prompt: list[int]
+
+
+def epochs(job: Job, spans: Sequence[Span], sizes: Mapping[str, int]) -> dict[str, float]:
+    """How often the whole run reads each source; sizes are in tokens."""
+    length, windows = job.recipe.sequence_length, job.plan.sequences(job.plan.steps)
+    return {
+        name: read * length / sizes[name] for name, read in windows_read(spans, windows).items()
+    }
+
+
+def epochs_line(name: str, times: float, job: Job) -> str:
+    """Says how often a source is read; with advice, where that is too often."""
+    if times < 1:
+        return f"this run reads {times:.0%} of {name}"
+    line = f"this run reads {name} {times:,.1f} times"
+    if times <= MOST_EPOCHS:
+        return line
+    fewer = int(job.plan.tokens(job.plan.steps) * MOST_EPOCHS / times)
+    return (
+        f"[yellow]{line}[/]; past {MOST_EPOCHS}, each time teaches less. Give more text with "
+        f"--data, or --total-tokens {fewer} or fewer"
+    )
 
 
 def load_texts(job: Job, console: Console) -> Texts:
@@ -56,6 +82,8 @@ def load_texts(job: Job, console: Console) -> Texts:
         f"{corpus.tokenizer.get_vocab_size()}"
     )
     spans = plan_spans(job.plan, sizes)
+    for name, times in epochs(job, spans, sizes).items():
+        console.print(epochs_line(name if len(sizes) > 1 else "the corpus", times, job))
     batches = train_batches(
         corpus.train,
         spans,
