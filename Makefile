@@ -50,7 +50,7 @@ lint: .venv/.test
 docs: .venv/.docs
 	$(BIN)/python docs/site.py
 
-# Takes outputs out of the notebook before it is committed.
+# Takes outputs out of the notebooks before they are committed.
 notebook: .venv/.test
 	$(BIN)/python -m examples.colab.clean
 

@@ -44,9 +44,8 @@ OURS = re.compile(rf"({'|'.join(map(re.escape, FOLDERS))})/[\w./-]+")
 def texts() -> list[tuple[Path, str]]:
     """Every page, and every comment and string of the sources, with the file that it is in."""
     written = [(path, path.read_text()) for path in PAGES]
-    notebook = json.loads((ROOT / "examples/colab/train_moonlight.ipynb").read_text())
-    for cell in notebook["cells"]:
-        written.append((ROOT / "examples/colab/train_moonlight.ipynb", "".join(cell["source"])))
+    for path in sorted((ROOT / "examples/colab").glob("*.ipynb")):
+        written += [(path, "".join(c["source"])) for c in json.loads(path.read_text())["cells"]]
     for path in SOURCES:
         with tokenize.open(path) as file:
             for token in tokenize.generate_tokens(file.readline):
