@@ -57,7 +57,7 @@ def _read_only(monkeypatch: pytest.MonkeyPatch):
 def start(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     module, *words = command
     monkeypatch.setattr(sys, "argv", [module, *words])
-    runpy.run_module(module, run_name="__main__")
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
