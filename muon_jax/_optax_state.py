@@ -61,7 +61,7 @@ def state_from_optax(
         has another shape, and where the wrappers differ.
       TypeError: for a `tx` that is no optimizer.
 
-    Example:
+    Examples:
       >>> params = {"proj": jnp.ones((8, 4))}
       >>> before = optax.contrib.muon(1e-3).init(params)
       >>> tx = muon(1e-3, consistent_rms=None)
@@ -91,7 +91,7 @@ def state_to_optax(
     Raises:
       ValueError, TypeError: as `state_from_optax`.
 
-    Example:
+    Examples:
       >>> params = {"proj": jnp.ones((8, 4))}
       >>> before = muon(1e-3).init(params)
       >>> tx = optax.contrib.muon(1e-3)
