@@ -88,11 +88,17 @@ def check_file(path: Path, *, limit: int | None = None) -> int:
     try:
         status = path.stat()
     except FileNotFoundError as error:
-        what = "is a link to a file that is" if path.is_symlink() else "is"
-        raise FileNotFoundError(f"{shown_name(path)} {what} not there") from error
+        name = shown_name(path)
+        if path.is_symlink():
+            raise FileNotFoundError(
+                f"{name} is a link to a file that is not there: bring the file, or remove the link"
+            ) from error
+        raise FileNotFoundError(f"{name} is not there") from error
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise ValueError(f"{shown_name(path)} is {kind}, where a file is expected")
+        raise ValueError(
+            f"{shown_name(path)} is {kind}, where a file is expected: give a file, or leave it out"
+        )
     if limit is not None and status.st_size > limit:
         raise ValueError(
             f"{shown_name(path)} has {status.st_size:,} bytes, and such a file at most {limit:,}: "
