@@ -68,9 +68,13 @@ def check_inside(path: Path, folder: Path) -> None:
         raise ValueError(f"{shown_name(path)} is a link to itself: remove it") from error
     homes = [home] + [up.parent / "blobs" for up in home.parents if up.name == "snapshots"]
     if not any(target.is_relative_to(inside) for inside in homes):
+        mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+        remedy = "remove it"
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            what = "folder" if stat.S_ISDIR(mode) else "file"
+            remedy = f"copy the {what} into the folder, or give the folder in which it lies"
         raise ValueError(
-            f"{shown_name(path)} is a link to {shown_name(target)}, out of the folder: copy the "
-            "file into the folder, or give the folder in which it lies"
+            f"{shown_name(path)} is a link to {shown_name(target)}, out of the folder: {remedy}"
         )
 
 
