@@ -267,7 +267,7 @@ def test_what_may_not_be_read_is_named(folder: Path, monkeypatch):
         corpus.load_documents(folder)
 
 
-def test_one_long_line_is_divided_between_words(tmp_path: Path):
+def test_one_long_line_is_divided_between_words(tmp_path: Path, monkeypatch):
     path = tmp_path / "line.txt"
     path.write_text("word " * 2000)
     (train,), (validation,) = corpus.split_documents(corpus.load_documents(path))
@@ -275,7 +275,16 @@ def test_one_long_line_is_divided_between_words(tmp_path: Path):
     path.write_text("ACGT" * 5000)  # and inside of a word, where it is all that there is
     (train,), (validation,) = corpus.split_documents(corpus.load_documents(path))
     assert (len(train.text), len(validation.text)) == (19_000, 1000)
+    given: list[str] = []
+    train_tokenizer = data._train_tokenizer
+
+    def noted(texts, size):
+        given.extend(texts)
+        return train_tokenizer(iter(given), size)
+
+    monkeypatch.setattr(data, "_train_tokenizer", noted)
     loaded = load(path, tmp_path / "cache")
+    assert [len(part) for part in given] == [1000] * 19
     assert loaded.tokenizer.decode(loaded.train.tolist()) == train.text
     pieces = [*data._cut_words("ab " + "x" * 2500 + " cd")]
     assert "".join(pieces) == "ab " + "x" * 2500 + " cd"

@@ -25,7 +25,7 @@ UNREADABLE = "metrics.unreadable.jsonl"
 TENSORBOARD = "tensorboard"
 TRAIN, VALIDATION, MONITOR = "train", "validation", "monitor"
 
-# Training losses in a mean, in pictures and in words: single steps differ by more than what is shown.
+# Training losses in a mean, in pictures and words: single steps differ by more than what is shown.
 SMOOTHING = 25
 
 
