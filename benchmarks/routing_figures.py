@@ -16,19 +16,12 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
+from examples import colours
 from muon_jax._common.paths import show
 from muon_jax._routing.route_leaves import route_leaves
 
 DOCS = Path(__file__).parents[1] / "docs"
 
-_INK = "#1b1b1b"
-_FILLS = {
-    "in": "#cfe3f7",
-    "out": "#fde0c2",
-    "batch": "#dcdcdc",
-    "adam": "#f6f6f6",
-    "asks": "#ffffff",
-}
 _WORDS = {
     "in": "reduced (fan-in)",
     "out": "output (fan-out)",
@@ -136,12 +129,12 @@ def draw(path: Path, scenes: tuple[Scene, ...], columns: int) -> None:
             (0, 0),
             1,
             1,
-            facecolor=_FILLS[kind],
-            edgecolor=_INK,
+            facecolor=colours.AXES[kind],
+            edgecolor=colours.INK,
             label=_WORDS[kind],
             linestyle="--" if kind == "asks" else "-",
         )
-        for kind in _FILLS
+        for kind in colours.AXES
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
@@ -164,8 +157,8 @@ def _scene(axis: Axes, scene: Scene, height: float) -> None:
                     1.3,
                     0.72,
                     boxstyle="round,pad=0.02",
-                    facecolor=_FILLS[kind],
-                    edgecolor=_INK,
+                    facecolor=colours.AXES[kind],
+                    edgecolor=colours.INK,
                     linewidth=1,
                     linestyle="--" if kind == "asks" else "-",
                 )
@@ -182,7 +175,7 @@ def _scene(axis: Axes, scene: Scene, height: float) -> None:
             note,
             va="center",
             fontsize=10,
-            color="#444444",
+            color=colours.INK,
         )
 
 
@@ -231,7 +224,7 @@ def draw_order(path: Path) -> None:
     axis.axis("off")
     for row, (title, what, result) in enumerate(steps):
         y = -row * 1.12
-        _box(axis, 0.2, y, 7.0, "#eef4fb", f"{row + 1}. {title}", what)
+        _box(axis, 0.2, y, 7.0, colours.STEP, f"{row + 1}. {title}", what)
         axis.annotate("", (8.15, y - 0.42), (7.25, y - 0.42), arrowprops={"arrowstyle": "->"})
         axis.text(7.7, y - 0.2, "known", ha="center", fontsize=9)
         axis.text(8.25, y - 0.42, result, va="center", fontsize=11)
@@ -242,7 +235,7 @@ def draw_order(path: Path) -> None:
         0.2,
         -4.48,
         7.0,
-        "#fdeeee",
+        colours.RAISES,
         "ValueError",
         "every leaf that is not known, and the code that declares all of them",
     )
@@ -253,7 +246,12 @@ def draw_order(path: Path) -> None:
 def _box(axis: Axes, x: float, y: float, width: float, fill: str, title: str, what: str) -> None:
     axis.add_patch(
         FancyBboxPatch(
-            (x, y - 0.82), width, 0.8, boxstyle="round,pad=0.02", facecolor=fill, edgecolor=_INK
+            (x, y - 0.82),
+            width,
+            0.8,
+            boxstyle="round,pad=0.02",
+            facecolor=fill,
+            edgecolor=colours.INK,
         )
     )
     axis.text(x + 0.2, y - 0.28, title, fontsize=11, fontweight="bold", va="center")

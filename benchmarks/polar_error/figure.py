@@ -11,17 +11,11 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-COLOURS = {
-    "frobenius": "#4477aa",
-    "schatten": "#ccbb44",
-    "aol": "#ee6677",
-    "spectral": "#999999",
-}
-"""By what divides the matrix; a ring is the Gram form of the same."""
+from examples import colours
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the rows of one dtype."""
+    """Draw the rows of one dtype; a ring is the Gram form of the method beside it."""
     aspects = sorted({row["aspect"] for row in rows})
     columns = min(2, len(aspects))
     lines = -(-len(aspects) // columns)
@@ -35,12 +29,12 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         line[0].set_ylabel("polar error, mean of three spectra")
     handles = [
         Line2D([], [], color=colour, marker="o", linestyle="", label=name)
-        for name, colour in COLOURS.items()
+        for name, colour in colours.PRECONDITIONINGS.items()
     ]
     handles += [
-        Line2D([], [], color="k", marker="o", mfc="none", linestyle="", label="Gram form"),
-        Line2D([], [], color="k", linewidth=1, label="Pareto front"),
-        Line2D([], [], color="k", marker="*", linestyle="", label="the default"),
+        Line2D([], [], color=colours.INK, marker="o", mfc="none", linestyle="", label="Gram form"),
+        Line2D([], [], color=colours.INK, linewidth=1, label="Pareto front"),
+        Line2D([], [], color=colours.INK, marker="*", linestyle="", label="the default"),
     ]
     figure.legend(handles=handles, loc="upper center", ncols=len(handles), frameon=False)
     figure.suptitle(" ", fontsize=8)
@@ -52,14 +46,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def _panel(axis: Axes, rows: list[dict[str, Any]]) -> None:
     for row in rows:
-        colour = COLOURS[row["preconditioning"]]
+        colour = colours.PRECONDITIONINGS[row["preconditioning"]]
         face = "none" if row["gram"] else colour
         axis.plot(row["work"], row["error"], "o", color=colour, mfc=face, markersize=5, alpha=0.8)
         if (row["method"], row["preconditioning"], row["gram"]) == ("standard", "frobenius", False):
-            axis.plot(row["work"], row["error"], "*", color="k", markersize=10)
+            axis.plot(row["work"], row["error"], "*", color=colours.INK, markersize=10)
     edge = sorted((row for row in rows if row["front"]), key=lambda row: row["flops"])
     axis.step(
-        [row["work"] for row in edge], [row["error"] for row in edge], "k", where="post", lw=0.8
+        [row["work"] for row in edge],
+        [row["error"] for row in edge],
+        color=colours.INK,
+        where="post",
+        lw=0.8,
     )
     for index, row in enumerate(edge):
         axis.annotate(

@@ -15,15 +15,9 @@ from benchmarks.model_shapes import TITLES
 from benchmarks.orthogonalize.sides import PEERS
 from benchmarks.orthogonalize.tables import NAMES
 from benchmarks.step import TITLES as CASES
+from examples import colours
 
 Rows = Sequence[Mapping[str, Any]]
-
-COLOURS = {
-    "muon_jax": "tab:blue",
-    "optax": "tab:orange",
-    "torch": "tab:red",
-    "adamw": "tab:gray",
-}
 
 
 def draw_all(records: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -79,11 +73,11 @@ def shape_bars(axes: Axes, rows: Rows, peaks: Mapping[str, float]) -> None:
             found = row["peers"].get(peer, {})
             if "matrix_s" in found:
                 speed = row["flops"] / found["matrix_s"] / 1e9
-                axes.barh(place + 0.27 * (i - 1), speed, 0.25, color=COLOURS[peer])
+                axes.barh(place + 0.27 * (i - 1), speed, 0.25, color=colours.OPTIMIZERS[peer])
     for peer in PEERS:
-        axes.barh(0, 0, color=COLOURS[peer], label=NAMES[peer])
+        axes.barh(0, 0, color=colours.OPTIMIZERS[peer], label=NAMES[peer])
     for (name, peak), style in zip(peaks.items(), ("--", ":"), strict=False):
-        axes.axvline(peak / 1e9, color="black", linestyle=style, label=f"products in {name}")
+        axes.axvline(peak / 1e9, color=colours.INK, linestyle=style, label=f"products in {name}")
     names = [f"{TITLES[row['model']]}, {row['rows']} x {row['cols']}" for row in rows]
     axes.set_yticks(range(len(rows)), names)
     axes.invert_yaxis()
@@ -97,12 +91,12 @@ def step_bars(axes: Axes, cases: Mapping[str, Any]) -> None:
     for place, found in enumerate(cases.values()):
         for i, (peer, row) in enumerate(found["optimizers"].items()):
             if (ratio := row.get("step_s_to_optax")) is not None:
-                axes.bar(place + 0.2 * (i - 1.5), ratio, 0.18, color=COLOURS[peer])
+                axes.bar(place + 0.2 * (i - 1.5), ratio, 0.18, color=colours.OPTIMIZERS[peer])
                 axes.annotate(
                     f"{ratio:.2f}", (place + 0.2 * (i - 1.5), ratio), ha="center", va="bottom"
                 )
     for peer, name in NAMES.items():
-        axes.bar(0, 0, color=COLOURS[peer], label=name)
+        axes.bar(0, 0, color=colours.OPTIMIZERS[peer], label=name)
     axes.set_xticks(range(len(cases)), [CASES.get(case, case) for case in cases], fontsize=8)
     axes.margins(y=0.08)  # room for the numbers on the bars
     axes.set_ylabel("time of a step, Optax = 1")

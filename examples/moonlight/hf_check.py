@@ -13,7 +13,7 @@ from rich.table import Table
 
 from examples.moonlight.common.program import run_program
 from examples.moonlight.huggingface import names as hf_names
-from examples.moonlight.huggingface.pretrained import checked_files
+from examples.moonlight.huggingface.pretrained import checked_files, left_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ def check(args: Args) -> None:
         dtypes = collections.Counter(info.dtype for info in files.tensors.values())
         shards = {info.file for info in files.tensors.values()}
         size = sum(file.stat().st_size for file in shards)
+        words = left_out(files, config)
     fused = any(row.rows for row in rows)
     table = Table(show_header=False)
     for name, value in (
@@ -43,6 +44,8 @@ def check(args: Args) -> None:
     console = rich.get_console()
     console.print(f"{args.model} can be loaded", soft_wrap=True)
     console.print(table)
+    if words:
+        console.print(words, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

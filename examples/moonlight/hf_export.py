@@ -176,6 +176,8 @@ def _write_weights(
     shards = plan_shards(rows, dtype, max_shard_size)
     total = sum(_size(row, dtype) for row in rows)
     weight_map = {}
+    # Of no bytes; transformers would say that they are missing.
+    empty = hf_names.empty_tensors(config)
     with byte_bar(console) as bar:
         task = bar.add_task("writing", total=total)
         for i, shard in enumerate(shards):
@@ -183,6 +185,9 @@ def _write_weights(
             if len(shards) > 1:
                 file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
             tensors = {}
+            if i == 0:
+                tensors = {name: np.empty(shape, dtype) for name, shape in empty.items()}
+                weight_map |= dict.fromkeys(empty, file)
             for row in shard:
                 tensor = fetch(row, leaves[row.path]).astype(_dtype(row, dtype))
                 tensors[row.name] = np.ascontiguousarray(tensor)

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
+from examples import colours
 from examples.scaling_law.fit import INTERVAL, Law
 
 Summary = Mapping[str, Any]
@@ -25,13 +26,17 @@ Summary = Mapping[str, Any]
 PAPER_RATIO = 0.52
 
 _STYLES: Mapping[str, dict[str, Any]] = {
-    "adamw": {"color": "tab:orange", "linestyle": "--", "marker": "s", "markerfacecolor": "white"},
-    "muon": {"color": "tab:blue", "linestyle": "-", "marker": "o"},
+    "adamw": {
+        "color": colours.ADAMW,
+        "linestyle": "--",
+        "marker": "s",
+        "markerfacecolor": "white",
+    },
+    "muon": {"color": colours.MUON, "linestyle": "-", "marker": "o"},
 }
 _NAMES = {"adamw": "AdamW", "muon": "Muon"}
 _LINES = ("-", "--", "-.", ":", (0, (1, 3)))
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-_COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -74,7 +79,7 @@ def draw_scaling(path: Path, summary: Summary) -> None:
         shorter,
         linestyle="none",
         marker="x",
-        color="black",
+        color=colours.INK,
         label="Muon on fewer tokens, own schedule",
     )
     for size in sizes:
@@ -86,7 +91,7 @@ def draw_scaling(path: Path, summary: Summary) -> None:
             "",
             (size["compute"] * ratio, loss),
             (size["compute"], loss),
-            arrowprops={"arrowstyle": "->", "color": "0.3"},
+            arrowprops={"arrowstyle": "->", "color": colours.INK},
         )
         axes.annotate(
             f"{ratio:.2f}",
@@ -137,13 +142,13 @@ def draw_ratios(path: Path, summary: Summary) -> None:
             yerr=[np.maximum(values - low, 0), np.maximum(high - values, 0)],
             linestyle="none",
             marker=_MARKERS[i],
-            color=_COLORS[i],
-            markerfacecolor="white" if i else _COLORS[i],
+            color=colours.INK,
+            markerfacecolor="white" if i else colours.INK,
             capsize=4,
             label=label,
         )
-    axes.axhline(PAPER_RATIO, color="black", linestyle=":", label=f"the paper, {PAPER_RATIO}")
-    axes.axhline(1, color="0.6", linewidth=1)
+    axes.axhline(PAPER_RATIO, color=colours.INK, linestyle=":", label=f"the paper, {PAPER_RATIO}")
+    axes.axhline(1, color=colours.FAINT, linewidth=1)
     axes.set_xticks(range(len(names)), names)
     axes.set_xlabel("parameters without embedding and head")
     axes.set_ylabel("Muon's share of AdamW's compute")
@@ -165,6 +170,7 @@ def draw_bowls(path: Path, summary: Summary) -> None:
     for axes, (size, cells) in zip(row[0], grids.items(), strict=True):
         bowl = summary["tuned"]["bowls"][size]
         batches = sorted({batch for _, batch, _ in cells})
+        shades = plt.get_cmap(colours.ORDERED)(np.linspace(0, colours.LIGHTEST, len(batches)))
         for i, batch in enumerate(batches):
             line = sorted((r, loss) for r, b, loss in cells if b == batch and loss is not None)
             _plot(
@@ -173,7 +179,7 @@ def draw_bowls(path: Path, summary: Summary) -> None:
                 label=f"batch {batch}",
                 marker=_MARKERS[i],
                 linestyle=_LINES[i],
-                color=_COLORS[i],
+                color=shades[i],
             )
         what = "bottom" if bowl["fitted"] else "best cell"
         axes.plot(
@@ -270,11 +276,11 @@ def draw_weight_decay(path: Path, ablation: Summary) -> None:
                 tokens,
                 value,
                 label=name.replace("adamw", "AdamW").replace("muon", "Muon"),
-                color=_COLORS[i],
+                color=(color := colours.OPTIMIZERS[name.split(",")[0]]),
                 linestyle=_LINES[i],
                 marker=_MARKERS[i],
                 markersize=4,
-                markerfacecolor="white" if i % 2 else _COLORS[i],
+                markerfacecolor="white" if i % 2 else color,
             )
     titles = ("validation loss (nats per byte)", "RMS of down_proj", "RMS of the last MLP's output")
     for axes, title in zip(row, titles, strict=True):
@@ -293,7 +299,10 @@ def _draw_rates(axes: Axes, ablation: Summary) -> None:
     for optimizer, style in _STYLES.items():
         _draw_line(axes, _of(ablation, optimizer, "learning_rate"), _NAMES[optimizer], style)
     axes.axvline(
-        ablation["settings"]["adamw x1"]["learning_rate"], color="black", linestyle=":", linewidth=1
+        ablation["settings"]["adamw x1"]["learning_rate"],
+        color=colours.INK,
+        linestyle=":",
+        linewidth=1,
     )
     axes.set_xscale("log")
     axes.set_xlabel("peak learning rate (dotted: AdamW's tuned)")
@@ -317,7 +326,7 @@ def _draw_update_rms(axes: Axes, ablation: Summary) -> None:
     settings = ablation["settings"]
     points = [(float(k), v["mean"]) for k, v in settings.items() if k != "AdamW" and v["mean"]]
     _draw_line(axes, points, "Muon", _STYLES["muon"])
-    axes.axhline(settings["AdamW"]["mean"], color="tab:orange", linestyle="--", label="AdamW")
+    axes.axhline(settings["AdamW"]["mean"], color=colours.ADAMW, linestyle="--", label="AdamW")
     axes.set_xscale("log")
     _plain_ticks(axes.xaxis)
     axes.set_xticks([x for x, _ in points], [f"{x:g}" for x, _ in points])
@@ -346,9 +355,9 @@ def _draw_bars(axes: Axes, ablation: Summary, title: str) -> None:
     settings = list(ablation["settings"].items())[::-1]
     for y, (_, setting) in enumerate(settings):
         there = [value for value in setting["val_loss"] if value is not None]
-        axes.plot(there, [y] * len(there), "|", color="0.4", markersize=14)
+        axes.plot(there, [y] * len(there), "|", color=colours.INK, markersize=14)
         if setting["mean"] is not None:
-            axes.plot(setting["mean"], y, "o", color="tab:blue")
+            axes.plot(setting["mean"], y, "o", color=colours.MUON)
             axes.annotate(
                 f"{setting['mean']:.3f}",
                 (setting["mean"], y),

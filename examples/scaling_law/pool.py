@@ -190,7 +190,7 @@ _corpus: Any = None
 def _start(data: Path | None) -> None:
     """Reads the corpus, once."""
     global _corpus
-    _corpus = load_corpus(data)
+    _corpus = load_corpus(data, tell=lambda _: None)  # the pool has told it
 
 
 def _train_here(run: Run) -> Record:

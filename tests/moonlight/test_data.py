@@ -1,6 +1,8 @@
 """Documents, their split, the cache and the pipeline: all deterministic, all repairable."""
 
+import gzip
 import json
+import os
 import sysconfig
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, processors
 
 from examples.moonlight.data import corpus
 from examples.moonlight.data import tokenized as data
+from tests.moonlight.hostile import bounded, sparse
 
 VOCAB = 300
 
@@ -95,9 +98,25 @@ def test_the_default_corpus_is_this_pythons_library_without_tests():
     names = {document.name for document in documents}
     assert {"ast.py", "json/decoder.py"} <= names
     folders = {folder for name in names for folder in name.split("/")[:-1]}
-    assert not folders & {"test", "tests", "site-packages"}
+    assert not folders & {"test", "tests", "site-packages", "encodings"}
     assert not any(name.startswith("_sysconfigdata") for name in names)
+    assert not names & {"html/entities.py", "stringprep.py", "locale.py"}
     assert sum(len(document.text) for document in documents) > 5_000_000
+    tables = {document.name for document in corpus.standard_library(tables=True)} - names
+    others = {name for name in tables if not name.startswith("encodings/")}
+    assert "encodings/cp1252.py" in tables and 5 < len(others) < 20
+
+
+def test_a_table_is_known_by_its_lines():
+    row = "    0x2b: (1, -0.5e3, 'a, b'),  # PLUS SIGN\n"
+    code = "def f(x):\n    return x + g(1)\n"
+    assert corpus.is_table("table = {\n" + 9 * row + "}\n")
+    assert not corpus.is_table("table = {\n" + row + "}\n" + 9 * code)
+    assert not corpus.is_table(9 * code + 99 * "# 0x2b: 1\n\n")
+    assert not corpus.is_table("x = y\n" * 99 + '"""' + "0 " * 99 + '"""\n' + "")
+    assert not corpus.is_table("")
+    with bounded(seconds=2):  # no way through a line is tried twice
+        assert not corpus.is_table("0, " * 20_000 + "x\n" + "'" * 20_001)
 
 
 def test_the_cache_is_read_the_second_time(folder: Path, tmp_path: Path, monkeypatch):
@@ -147,11 +166,129 @@ def test_wrong_data_paths_are_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         corpus.load_documents(tmp_path / "nothing.jsonl")
     (tmp_path / "picture.txt").write_bytes(b"\x89PNG\xff")
-    with pytest.raises(ValueError, match=r"picture\.txt is not UTF-8 text \(byte 0\)"):
+    with pytest.raises(ValueError, match=r"picture\.txt is PNG, not text \(byte 0\): convert"):
+        corpus.load_documents(tmp_path / "picture.txt")
+    with pytest.raises(ValueError, match=r"no text in it, only 1 PNG \(picture\.txt\); give"):
         corpus.load_documents(tmp_path)
     (tmp_path / "picture.txt").write_text(" \n")
-    with pytest.raises(ValueError, match="no text in it"):
-        corpus.load_documents(tmp_path)
+    for path in (tmp_path, tmp_path / "picture.txt"):
+        with pytest.raises(ValueError, match="no text in it"):
+            corpus.load_documents(path)
+
+
+def test_a_folder_is_read_as_people_have_it(folder: Path):
+    """Texts in what form they may be; what is none is left out, and told by kind."""
+    plain = corpus.load_documents(folder, tell=pytest.fail)
+    text = "one\ntwo caf\u00e9 \U0001f600\n"
+    files = {
+        "bom.txt": b"\xef\xbb\xbf" + text.encode(),
+        "windows.txt": text.replace("\n", "\r\n").encode(),
+        "little.txt": b"\xff\xfe" + text.encode("utf-16-le"),
+        "big.txt": b"\xfe\xff" + text.replace("\n", "\r\n").encode("utf-16-be"),
+        "packed.txt.gz": gzip.compress(text.encode()) + gzip.compress(b"more\n"),
+    }
+    others = {
+        "a.png": b"\x89PNG\r\n\x1a\n\0\0",
+        "b.png": b"\x89PNG\xff",
+        "c.png": b"\x89PNG\xff",
+        "d.png": b"\x89PNG\xff",
+        "data.parquet": b"PAR1\0",
+        "empty.txt": b"",
+        "holes.bin": bytes(99),
+        "latin.txt": "caf\u00e9".encode("latin-1"),
+        "lone.txt": b"\xff\xfe\x3d\xd8",
+        "space.md": b" \n",
+        "tar.gz": gzip.compress(b"name" + bytes(253) + b"ustar" + bytes(99)),
+        "zeros.txt": b"\xff\xfe" + "a\0b".encode("utf-16-le"),
+    }
+    for name, content in (files | others).items():
+        (folder / name).write_bytes(content)
+    lines = "".join(json.dumps({"text": f"line {i}"}) + "\r\n" for i in range(3))
+    (folder / "lines.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (folder / "blank.jsonl").write_text('{"text": "not"}\n\n{"text": " "}\n')
+    (folder / "other.jsonl").write_text('{"a": 1}\n')
+
+    told: list[str] = []
+    found = corpus.load_documents(folder, tell=told.append)
+    added = {document.name: document.text for document in found if document not in plain}
+    assert {name: added.get(name) for name in files} == dict.fromkeys(files, text) | {
+        "packed.txt.gz": text + "more\n"
+    }
+    assert added["other.jsonl"] == '{"a": 1}\n'
+    assert len(found) == len(plain) + len(files) + 5
+    assert {"line 0", "line 1", "line 2", "not"} < set(added.values())
+    assert told == [
+        f"--data {folder}: left out what is no text: 4 PNG (a.png; b.png; c.png; ...), 1 Parquet "
+        "(data.parquet), 3 empty (blank.jsonl, line 3; empty.txt; space.md), 2 not UTF-16 "
+        "(lone.txt; zeros.txt), 2 not UTF-8 (holes.bin; latin.txt), 1 tar (tar.gz)"
+    ]
+    (folder / "lines.jsonl.gz").write_bytes(gzip.compress(lines.encode() + b"{"))
+    with pytest.raises(ValueError, match=r"lines\.jsonl\.gz, line 4: not valid JSON"):
+        corpus.load_documents(folder)
+
+
+@pytest.mark.parametrize("name", ["texts.txt.gz", "texts.jsonl.gz"])
+def test_a_damaged_gzip_file_is_named(tmp_path: Path, name: str):
+    content = gzip.compress(b'{"text": "a line of many"}\n' * 99)
+    path = tmp_path / name
+    for damaged in (content[:-9], content[:40] + b"\xff" + content[41:], content + b"x"):
+        path.write_bytes(damaged)
+        for place in (path, tmp_path):
+            with pytest.raises(ValueError, match=rf"{name} is a damaged gzip file .*: fetch it"):
+                corpus.load_documents(place)
+
+
+def test_no_more_is_unpacked_than_fits_into_memory(tmp_path: Path, monkeypatch):
+    path = tmp_path / "bomb.txt.gz"
+    path.write_bytes(gzip.compress(b"a" * 40_000_000, compresslevel=1))
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096)
+    with pytest.raises(ValueError, match=r"bomb\.txt\.gz: more than 8,388,608 bytes of text"):
+        corpus.load_documents(path)
+    path.write_bytes(gzip.compress(bytes(40_000_000), compresslevel=1))
+    with pytest.raises(ValueError, match=r"bomb\.txt\.gz is not UTF-8 text \(byte 0 is zero\)"):
+        corpus.load_documents(path)
+    # What is no text takes no memory, however large.
+    path.unlink()
+    sparse(tmp_path / "film.mp4")
+    (tmp_path / "a.txt").write_text("a")
+    assert corpus.load_documents(tmp_path) == [("a.txt", "a")]
+
+
+def test_what_may_not_be_read_is_named(folder: Path, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", denied)
+        with pytest.raises(PermissionError, match=r"0\.txt may not be read by this user: change"):
+            corpus.load_documents(folder)
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(PermissionError, match="texts may not be read by this user: change its"):
+        corpus.load_documents(folder)
+
+
+def test_one_long_line_is_divided_between_words(tmp_path: Path, monkeypatch):
+    path = tmp_path / "line.txt"
+    path.write_text("word " * 2000)
+    (train,), (validation,) = corpus.split_documents(corpus.load_documents(path))
+    assert train.text == "word " * 1900 and validation.text == "word " * 100
+    path.write_text("ACGT" * 5000)  # and inside of a word, where it is all that there is
+    (train,), (validation,) = corpus.split_documents(corpus.load_documents(path))
+    assert (len(train.text), len(validation.text)) == (19_000, 1000)
+    given: list[str] = []
+    train_tokenizer = data._train_tokenizer
+
+    def noted(texts, size):
+        given.extend(texts)
+        return train_tokenizer(iter(given), size)
+
+    monkeypatch.setattr(data, "_train_tokenizer", noted)
+    loaded = load(path, tmp_path / "cache")
+    assert [len(part) for part in given] == [1000] * 19
+    assert loaded.tokenizer.decode(loaded.train.tolist()) == train.text
+    pieces = [*data._cut_words("ab " + "x" * 2500 + " cd")]
+    assert "".join(pieces) == "ab " + "x" * 2500 + " cd"
+    assert [len(piece) for piece in pieces] == [1003, 1000, 503]
 
 
 def test_a_python_without_sources_is_told_to_bring_data(tmp_path: Path, monkeypatch):
@@ -161,8 +298,8 @@ def test_a_python_without_sources_is_told_to_bring_data(tmp_path: Path, monkeypa
 
 
 def test_data_that_cannot_be_split_is_refused():
-    with pytest.raises(ValueError, match="single line"):
-        corpus.split_documents([corpus.Document("a", "one line")])
+    with pytest.raises(ValueError, match="a has 1 characters: too few to hold some out; give more"):
+        corpus.split_documents([corpus.Document("a", "1")])
     with pytest.raises(ValueError, match="all 2 documents are the same"):
         corpus.split_documents([corpus.Document("a", "same")] * 2)
 

@@ -7,6 +7,7 @@ that many for each reader; fewer are drawn always, the same ones every time.
 
 import base64
 import copy
+import gzip
 import json
 import os
 import time
@@ -281,12 +282,20 @@ def test_lines(content, place):
 @fuzz(80)
 @given(content=st.binary(max_size=30) | damaged(b"\xef\xbb\xbfcaf\xc3\xa9\r\n\x0c one"))
 @example(content=b"\0")
+@example(content=b"\xff\xfea\0")
+@example(content=b"\x1f\x8b")
+@example(content=gzip.compress(b"one")[:-1])
 def test_texts(content, place):
     path = place(x__txt=content) / "x.txt"
     for where in (path, path.parent):
         found = check(lambda where=where: load_documents(where), where)
         if found is not None:
-            assert found[0].text.encode() == content.removeprefix(b"\xef\xbb\xbf")
+            text = found[0].text
+            if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+                assert text == content.decode("utf-16").replace("\r\n", "\n")
+            else:
+                plain = content.removeprefix(b"\xef\xbb\xbf").replace(b"\r\n", b"\n")
+                assert text.encode() == plain
 
 
 # --- tokenizers -----------------------------------------------------------------------------------

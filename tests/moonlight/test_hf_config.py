@@ -117,9 +117,20 @@ ABSENT = object()
         ("deepseek_v3", "topk_method", "greedy", "topk_method is 'greedy'"),
         ("deepseek_v3", "moe_layer_freq", 2, "moe_layer_freq is 2"),
         ("deepseek_v3", "attention_bias", True, "attention_bias is True"),
-        ("deepseek_v3", "tie_word_embeddings", True, "tie_word_embeddings is True"),
+        (
+            "deepseek_v3",
+            "tie_word_embeddings",
+            True,
+            "tie_word_embeddings is .*: save",
+        ),
         ("deepseek_v3", "rope_interleave", False, "rope_interleave is False"),
-        ("deepseek_v3", "num_nextn_predict_layers", 1, "num_nextn_predict_layers is 1"),
+        ("deepseek_v3", "num_nextn_predict_layers", -1, "num_nextn_predict_layers must be an int"),
+        (
+            "deepseek_v3",
+            "num_mtp_layers",
+            True,
+            "num_mtp_layers must be an .* got True",
+        ),
         ("deepseek_v3", "num_key_value_heads", 2, "num_key_value_heads is 2; .* with 4 or None"),
         ("deepseek_v3", "head_dim", 7, "head_dim is 7; .* with 6 or None"),
         ("deepseek_v3", "qk_head_dim", 7, "qk_head_dim is 7; .* with 14 or None"),
@@ -129,7 +140,12 @@ ABSENT = object()
         ("deepseek_v3", "kv_lora_rank", "x", "kv_lora_rank must be an integer >= 1 and below"),
         ("deepseek_v3", "rms_norm_eps", "x", "rms_norm_eps must be a number, got 'x'"),
         ("deepseek_v3", "rope_theta", True, "rope_theta must be a number, got True"),
-        ("deepseek_v3", "rope_scaling", {"type": "yarn", "factor": 4}, "rope_scaling is .*'yarn'"),
+        (
+            "deepseek_v3",
+            "rope_scaling",
+            {"type": "yarn", "factor": 4},
+            "rope_scaling is .*'yarn'.* give",
+        ),
         ("llama", "rope_parameters", {"rope_type": "llama3"}, "rope_parameters is .*'llama3'"),
         (
             "llama",
@@ -170,6 +186,11 @@ def test_a_file_that_is_no_configuration_is_an_error(content, message, tmp_path)
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         read_config(tmp_path)
+
+
+def test_no_shared_experts_may_be_written_as_null():
+    fields = config_fields(hf_toy.MOONLIGHT, dtype="float32") | {"n_shared_experts": None}
+    assert parse_config(fields).n_shared_experts == 0
 
 
 def test_a_folder_without_a_configuration_is_an_error(tmp_path):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer, models
 
@@ -399,6 +400,32 @@ def test_what_old_and_foreign_writers_add_is_accepted(tmp_path):
     (snapshot / "model.safetensors").rename(blobs / "0f")
     (snapshot / "model.safetensors").symlink_to("../../blobs/0f")
     assert_bitwise_equal(leaves(load_pretrained(snapshot)), expected)
+
+
+def test_layers_that_predict_further_ahead_are_left_out(tmp_path, tensors, capsys):
+    """As in transformers, and said; without what makes a layer such a one it is a mistake."""
+    last = {k: v for k, v in tensors.items() if k.startswith("model.layers.2.")}
+    ahead = {k.replace("layers.2.", "layers.3."): v for k, v in last.items()}
+    projection = {"model.layers.3.eh_proj.weight": np.ones((48, 96), np.float32)}
+    expected = leaves(load_pretrained(hf_toy.write_model(tmp_path / "plain", TOY, tensors)))
+    for name, added, layers in (
+        ("ahead", ahead | projection, 1),
+        ("unnamed", ahead | projection, 0),
+        ("mistake", ahead, 1),
+    ):
+        folder = hf_toy.write_model(tmp_path / name, TOY, tensors | added)
+        config = json.loads((folder / "config.json").read_text())
+        config["num_nextn_predict_layers"] = layers
+        (folder / "config.json").write_text(json.dumps(config))
+        if name != "ahead":
+            with pytest.raises(ValueError, match=r"layers\.3\.\S+ and \d+ other .* not part"):
+                load_pretrained(folder)
+            continue
+        words = f"left out, as transformers does: model.layers.3, {len(ahead) + 1} tensors that"
+        assert_bitwise_equal(leaves(load_pretrained(folder, console=Console())), expected)
+        assert words in capsys.readouterr().out
+        hf_check.check(hf_check.Args(folder))
+        assert words in capsys.readouterr().out
 
 
 def test_the_check_prints_what_a_directory_holds(folder, capsys):

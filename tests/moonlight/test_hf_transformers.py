@@ -264,6 +264,51 @@ def test_known_mistakes_would_be_seen(case, monkeypatch):
             assert shift > MISTAKE_SHOWS, (name, shift)
 
 
+# --- other forms of the family --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"n_shared_experts": 0}, {"first_k_dense_replace": 3}],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_forms_that_transformers_writes_are_read_and_written(changes, tmp_path):
+    """Its own defaults besides, of which one says that there is a layer beside the model."""
+    fields = hf_config.config_fields(hf_toy.MOONLIGHT, dtype="float32") | changes
+    del fields["num_nextn_predict_layers"], fields["model_type"], fields["architectures"]
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model("deepseek_v3", **fields)
+    )
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in theirs.parameters():
+            if tensor.ndim > 1:
+                tensor.normal_(std=0.2, generator=rng)
+    theirs.save_pretrained(tmp_path / "theirs")
+    written = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert written["num_nextn_predict_layers"] == 1
+    config, params, bias = load_pretrained(tmp_path / "theirs")
+    assert config == dataclasses.replace(hf_toy.MOONLIGHT, **changes)
+    graphdef, _, _ = hf_import.abstract_model(config, Execution())
+    run = jax.jit(
+        lambda params, bias, tokens: nnx.merge(graphdef, params, bias)(tokens),
+        compiler_options={"xla_backend_optimization_level": 0},
+    )
+    logits, stats = run(params, bias, jnp.asarray(TOKENS))
+    expected = their_logits(theirs)
+    np.testing.assert_allclose(logits[:, :-1], expected, rtol=0, atol=LOGITS_TOLERANCE)
+    assert np.abs(expected).max() > 2
+    assert (stats.load_le is None) == (not config.has_experts) == (not jax.tree.leaves(bias))
+
+    export_pretrained(tmp_path / "ours", config, params, bias, dtype="float32")
+    again, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    np.testing.assert_array_equal(their_logits(again), expected)
+
+
 # --- directories ----------------------------------------------------------------------------------
 
 
@@ -301,6 +346,7 @@ def test_no_field_that_transformers_knows_is_overlooked(case):
     family = hf_config.FAMILIES[case.theirs.config.model_type]
     handled = {field.name for field in dataclasses.fields(family.config)} | family.fixed.keys()
     handled |= {"num_key_value_heads", "head_dim", "qk_head_dim", "layer_types", "rope_parameters"}
+    handled |= {*hf_config._AHEAD}
     known = {
         field.name
         for field in dataclasses.fields(type(case.theirs.config))

@@ -85,8 +85,8 @@ def test_a_folder_of_texts_is_read_to_its_edge_and_no_further(tmp_path, monkeypa
     bad = folder / "inner" / "bad.txt"
     for target, message in (
         (outside / "secret.txt", r"bad\.txt is a link to \S+secret\.txt, out of the folder: copy"),
-        (outside, r"bad\.txt is a link to \S+outside, out of the folder"),
-        ("/dev/zero", r"bad\.txt is a link to /dev/zero, out of the folder"),
+        (outside, r"bad\.txt is a link to \S+outside, out of the folder: copy the folder into"),
+        ("/dev/zero", r"bad\.txt is a link to /dev/zero, out of the folder: remove it"),
         ("bad.txt", r"bad\.txt is a link to itself"),
     ):
         bad.symlink_to(target)
@@ -95,14 +95,11 @@ def test_a_folder_of_texts_is_read_to_its_edge_and_no_further(tmp_path, monkeypa
     refused(bad, FileNotFoundError, r"bad\.txt is a link to a file that is not there")
     os.mkfifo(bad)
     refused(bad, ValueError, r"bad\.txt is a pipe, where a file is expected")
-    sparse(bad)
-    refused(bad, ValueError, r"bad\.txt is not UTF-8 text \(byte 0 is zero\)|s memory")
     sparse(bad, b"text " * 10)
-    refused(
-        bad, ValueError, r"bad\.txt is not UTF-8 text \(byte 50 is zero\)|this machine's memory"
-    )
+    with bounded(seconds=5):
+        assert load_documents(folder) == expected
     monkeypatch.setattr(os, "sysconf", lambda name: 4096)
-    sparse(bad)
+    sparse(bad, b"text " * 1000)
     refused(bad, ValueError, r"texts: 10,000,000,\d+ bytes of text, .* memory of 16,777,216: give")
 
 
@@ -117,7 +114,7 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path):
     (path,) = tmp_path.iterdir()
     lone = load_documents(path)  # alone, its name decides nothing
     assert lone[0].text == "text"
-    with pytest.raises(ValueError, match="single line"):
+    with pytest.raises(ValueError, match="has 4 characters: too few to hold some out"):
         split_documents(lone)
 
 
@@ -140,9 +137,6 @@ def test_one_file_is_read_as_carefully_as_many(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_bytes(b"\xef\xbb\xbfone\ntwo\n")
     assert load_documents(path)[0].text == "one\ntwo\n"
-    path.write_bytes("one\ntwo\n".encode("utf-16"))
-    with pytest.raises(ValueError, match=r"texts\.txt is not UTF-8 text"):
-        load_documents(path)
     path.write_bytes(b"\xef\xbb\xbf\xe9")
     with pytest.raises(ValueError, match=r"texts\.txt is not UTF-8 text \(byte 3\)"):
         load_documents(path)

@@ -38,8 +38,9 @@ def _folder(tmp_path: Path) -> Path:
 def test_the_log_is_cut_back_to_the_checkpoint(folder: Path):
     path = folder / metrics.FILE
     path.write_text(path.read_text() + '{"kind": "train", "st')  # a kill interrupted it
-    with opened(folder, 2) as (_, said):
+    with opened(folder, 2) as (log, said):
         assert said.getvalue() == ""
+        assert (log.losses(1), log.losses(9)) == ([1 / 2], [1.0, 1 / 2])
     assert steps(folder) == [1, 2]
     assert not (folder / metrics.UNREADABLE).exists()
 

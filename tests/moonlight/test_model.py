@@ -148,6 +148,26 @@ def test_the_published_model_has_the_published_matrices():
     assert body["first_layers", 0, "mlp", "gate_proj", "kernel"] == (2048, 11_264)
 
 
+def test_a_model_may_lack_shared_experts_or_all_experts():
+    def shapes(**changes):
+        config = dataclasses.replace(TOY, **changes)
+        model = nnx.eval_shape(lambda: Moonlight(config, rngs=nnx.Rngs(0)))
+        return {path: x.shape for path, x in nnx.to_flat_state(nnx.state(model))}
+
+    whole, alone = shapes(), shapes(n_shared_experts=0)
+    assert alone == {path: x for path, x in whole.items() if "shared_experts" not in path}
+    layers = TOY.num_hidden_layers
+    dense = shapes(first_k_dense_replace=layers)
+    assert dense == shapes(first_k_dense_replace=layers + 1)
+    # One stack, as of other dense models.
+    assert dense["layers", "mlp", "up_proj", "kernel"] == (
+        layers,
+        TOY.hidden_size,
+        TOY.intermediate_size,
+    )
+    assert not {"first_layers", "experts", "router"} & {name for path in dense for name in path}
+
+
 @pytest.mark.parametrize("name, low, high", [("small", 100e6, 200e6), ("tiny", 1e6, 5e6)])
 def test_the_other_presets_have_the_promised_size(name, low, high):
     assert low < parameter_counts(MoonlightConfig.preset(name)).total < high
@@ -507,7 +527,6 @@ def test_an_unknown_preset_raises_and_names_the_presets():
         ({"rms_norm_eps": math.nan}, "rms_norm_eps must be a positive finite number, got nan"),
         ({"qk_rope_head_dim": 5}, "qk_rope_head_dim must be even"),
         ({"num_experts_per_tok": 8}, r"num_experts_per_tok \(8\) must not exceed n_routed_experts"),
-        ({"first_k_dense_replace": 3}, r"first_k_dense_replace \(3\) must leave at least one"),
     ],
 )
 def test_an_impossible_configuration_raises(change, message):

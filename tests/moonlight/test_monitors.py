@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import pytest
@@ -197,6 +198,24 @@ def test_records_are_drawn(record, tmp_path: Path):
     assert (tmp_path / "all.png").stat().st_size > (tmp_path / "dense.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="no monitor record to draw: train with --monitor-every"):
         draw_stability(tmp_path / "none.png", [], title="toy")
+
+
+def test_a_lone_record_fills_its_panels(record, tmp_path: Path, monkeypatch):
+    """Over steps it would be a dot in each of nine panels."""
+    monkeypatch.setattr(plt, "close", lambda _: None)
+    draw_stability(tmp_path / "one.png", [record], title="toy", threshold=5.0)
+    figure = plt.gcf()
+    monkeypatch.undo()
+    plt.close(figure)
+    layers = len(record["max_logit"])
+    by_layer, by_group = figure.axes[:3], figure.axes[3:6]
+    for axes in by_layer:
+        drawn = [line for line in axes.lines if line.get_marker() in ("o", "s")]
+        assert drawn and all(len(line.get_xdata()) == layers for line in drawn)
+        low, high = axes.get_ylim()
+        assert all(low <= y <= high for line in drawn for y in line.get_ydata())
+    assert [len(axes.patches) for axes in by_group] == [6, 8, 8]
+    assert len(figure.axes) == 8  # the loads, and their scale
 
 
 def test_records_behind_the_checkpoint_are_cut_off(record, tmp_path: Path):

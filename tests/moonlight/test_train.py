@@ -120,8 +120,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_afresh(tmp_path: Path, 
     assert records(run) == records(finished / "run")
 
 
-def test_both_optimizers_train(tmp_path: Path, finished: Path):
+def test_both_optimizers_train(tmp_path: Path, finished: Path, capsys):
     train(toy.arguments(tmp_path, optimizer="adamw", compute_dtype="bfloat16"), toy.CONFIG)
+    losses = [record["loss"] for record in records(tmp_path / "run") if record["kind"] == "train"]
+    said = capsys.readouterr().out
+    # What is said is what is drawn: a mean of steps, of which there are fewer than 25 here.
+    assert f"step     12  training {np.mean(losses):.4f}  validation " in said
+    assert f"training loss {np.mean(losses):.4f} nats per token, the mean of the last 12" in said
     muon_step, adamw_step = records(finished / "run")[0], records(tmp_path / "run")[0]
     assert muon_step["loss"] == pytest.approx(adamw_step["loss"], abs=0.01)
     # Adam's first update is sign(g) wherever the gradient is not tiny; Muon's RMS is 0.2.

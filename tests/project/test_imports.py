@@ -30,7 +30,7 @@ LAYERS = (
     ("muon_jax._routing",),
     ("muon_jax._mesh",),
     ("muon_jax",),
-    ("examples", "examples.xla_flags", "examples.one_thread"),
+    ("examples", "examples.xla_flags", "examples.one_thread", "examples.colours"),
     ("examples.moonlight", "examples.moonlight.common"),
     ("examples.moonlight.schedule", "examples.moonlight.model.execution"),
     ("examples.moonlight.model", "examples.moonlight.data"),

@@ -10,12 +10,13 @@ matplotlib.use("Agg")  # No display is needed, and none is looked for.
 
 import matplotlib.pyplot as plt
 
+from examples import colours
 from examples.finetune.study.protocol import OPTIMIZERS, TUNERS
 from examples.finetune.study.tables import NAMES, TITLES
 
 _STYLES: dict[str, dict[str, Any]] = {
-    "muon": {"color": "tab:blue", "marker": "o"},
-    "adamw": {"color": "tab:orange", "marker": "s"},
+    "muon": {"color": colours.MUON, "marker": "o"},
+    "adamw": {"color": colours.ADAMW, "marker": "s"},
 }
 
 

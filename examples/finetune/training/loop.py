@@ -171,7 +171,7 @@ class Run:
 
 def _line(values: Mapping[str, float]) -> str:
     return (
-        f"loss {values['loss']:.4f}  token accuracy {values['token_acc']:.2%}  "
+        f"training loss {values['loss']:.4f}  token accuracy {values['token_acc']:.2%}  "
         f"gradient {values['grad_norm']:.3g}  rate {values['learning_rate']:.2e}  "
         f"{values['tokens_per_second']:,.0f} tokens/s"
     )

@@ -97,19 +97,33 @@ def read_jsonl(path: Path, field: str) -> Iterator[tuple[int, str]]:
 
     Raises:
         FileNotFoundError: There is no file.
-        ValueError: It is no UTF-8 text, or a line does not hold such an object, or half a character
-            in its text; the message names file and line.
+        ValueError: It is no UTF-8 text; or as `parse_jsonl`.
     """
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    return parse_jsonl(read_text(path), path, field)
+
+
+def parse_jsonl(text: str, path: Path, field: str) -> Iterator[tuple[int, str]]:
+    """The same, of a text that was read already.
+
+    Args:
+        text: The file's content.
+        path: The file, for messages.
+        field: What is read of each line's object.
+
+    Raises:
+        ValueError: A line does not hold such an object, or half a character in its text; the
+            message names file and line.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         record = parse_json(line, path, line=number)
         where = f"{shown_name(path)}, line {number}"
-        if not isinstance(record, dict) or not isinstance(text := record.get(field), str):
+        if not isinstance(record, dict) or not isinstance(value := record.get(field), str):
             raise ValueError(f'{where}: expected an object {{"{field}": "..."}}, got {shown(line)}')
-        if (at := lone_surrogate(text)) is not None:
+        if (at := lone_surrogate(value)) is not None:
             raise ValueError(
-                f"{where}: the {field} has a lone surrogate, {text[at]!a}, at character {at}, "
+                f"{where}: the {field} has a lone surrogate, {value[at]!a}, at character {at}, "
                 "which is no character and has no UTF-8: remove or replace it"
             )
-        yield number, text
+        yield number, value

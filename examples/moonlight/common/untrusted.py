@@ -68,9 +68,13 @@ def check_inside(path: Path, folder: Path) -> None:
         raise ValueError(f"{shown_name(path)} is a link to itself: remove it") from error
     homes = [home] + [up.parent / "blobs" for up in home.parents if up.name == "snapshots"]
     if not any(target.is_relative_to(inside) for inside in homes):
+        mode = path.stat().st_mode if path.exists() else stat.S_IFREG
+        remedy = "remove it"
+        if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+            what = "folder" if stat.S_ISDIR(mode) else "file"
+            remedy = f"copy the {what} into the folder, or give the folder in which it lies"
         raise ValueError(
-            f"{shown_name(path)} is a link to {shown_name(target)}, out of the folder: copy the "
-            "file into the folder, or give the folder in which it lies"
+            f"{shown_name(path)} is a link to {shown_name(target)}, out of the folder: {remedy}"
         )
 
 
@@ -88,11 +92,17 @@ def check_file(path: Path, *, limit: int | None = None) -> int:
     try:
         status = path.stat()
     except FileNotFoundError as error:
-        what = "is a link to a file that is" if path.is_symlink() else "is"
-        raise FileNotFoundError(f"{shown_name(path)} {what} not there") from error
+        name = shown_name(path)
+        if path.is_symlink():
+            raise FileNotFoundError(
+                f"{name} is a link to a file that is not there: bring the file, or remove the link"
+            ) from error
+        raise FileNotFoundError(f"{name} is not there") from error
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise ValueError(f"{shown_name(path)} is {kind}, where a file is expected")
+        raise ValueError(
+            f"{shown_name(path)} is {kind}, where a file is expected: give a file, or leave it out"
+        )
     if limit is not None and status.st_size > limit:
         raise ValueError(
             f"{shown_name(path)} has {status.st_size:,} bytes, and such a file at most {limit:,}: "

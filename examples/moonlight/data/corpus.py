@@ -1,29 +1,31 @@
 """Where the text comes from: documents, their hash, and which of them are held out.
 
 The default corpus is one that every machine already has: the source files of Python's own standard
-library, about 11 MB. Left out are tests, the build's own configuration files, which differ from
-machine to machine, and `pydoc_data`: one generated dump of the language reference, larger than the
-rest of the held-out set that it would fall into.
+library, about 10 MB. Left out are tests, the build's own configuration files, which differ from
+machine to machine, `pydoc_data`, one generated dump of the language reference, larger than the rest
+of the held-out set that it would fall into, and tables: the package `encodings`, and each file of
+which more than half is literals (`is_table`). The tables of encodings, nearly equal to each other,
+are an eighth of the library, and what a model would learn before anything else.
 """
 
 import hashlib
+import json
 import os
+import re
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from examples.moonlight.common.json_text import read_jsonl
-from examples.moonlight.common.untrusted import (
-    check_file,
-    check_inside,
-    lone_surrogate,
-    read_text,
-    shown_name,
-)
+from examples.moonlight.common.json_text import parse_jsonl
+from examples.moonlight.common.untrusted import check_file, check_inside, lone_surrogate, shown_name
+from examples.moonlight.data.text_files import NotText, TooLong, is_jsonl, read_text_file
 
 # One document in twenty is held out, as in most pre-training reports: enough for a steady estimate.
 VALIDATION_FRACTION = 0.05
+
+# A lone text gives up its last lines, where there are enough for some to be about that share.
+_FEW_LINES = 20
 
 _SKIPPED_FOLDERS = {
     "test",
@@ -34,6 +36,15 @@ _SKIPPED_FOLDERS = {
     "dist-packages",
     "__pycache__",
 }
+_TABLES = "encodings/"
+
+# A line of code that has nothing but literals, and what stands between them; perhaps a comment.
+_STRING = r"""[rbuRBU]{0,2}(?:'(?:[^'\\]|\\.)*+'|"(?:[^"\\]|\\.)*+")"""
+_NUMBER = r"\d\w*+(?:\.\w*+)?|None|True|False"
+_LITERALS = re.compile(rf"(?:{_STRING}|{_NUMBER}|[-+*,:()\[\]{{}}\s])++(?:#.*)?")
+
+# Of each kind of file that is left out, so many are named.
+_NAMED = 3
 
 
 class Document(NamedTuple):
@@ -43,43 +54,92 @@ class Document(NamedTuple):
     text: str
 
 
-def load_documents(path: Path | None) -> list[Document]:
+class LeftOut(NamedTuple):
+    """A file, or a line of one, that is no document: its name and what it is."""
+
+    name: str
+    kind: str
+
+
+def load_documents(path: Path | None, *, tell: Callable[[str], object] = print) -> list[Document]:
     """Reads the corpus, in an order that does not depend on the file system.
 
     Args:
-        path: a UTF-8 text file (one document), a ``.jsonl`` file with one ``{"text": ...}`` a line
-            (one document a line), a folder of UTF-8 text files (one document a file; hidden files
-            are left out, and so are links to folders inside, whose files are read where they lie),
-            or None for the Python standard library's own source files. A byte order mark is left
-            out.
+        path: A text file (one document), a ``.jsonl`` file with one ``{"text": ...}`` a line (one
+            document a line), a folder of such files, or None for the standard library's own source
+            files. `text_files` says which encodings are read, and gzip is. Of a folder, hidden
+            files are left out, and so are links to folders inside, whose files are read where they
+            lie; a ``.jsonl`` file whose first line is no such object is one document there.
+        tell: Is given a sentence on what a folder has besides texts, if it has: pictures, files in
+            other encodings, empty ones.
 
     Returns:
         The documents, never an empty list.
 
     Raises:
-        FileNotFoundError: nothing is at ``path``, or this Python has no standard library sources.
-        ValueError: a line or a file does not hold what it should, is no regular file, a link out
-            of the folder, or has a name that is not UTF-8, or all files together are more than the
-            memory holds; the message says which.
+        FileNotFoundError: Nothing is at ``path``, or this Python has no standard library sources.
+        PermissionError: A file or a folder may not be read.
+        ValueError: A line or a lone file does not hold what it should, a file is no regular one, a
+            link out of the folder, damaged, or has a name that is not UTF-8, or all texts together
+            are more than the memory holds; the message says which.
     """
     if path is None:
-        documents = _standard_library()
-    elif path.is_dir():
-        documents = _read_files(path, _files(path))
-    elif path.exists():
-        _check_memory(path, check_file(path))
-        if path.suffix == ".jsonl":
-            documents = _read_jsonl(path)
-        else:
-            documents = [Document(shown_name(path.name), read_text(path))]
-    else:
+        return standard_library()
+    if not path.exists():
         raise FileNotFoundError(
-            f"--data {path}: no such file or folder; give a text file, a .jsonl file or a folder"
+            f"--data {shown_name(path)}: no such file or folder; give a text file, a .jsonl file "
+            "or a folder"
         )
-    documents = [document for document in documents if document.text.strip()]
+    documents, left_out = _read_files(path, _files(path) if path.is_dir() else [path])
+    words = _in_words(left_out)
     if not documents:
-        raise ValueError(f"--data {path}: no text in it")
+        found = f", only {words}" if path.is_dir() and words else ""
+        raise ValueError(f"--data {shown_name(path)}: no text in it{found}; give a file with text")
+    if words:
+        tell(f"--data {shown_name(path)}: left out what is no text: {words}")
     return documents
+
+
+def standard_library(*, tables: bool = False) -> list[Document]:
+    """The source files of this Python's standard library.
+
+    Args:
+        tables: Whether the tables are among them.
+
+    Raises:
+        FileNotFoundError: There are none.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    files = sorted(
+        file
+        for file in root.rglob("*.py")
+        if not _SKIPPED_FOLDERS & set(file.relative_to(root).parts)
+        and not file.name.startswith("_sysconfigdata")
+        and not file.relative_to(root).parts[0].startswith("config-")
+    )
+    if not files:
+        raise FileNotFoundError(
+            f"no Python source files under {root}; name a text to train on with --data PATH"
+        )
+    documents, _ = _read_files(root, files)
+    if tables:
+        return documents
+    return [
+        document
+        for document in documents
+        if not document.name.startswith(_TABLES) and not is_table(document.text)
+    ]
+
+
+def is_table(source: str) -> bool:
+    """Whether more than half of a program's code is in lines that have nothing but literals.
+
+    Comments and blank lines are no code, and what stands in triple quotes is no literal here.
+    """
+    lines = [line.strip() for line in source.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    literals = sum(len(line) for line in lines if _LITERALS.fullmatch(line))
+    return 2 * literals > sum(map(len, lines))
 
 
 def split_documents(documents: list[Document]) -> tuple[list[Document], list[Document]]:
@@ -110,6 +170,11 @@ def split_documents(documents: list[Document]) -> tuple[list[Document], list[Doc
     return train, validation
 
 
+def has_few_lines(text: str) -> bool:
+    """Whether a lone text is divided between two words, and not between two lines."""
+    return len(text.splitlines()) < _FEW_LINES
+
+
 def hash_documents(documents: Iterable[Document]) -> str:
     """The corpus' name: 16 hexadecimal digits over every document's name and text."""
     digest = hashlib.sha256()
@@ -120,29 +185,11 @@ def hash_documents(documents: Iterable[Document]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _standard_library() -> list[Document]:
-    root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(
-        file
-        for file in root.rglob("*.py")
-        if not _SKIPPED_FOLDERS & set(file.relative_to(root).parts)
-        and not file.name.startswith("_sysconfigdata")
-        and not file.relative_to(root).parts[0].startswith("config-")
-    )
-    if not files:
-        raise FileNotFoundError(
-            f"no Python source files under {root}; name a text to train on with --data PATH"
-        )
-    return _read_files(root, files)
-
-
 def _files(root: Path) -> list[Path]:
     """The files under a folder, but for hidden ones; what is neither file nor folder is refused."""
-    files, folders, size = [], [root], 0
+    files, folders = [], [root]
     while folders:
-        with os.scandir(folders.pop()) as entries:
-            found = [entry for entry in entries if not entry.name.startswith(".")]
-        for entry in found:
+        for entry in _entries(folders.pop()):
             path = Path(entry.path)
             if lone_surrogate(entry.name) is not None:
                 raise ValueError(
@@ -153,42 +200,125 @@ def _files(root: Path) -> list[Path]:
             if entry.is_dir(follow_symlinks=False):
                 folders.append(path)
             elif not entry.is_dir():
-                size += check_file(path)
+                check_file(path)
                 files.append(path)
-    _check_memory(root, size)
     return sorted(files)
 
 
-def _check_memory(path: Path, size: int) -> None:
-    """Refuses more text than half of the memory, before any is read: tokens take as much again."""
+def _entries(folder: Path) -> list["os.DirEntry[str]"]:
     try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except PermissionError as error:
+        raise PermissionError(
+            f"{shown_name(folder)} may not be read by this user: change its permissions, or leave "
+            "it out"
+        ) from error
+
+
+def _read_files(path: Path, files: Sequence[Path]) -> tuple[list[Document], list[LeftOut]]:
+    """The documents of a folder's files, or of a lone file, which has to be a text."""
+    left = _most_text(path, files)
+    documents, left_out = [], []
+    for file in files:
+        lone = file == path
+        name = shown_name(path.name) if lone else file.relative_to(path).as_posix()
+        try:
+            text = read_text_file(file, limit=left)
+        except NotText as error:
+            if lone:
+                raise
+            left_out.append(LeftOut(name, error.kind))
+            continue
+        except TooLong as error:
+            raise _too_large(path, f"more than {error.limit:,}") from error
+        if left is not None:
+            left -= len(text)
+        if is_jsonl(file) and (lone or _begins_with_a_text(text)):
+            found = [
+                (
+                    f"{name}, line {number}",
+                    Document(hashlib.sha256(line.encode()).hexdigest(), line),
+                )
+                for number, line in parse_jsonl(text, file, "text")
+            ]
+        else:
+            found = [(name, Document(name, text))]
+        documents += [document for _, document in found if document.text.strip()]
+        left_out += [LeftOut(where, "empty") for where, each in found if not each.text.strip()]
+    return documents, left_out
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _begins_with_a_text(text: str) -> bool:
+    """Whether the first line is an object with a text, by the looks of it."""
+    try:
+        first = json.loads(text.lstrip().split("\n", 1)[0])
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and isinstance(first.get("text"), str)
+
+
+def _most_text(path: Path, files: Sequence[Path]) -> int | None:
+    """Half of the memory in bytes, as tokens take as much again; more text is refused at once."""
+    if (memory := _memory()) is None:
+        return None
+    sizes = {file: check_file(file) for file in files}
+    if sum(sizes.values()) > memory // 2:
+        size = sum(size for file, size in sizes.items() if _begins_as_text(file))
+        if size > memory // 2:
+            raise _too_large(path, f"{size:,}")
+    return memory // 2
+
+
+def _memory() -> int | None:
+    """This machine's memory in bytes, if it says."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError):  # Windows does not tell in this way
-        return
-    if size > memory // 2:
-        raise ValueError(
-            f"--data {shown_name(path)}: {size:,} bytes of text, which with tokens have to fit "
-            f"into this machine's memory of {memory:,}: give a part of it"
-        )
+        return None
 
 
-def _read_files(root: Path, files: Iterable[Path]) -> list[Document]:
-    return [Document(file.relative_to(root).as_posix(), read_text(file)) for file in files]
+def _begins_as_text(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return b"\0" not in opened.read(4096)
 
 
-def _read_jsonl(path: Path) -> list[Document]:
-    return [
-        Document(hashlib.sha256(text.encode()).hexdigest(), text)
-        for _, text in read_jsonl(path, "text")
-    ]
+def _too_large(path: Path, size: str) -> ValueError:
+    return ValueError(
+        f"--data {shown_name(path)}: {size} bytes of text, which with tokens have to fit into this "
+        f"machine's memory of {_memory():,}: give a part of it"
+    )
+
+
+def _in_words(left_out: Iterable[LeftOut]) -> str:
+    """How many there are of each kind, and the names of some."""
+    kinds: dict[str, list[str]] = {}
+    for name, kind in left_out:
+        kinds.setdefault(kind, []).append(shown_name(name))
+    return ", ".join(
+        f"{len(names):,} {kind} ({'; '.join(names[:_NAMED])}{'; ...' * (len(names) > _NAMED)})"
+        for kind, names in sorted(kinds.items())
+    )
 
 
 def _split_tail(document: Document) -> tuple[list[Document], list[Document]]:
-    lines = document.text.splitlines(keepends=True)
-    if len(lines) < 2:
+    text = document.text
+    if not has_few_lines(text):
+        lines = text.splitlines(keepends=True)
+        cut = len("".join(lines[: round((1 - VALIDATION_FRACTION) * len(lines))]))
+    else:
+        # Between two words, if there are any in the last tenth.
+        most = round((1 - VALIDATION_FRACTION) * len(text))
+        least = round((1 - 2 * VALIDATION_FRACTION) * len(text))
+        cut = next((i for i in range(most, least, -1) if text[i - 1].isspace()), most)
+    head, tail = text[:cut], text[cut:]
+    if not head.strip() or not tail.strip():
         raise ValueError(
-            f"{document.name} is a single line: nothing to hold out; give more lines or documents"
+            f"{document.name} has {len(text):,} characters: too few to hold some out; give more "
+            "text or documents"
         )
-    cut = min(len(lines) - 1, round((1 - VALIDATION_FRACTION) * len(lines)))
-    head, tail = "".join(lines[:cut]), "".join(lines[cut:])
     return [Document(document.name, head)], [Document(document.name, tail)]

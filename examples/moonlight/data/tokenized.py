@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,13 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.moonlight.common.files import read_json, write_atomically
-from examples.moonlight.data.corpus import Document, hash_documents, load_documents, split_documents
+from examples.moonlight.data.corpus import (
+    Document,
+    has_few_lines,
+    hash_documents,
+    load_documents,
+    split_documents,
+)
 from examples.moonlight.data.tokenizer import listed_ids, load_tokenizer, tokenizers_errors
 
 END_OF_TEXT = "<|endoftext|>"
@@ -26,6 +32,12 @@ END_OF_TEXT = "<|endoftext|>"
 _FORMAT = 1
 _TOKENIZER, _TRAIN, _VALIDATION = "tokenizer.json", "train", "validation"
 _MANIFEST = "manifest.json"
+
+# Training a byte-pair encoding is quadratic in the length of a word, and a text may be one word: a
+# genome of 80,000 letters took 3 s, and one of 3M did not end in minutes. So longer ones are cut in
+# training; they are encoded as they are.
+_LONGEST_WORD = 1000
+_LONG_WORD = re.compile(rf"\S{{{_LONGEST_WORD}}}(?=\S)")
 
 # A byte that is no character, as SentencePiece writes it.
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -83,6 +95,7 @@ def load_sources(
     vocab_size: int,
     cache_dir: Path,
     pretrained: Path | None = None,
+    tell: Callable[[str], object] = print,
 ) -> TokenizedSources:
     """Reads, tokenizes and caches sources; the second call for the same text reads the cache.
 
@@ -98,6 +111,7 @@ def load_sources(
         cache_dir: holds one folder per corpus and vocabulary.
         pretrained: Folder of a model whose tokenizer is taken, in the place of one trained on these
             texts; ``vocab_size`` is not used then.
+        tell: Is given a sentence on what a source has that is no text; see `load_documents`.
 
     Raises:
         FileNotFoundError: ``pretrained`` has no tokenizer.
@@ -108,8 +122,8 @@ def load_sources(
     if vocab_size < 257 and pretrained is None:
         raise ValueError(f"vocab_size must be at least 257 (256 bytes + 1), got {vocab_size}")
     given = None if pretrained is None else _read_vocabulary(pretrained)
-    documents = {name: load_documents(path) for name, path in paths.items()}
-    settings: list[Any] = [_FORMAT, vocab_size]
+    documents = {name: load_documents(path, tell=tell) for name, path in paths.items()}
+    settings: list[Any] = [_FORMAT, vocab_size, *_exceptions(documents, given)]
     if list(paths) != [""]:
         settings.append({name: len(texts) for name, texts in documents.items()})
     if given is not None:
@@ -151,6 +165,14 @@ def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     return lengths
 
 
+def _exceptions(documents: Mapping[str, list[Document]], given: Any) -> list[str]:
+    """What is done otherwise with some texts than before there was such a rule, for the hash."""
+    texts = [document.text for document in itertools.chain(*documents.values())]
+    few_lines = any(len(each) == 1 and has_few_lines(each[0].text) for each in documents.values())
+    long_words = given is None and any(map(_LONG_WORD.search, texts))
+    return ["few lines"] * few_lines + ["long words"] * long_words
+
+
 class _Vocabulary(NamedTuple):
     """A tokenizer, and the token that it has behind every document."""
 
@@ -184,7 +206,8 @@ def _build(
     if len(documents) > 1:
         train = _without_held_out(train, validation)
     if isinstance(vocabulary, int):
-        texts = (document.text for document in itertools.chain(*train.values()))
+        every = itertools.chain(*train.values())
+        texts = (part for document in every for part in _cut_words(document.text))
         tokenizer = _train_tokenizer(texts, vocabulary)
         end = tokenizer.token_to_id(END_OF_TEXT)
         assert end is not None
@@ -244,6 +267,14 @@ def _train_tokenizer(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def _cut_words(text: str) -> Iterator[str]:
+    start = 0
+    for word in _LONG_WORD.finditer(text):
+        yield text[start : word.end()]
+        start = word.end()
+    yield text[start:]
 
 
 def _encode(vocabulary: _Vocabulary, documents: list[Document]) -> np.ndarray:

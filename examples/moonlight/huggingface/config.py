@@ -6,9 +6,9 @@ of transformers 5 (`rope_parameters`, `dtype`); written are the former, which bo
 A field that our models fix, such as `q_lora_rank`, is accepted at the one value that they have and
 refused at every other: weights read under another convention would load and compute nonsense. A
 field that the file leaves out has the value that transformers gives it, or the file is refused.
-There is one exception: a file without `num_nextn_predict_layers` has none, where transformers takes
-1; these layers stand beside the model, and one that has them is known by their tensors. Fields that
-transformers does not know either, training settings for the most part, are passed over as it does.
+Fields that transformers does not know either, training settings for the most part, are passed over
+as it does. So is `num_nextn_predict_layers`, whose layers stand beside the model: transformers
+writes 1 for every model, and reads no tensor of theirs.
 """
 
 import dataclasses
@@ -81,8 +81,6 @@ FAMILIES = {
             "attention_bias": Fixed((False,), absent=False),
             "tie_word_embeddings": Fixed((False,), absent=False),
             "rope_interleave": Fixed((True,), absent=True),
-            "num_nextn_predict_layers": Fixed((0,), absent=0),
-            "num_mtp_layers": Fixed((0,), absent=0),
         },
     ),
     "qwen2": Family(
@@ -109,13 +107,24 @@ FAMILIES = {
     ),
 }
 
+# What helps with a field that is not supported; of most, nothing: the architecture is another one.
+_REMEDIES = {
+    "tie_word_embeddings": "save the model with a head of its own, a copy of the embedding",
+    "quantization_config": "dequantize the weights first, and save them in bfloat16",
+}
+
 # Named otherwise by some writers.
 _ALIASES = {"num_local_experts": "n_routed_experts"}
 
 _DEFAULT_THETA = 10_000.0
 
-# Fields that follow from others where they are null; elsewhere null is no value.
+# Fields that follow from others where they are null; elsewhere null is no value, but for one that
+# DeepSeek's own code takes for 0.
 _MAY_BE_NULL = ("num_key_value_heads", "head_dim")
+_NULL_IS_ZERO = "n_shared_experts"
+
+# Layers behind the last that predict tokens further ahead: by transformers' name, and DeepSeek's.
+_AHEAD = ("num_nextn_predict_layers", "num_mtp_layers")
 
 # Shapes and positions are int32.
 _LARGEST = 2**31 - 1
@@ -138,12 +147,37 @@ def read_config(folder: Path) -> ModelConfig:
         ValueError: It is no JSON object, or describes a model that ours cannot be; see
             `parse_config`.
     """
+    return parse_config(read_fields(folder), where=str(folder / CONFIG_FILE))
+
+
+def read_fields(folder: Path) -> dict[str, Any]:
+    """Reads the fields of a model directory's `config.json`.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is no JSON object.
+    """
     path = folder / CONFIG_FILE
     if not is_there(path):
         raise FileNotFoundError(
             f"{folder} has no {CONFIG_FILE}: give the folder of a Hugging Face model"
         )
-    return parse_config(read_json(path), where=str(path))
+    return read_json(path)
+
+
+def layers_ahead(fields: Mapping[str, Any], where: str = CONFIG_FILE) -> int:
+    """How many layers a file says to have behind the last, which predict tokens further ahead.
+
+    Raises:
+        ValueError: It is no such number.
+    """
+    found = {name: fields[name] for name in _AHEAD if fields.get(name) is not None}
+    for name, value in found.items():
+        if type(value) is not int or not 0 <= value <= _LARGEST:
+            raise ValueError(
+                f"{where}: {name} must be an integer >= 0 and below 2^31, got {shown(value)}"
+            )
+    return max(found.values(), default=0)
 
 
 def parse_config(fields: Mapping[str, Any], where: str = CONFIG_FILE) -> ModelConfig:
@@ -167,6 +201,7 @@ def parse_config(fields: Mapping[str, Any], where: str = CONFIG_FILE) -> ModelCo
             f"{where}: model_type is {shown(model_type)}; supported are {', '.join(FAMILIES)}"
         )
     family = FAMILIES[model_type]
+    layers_ahead(fields, where)
     for alias, name in _ALIASES.items():
         if alias in fields and fields.get(name, fields[alias]) != fields[alias]:
             raise ValueError(f"{where}: {alias} and {name} differ, and mean the same; keep one")
@@ -179,6 +214,8 @@ def parse_config(fields: Mapping[str, Any], where: str = CONFIG_FILE) -> ModelCo
     for field in dataclasses.fields(family.config):
         if field.name in fields and field.name not in ("rope_theta", "attention_bias"):
             value = fields[field.name]
+            if value is None and field.name == _NULL_IS_ZERO:
+                value = 0
             if value is not None or field.name not in _MAY_BE_NULL:
                 values[field.name] = _value(value, field, where)
         if field.name not in values and field.default is dataclasses.MISSING:
@@ -189,7 +226,8 @@ def parse_config(fields: Mapping[str, Any], where: str = CONFIG_FILE) -> ModelCo
             given = "" if name in fields else ", transformers' default for a file without it"
             raise ValueError(
                 f"{where}: {name} is {shown(value)}{given}; {model_type} is supported with "
-                f"{' or '.join(map(shown, fixed.supported))} only"
+                f"{' or '.join(map(shown, fixed.supported))} only: "
+                f"{_REMEDIES.get(name, 'give a model that has it so')}"
             )
     try:
         return family.config(**values)
@@ -215,7 +253,7 @@ def _value(value: Any, field: dataclasses.Field, where: str) -> Any:
     if field.type is bool and not isinstance(value, bool):
         raise ValueError(f"{where}: {field.name} must be true or false, got {shown(value)}")
     if field.type is int:
-        least = 0 if field.name == "first_k_dense_replace" else 1
+        least = 0 if field.name in ("first_k_dense_replace", "n_shared_experts") else 1
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _LARGEST:
             raise ValueError(
                 f"{where}: {field.name} must be an integer >= {least} and below 2^31, got "
@@ -259,7 +297,7 @@ def _rope_theta(fields: Mapping[str, Any], where: str) -> float:
         if not plain:
             raise ValueError(
                 f"{where}: {name} is {shown(rope)}; supported is plain rope only, rope_type "
-                "'default'"
+                "'default': give a model whose rope is not scaled"
             )
         if "rope_theta" in rope:
             found[f"{name}.rope_theta"] = rope["rope_theta"]
@@ -313,6 +351,7 @@ def config_fields(
     fields = dataclasses.asdict(config) | written
     if model_type == "deepseek_v3":
         fields["num_key_value_heads"] = fields["num_attention_heads"]
+        fields["num_nextn_predict_layers"] = 0
     elif model_type == "qwen2":
         del fields["attention_bias"]
     return {
@@ -336,7 +375,6 @@ _WRITTEN = {
     "moe_layer_freq",
     "n_group",
     "norm_topk_prob",
-    "num_nextn_predict_layers",
     "q_lora_rank",
     "rope_interleave",
     "scoring_func",

@@ -182,7 +182,9 @@ def _assigned(folder: Path) -> dict[str, str]:
                 f"{folder} holds its weights as a pickle ({found[0]}), which could run any code; "
                 "save them as safetensors with transformers' save_pretrained first"
             )
-        raise FileNotFoundError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+        raise FileNotFoundError(
+            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: fetch the model's weights"
+        )
     files = read_json(index).get("weight_map")
     if (
         not isinstance(files, dict)
@@ -209,6 +211,6 @@ def _inside(folder: Path, file: str) -> Path:
     path = folder / file
     check_inside(path, folder)
     if not is_there(path):
-        raise FileNotFoundError(f"{path} is missing: the model is not complete")
+        raise FileNotFoundError(f"{path} is missing: the model is not complete, fetch that file")
     check_file(path)
     return path

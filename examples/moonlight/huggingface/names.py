@@ -32,6 +32,9 @@ FUSED_EXPERTS = ".mlp.experts.gate_up_proj"
 # A constant that old writers stored among the weights; it follows from the configuration.
 ROPE_BUFFER = ".rotary_emb.inv_freq"
 
+# What a layer has that predicts a token further ahead, and no other.
+AHEAD = "eh_proj.weight"
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -100,10 +103,11 @@ def table(config: ModelConfig, *, fused: bool = False) -> list[Row]:
 def extent(config: ModelConfig, *, fused: bool = False) -> Extent:
     """Counts what `rows` would yield, from one layer of each kind: at once, however many."""
     if isinstance(config, MoonlightConfig):
-        dense = config.first_k_dense_replace
+        dense = config.first_k_dense_replace if config.has_experts else 0
         kinds = {"first_layers": dense, "layers": config.num_hidden_layers - dense}
+        few = min(dense, 1) if config.has_experts else 1
         one = dataclasses.replace(
-            config, num_hidden_layers=1 + min(dense, 1), first_k_dense_replace=min(dense, 1)
+            config, num_hidden_layers=1 + min(dense, 1), first_k_dense_replace=few
         )
     else:
         kinds = {"layers": config.num_hidden_layers}
@@ -123,6 +127,20 @@ def shapes(rows: list[Row]) -> dict[str, tuple[int, ...]]:
     return {row.name: row.shape for row in rows}
 
 
+def empty_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors without numbers that transformers writes, and misses.
+
+    Its shared experts are an MLP of width 0 where there are none.
+    """
+    if not isinstance(config, MoonlightConfig) or config.n_shared_experts:
+        return {}
+    d, shapes = config.hidden_size, {}
+    for layer in range(config.first_k_dense_replace, config.num_hidden_layers):
+        for row in _Place(f"model.layers.{layer}.", (), ()).mlp("mlp.shared_experts", d, 0):
+            shapes[row.name] = row.shape
+    return shapes
+
+
 def total_size(config: ModelConfig) -> int:
     """Numbers in all tensors."""
     return extent(config).numbers
@@ -134,8 +152,9 @@ def _moonlight(c: MoonlightConfig, fused: bool) -> Iterator[Row]:
     yield Row(EMBEDDING, (c.vocab_size, d), ("embed", "embedding"))
     for layer in range(c.num_hidden_layers):
         dense = layer < c.first_k_dense_replace
-        path: Path = ("first_layers", layer) if dense else ("layers",)
-        index = () if dense else (layer - c.first_k_dense_replace,)
+        alone = dense and c.has_experts
+        path: Path = ("first_layers", layer) if alone else ("layers",)
+        index = () if alone else (layer - (c.first_k_dense_replace if c.has_experts else 0),)
         place = _Place(f"model.layers.{layer}.", path, index)
         yield place.vector("input_layernorm", d)
         yield place.linear("self_attn.q_proj", d, heads * c.qk_head_dim)
@@ -158,7 +177,8 @@ def _moonlight(c: MoonlightConfig, fused: bool) -> Iterator[Row]:
             (*path, "mlp", "router", "bias"),
             index,
         )
-        yield from place.mlp("mlp.shared_experts", d, c.n_shared_experts * f)
+        if c.n_shared_experts:
+            yield from place.mlp("mlp.shared_experts", d, c.n_shared_experts * f)
         yield from _fused_experts(place, e, d, f) if fused else _experts(place, e, d, f)
     yield Row("model.norm.weight", (d,), ("norm", "scale"))
     yield Row(HEAD, (c.vocab_size, d), ("lm_head", "kernel"), transposed=True)

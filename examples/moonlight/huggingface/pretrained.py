@@ -9,6 +9,7 @@ is loaded whole or not at all; `hf_check.py` does that alone.
 import collections
 import contextlib
 import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,13 @@ from rich.console import Console
 
 from examples.moonlight.common.untrusted import shown_name
 from examples.moonlight.huggingface import names as hf_names
-from examples.moonlight.huggingface.config import ModelConfig, read_config
+from examples.moonlight.huggingface.config import (
+    CONFIG_FILE,
+    ModelConfig,
+    layers_ahead,
+    parse_config,
+    read_fields,
+)
 from examples.moonlight.huggingface.files import TensorFiles, first_not_finite
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import Dense
@@ -68,7 +75,7 @@ def load_pretrained(
         param_dtype: The parameters' dtype: float32 to train, where lr * weight decay of 3e-5 would
             vanish in a bfloat16 weight; bfloat16 halves the memory of generation. Router biases are
             float32 in any case.
-        console: Shows a progress bar; None shows none.
+        console: Shows a progress bar, and says what is left out; None does neither.
 
     Returns:
         The configuration, the parameters and the router biases.
@@ -85,6 +92,8 @@ def load_pretrained(
         )
     execution = execution or Execution()
     with checked_files(folder) as (config, files, rows):
+        if console is not None and (words := left_out(files, config)):
+            console.print(words, markup=False, highlight=False, soft_wrap=True)
         _, params, bias = abstract_model(config, execution)
         place = execution.sharding
         shardings = (
@@ -149,13 +158,57 @@ def checked_files(folder: Path) -> Iterator[tuple[ModelConfig, TensorFiles, list
         ValueError: The configuration is not supported, a file is damaged or leads out of the
             folder, or a tensor is missing, too many, or has another shape than the model's.
     """
-    config = read_config(folder)
+    fields = read_fields(folder)
+    config = parse_config(fields, where=str(folder / CONFIG_FILE))
     with TensorFiles(folder) as files:
-        yield config, files, matching_table(files, config)
+        yield config, files, matching_table(files, config, ahead=layers_ahead(fields))
 
 
-def matching_table(files: TensorFiles, config: ModelConfig) -> list[hf_names.Row]:
+def tensors_ahead(
+    files: TensorFiles, config: ModelConfig, ahead: int | None = None
+) -> dict[int, list[str]]:
+    """The tensors, by layer, of layers behind the last that predict tokens further ahead.
+
+    They are no part of the model, here as in transformers, and are left out. Such a layer is known
+    by its projection of two tokens' activations; others behind the last are a mistake.
+
+    Args:
+        files: What there is.
+        config: The architecture.
+        ahead: How many such layers there may be; None is any number.
+    """
+    found: dict[int, list[str]] = {}
+    for name in files.tensors:
+        match = re.match(r"model\.layers\.(\d{1,9})\.", name)
+        layer = int(match[1]) - config.num_hidden_layers if match else -1
+        if match and layer >= 0 and (ahead is None or layer < ahead):
+            found.setdefault(int(match[1]), []).append(name)
+    return {
+        layer: names
+        for layer, names in found.items()
+        if f"model.layers.{layer}.{hf_names.AHEAD}" in names
+    }
+
+
+def left_out(files: TensorFiles, config: ModelConfig) -> str:
+    """A sentence on the tensors that are not read; "" if all are."""
+    layers = tensors_ahead(files, config)
+    if not layers:
+        return ""
+    names = ", ".join(f"model.layers.{layer}" for layer in layers)
+    count = sum(map(len, layers.values()))
+    return f"left out, as transformers does: {names}, {count} tensors that predict further ahead"
+
+
+def matching_table(
+    files: TensorFiles, config: ModelConfig, *, ahead: int = 0
+) -> list[hf_names.Row]:
     """The table for the layout that the files have, once every tensor is there as it says.
+
+    Args:
+        files: What there is.
+        config: The architecture.
+        ahead: How many layers behind the last may be left out; see `tensors_ahead`.
 
     Raises:
         ValueError: A tensor is missing, too many, or has another shape.
@@ -172,10 +225,14 @@ def matching_table(files: TensorFiles, config: ModelConfig) -> list[hf_names.Row
             )
         rows.append(row)
     expected = hf_names.shapes(rows)
+    unread = {name for names in tensors_ahead(files, config, ahead).values() for name in names}
     extra = [
         name
-        for name in files.tensors
-        if name not in expected and not name.endswith(hf_names.ROPE_BUFFER)
+        for name, info in files.tensors.items()
+        if name not in expected
+        and not name.endswith(hf_names.ROPE_BUFFER)
+        and name not in unread
+        and 0 not in info.shape
     ]
     if extra and extra != [hf_names.HEAD]:
         raise ValueError(

@@ -36,8 +36,9 @@ class MoonlightConfig:
         moe_intermediate_size: Inner width of one expert.
         n_routed_experts: Experts among which the router chooses.
         num_experts_per_tok: Routed experts that each token uses.
-        n_shared_experts: Experts that every token uses, fused into one MLP.
-        first_k_dense_replace: Leading layers with a dense MLP in the place of experts.
+        n_shared_experts: Experts that every token uses, fused into one MLP; may be 0.
+        first_k_dense_replace: Leading layers with a dense MLP in the place of experts; all layers,
+            if there are no more of them.
         routed_scaling_factor: Gate scale of the routed experts' sum, see `gate_scale`.
         rope_theta: Base of the rotary frequencies.
         rms_norm_eps: Epsilon of every norm but the latent's.
@@ -67,7 +68,7 @@ class MoonlightConfig:
 
     def __post_init__(self):
         """Raises ValueError for a field, or a pair of fields, that no model can have."""
-        check_fields(self, may_be_zero=("first_k_dense_replace",))
+        check_fields(self, may_be_zero=("first_k_dense_replace", "n_shared_experts"))
         if self.qk_rope_head_dim % 2:
             raise ValueError(
                 "qk_rope_head_dim must be even, because rope rotates pairs; "
@@ -78,11 +79,11 @@ class MoonlightConfig:
                 f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed "
                 f"n_routed_experts ({self.n_routed_experts})."
             )
-        if self.first_k_dense_replace >= self.num_hidden_layers:
-            raise ValueError(
-                f"first_k_dense_replace ({self.first_k_dense_replace}) must leave at least one of "
-                f"the num_hidden_layers ({self.num_hidden_layers}) to the experts."
-            )
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether there are layers with experts. All layers are one stack, if there are none."""
+        return self.first_k_dense_replace < self.num_hidden_layers
 
     @property
     def qk_head_dim(self) -> int:

@@ -254,21 +254,21 @@ def _dispatched(
 
 
 class MoE(nnx.Module):
-    """Routed experts, weighted, plus shared experts, which every token uses unweighted."""
+    """Routed experts, weighted, plus shared ones, if any, which every token uses unweighted."""
 
     def __init__(self, config: MoonlightConfig, *, rngs: nnx.Rngs, execution: Execution):
         c = config
         self.router = Router(c, rngs=rngs, execution=execution)
         self.experts = Experts(c, rngs=rngs, execution=execution)
-        self.shared_experts = MLP(
-            c.hidden_size,
-            c.n_shared_experts * c.moe_intermediate_size,
-            stddev=c.initializer_range,
-            rngs=rngs,
+        width = c.n_shared_experts * c.moe_intermediate_size
+        self.shared_experts = (
+            MLP(c.hidden_size, width, stddev=c.initializer_range, rngs=rngs) if width else None
         )
 
     def __call__(self, act_nd: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Returns the output `[n, hidden]`, the load, int32 `[experts]`, and the dropped pairs."""
         routing = self.router(act_nd)
         out_nd, dropped = self.experts(act_nd, routing)
-        return out_nd + self.shared_experts(act_nd), routing.load_e, dropped
+        if self.shared_experts is not None:
+            out_nd += self.shared_experts(act_nd)
+        return out_nd, routing.load_e, dropped

@@ -210,12 +210,11 @@ class Moonlight(LanguageModel):
             )
 
         self.embed = Embed(c.vocab_size, c.hidden_size, stddev=std, rngs=rngs, execution=execution)
-        self.first_layers = nnx.List(
-            make_layer(rngs, dense=True) for _ in range(c.first_k_dense_replace)
-        )
+        first = c.first_k_dense_replace if c.has_experts else 0
+        self.first_layers = nnx.List(make_layer(rngs, dense=True) for _ in range(first))
         self.layers = stack_layers(
-            lambda rngs: make_layer(rngs, dense=False),
-            c.num_hidden_layers - c.first_k_dense_replace,
+            lambda rngs: make_layer(rngs, dense=not c.has_experts),
+            c.num_hidden_layers - first,
             rngs,
         )
         self.norm = RMSNorm(c.hidden_size, eps=c.rms_norm_eps)

@@ -25,6 +25,9 @@ UNREADABLE = "metrics.unreadable.jsonl"
 TENSORBOARD = "tensorboard"
 TRAIN, VALIDATION, MONITOR = "train", "validation", "monitor"
 
+# Training losses in a mean, in pictures and words: single steps differ by more than what is shown.
+SMOOTHING = 25
+
 
 def read_metrics(path: Path, kind: str) -> list[dict[str, Any]]:
     """The records of one kind, `TRAIN`, `VALIDATION` or `MONITOR`, in order of their steps.
@@ -61,6 +64,7 @@ class MetricsLog:
             )
         kept = records_until(self._path, after_step, console)
         write_records(self._path, kept)
+        self._losses = [record["loss"] for record in kept if record["kind"] == TRAIN]
         self._open()
         # Here, because tensorboardX imports torch where that is installed, which takes seconds.
         from examples.moonlight.run_folder.board import Board
@@ -68,6 +72,10 @@ class MetricsLog:
         self._board: Board | None = None
         with self._without_board_if_it_fails():
             self._board = Board(folder / TENSORBOARD, after_step=after_step)
+
+    def losses(self, count: int) -> list[float]:
+        """The last training losses of the steps that were there when the log was opened."""
+        return [float("nan") if loss is None else loss for loss in self._losses[-count:]]
 
     def _open(self) -> None:
         self._file = self._path.open("a+", encoding="utf-8")

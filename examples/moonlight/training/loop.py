@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -203,6 +204,8 @@ class Run:
         stage_ends = {*plan.stage_ends().values()}
         # The first call is short: it shows that the run has begun, and how long a step takes.
         most, told = args.steps_per_call or 1, float("-inf")
+        # The same mean as in the picture of the losses, also after a resumption.
+        recent = deque(self.log.losses(metrics.SMOOTHING), metrics.SMOOTHING)
         with progress_bar(self.console) as bar:
             task = bar.add_task("training", total=plan.steps, completed=step, status="")
             while step < plan.steps:
@@ -214,7 +217,8 @@ class Run:
                     fit = CALL_SECONDS * count / (time.perf_counter() - called)
                     most = min(max(1, int(fit)), len(buffer_sabt))
                 self._check_finite(state, step - count, columns)
-                loss = columns["loss"][count - 1]
+                recent.extend(columns["loss"])
+                loss = np.mean(recent)
 
                 saves = step % args.checkpoint_every == 0 or step in stage_ends
                 if saves or step % args.eval_every == 0:
@@ -225,12 +229,12 @@ class Run:
                     if self.history.skipped.total:
                         dropped += f"  skipped {self.history.skipped.total}"
                     bar.console.print(
-                        f"step {step:>6}  loss {loss:.4f}  validation {self._val_loss:.4f}  "
+                        f"step {step:>6}  training {loss:.4f}  validation {self._val_loss:.4f}  "
                         f"{rate:,.0f} tokens/s{dropped}"
                     )
                     told = time.perf_counter()
                 elif not self.console.is_terminal and time.perf_counter() - told > LINE_SECONDS:
-                    self.console.print(f"step {step:>6}  loss {loss:.4f}  {rate:,.0f} tokens/s")
+                    self.console.print(f"step {step:>6}  training {loss:.4f}  {rate:,.0f} tokens/s")
                     told = time.perf_counter()
                 if watched is not None and step % args.monitor_every == 0:
                     svd = monitors.svd_entropies(state.params)
@@ -243,8 +247,8 @@ class Run:
                     if not saves:
                         self._save(state, step)
                     self.stop.check(f"stopped after step {step}")
-                status = f"loss {loss:.3f}  val {self._val_loss:.3f}  {rate:,.0f} tokens/s"
-                bar.update(task, completed=step, status=status)
+                losses = f"training {loss:.3f}  validation {self._val_loss:.3f}"
+                bar.update(task, completed=step, status=f"{losses}  {rate:,.0f} tokens/s")
         return state
 
     def _call(

@@ -9,13 +9,13 @@ matplotlib.use("Agg")  # No display is needed, and none is looked for.
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
+from examples import colours
+from examples.moonlight.run_folder.metrics import SMOOTHING
 from examples.moonlight.schedule.plan import Plan
 
 Curve = tuple[Sequence[int], Sequence[float]]
-
-# Steps in a running mean: single steps differ by more than what the curves are to show.
-SMOOTHING = 25
 
 
 def draw_losses(path: Path, *, train: Curve, validation: Curve, title: str) -> None:
@@ -32,34 +32,33 @@ def draw_losses(path: Path, *, train: Curve, validation: Curve, title: str) -> N
     """
     figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
     steps, losses = (np.asarray(values) for values in train)
-    axes.plot(steps, losses, color="0.75", linewidth=0.8, label="training, each step")
     window = min(len(losses), SMOOTHING)
-    axes.plot(
-        steps[window - 1 :],
-        _smooth(losses, window),
-        color="tab:blue",
-        linewidth=1.8,
-        label=f"training, mean of {window} steps",
-    )
+    mean = _smooth(losses, window)
+    few = {"marker": ".", "markersize": 8} if len(losses) < 2 * SMOOTHING else {}
+    if window == SMOOTHING:
+        axes.plot(steps, losses, color=colours.FAINT, linewidth=0.8, label="training, each step")
+        label = f"training, mean of {window} steps: {mean[-1]:.4f}"
+        axes.plot(steps[window - 1 :], mean, color=colours.TRAINING, linewidth=1.8, label=label)
+    else:
+        label = f"training, each step; mean of {window}: {mean[-1]:.4f}"
+        axes.plot(steps, losses, color=colours.TRAINING, label=label, **few)
+    highest = losses
     if validation[0]:
         axes.plot(
             *validation,
-            color="black",
+            color=colours.VALIDATION,
             linestyle="--",
             marker="o",
             markersize=5,
-            label="validation, held-out text",
+            label=f"validation, held-out text: {validation[1][-1]:.4f}",
         )
-        axes.annotate(
-            f"{validation[1][-1]:.3f}",
-            (validation[0][-1], validation[1][-1]),
-            xytext=(-4, -16),
-            textcoords="offset points",
-            ha="right",
-        )
+        highest = np.append(losses, validation[1])
     # The first steps fall from log(vocabulary); the rest of the curve is what one looks at.
-    axes.set_ylim(top=min(losses.max(), np.quantile(losses, 0.75) + 2.5))
+    least, most = highest.min(), min(highest.max(), np.quantile(highest, 0.75) + 2.5)
+    room = 0.05 * (most - least) or 0.5
+    axes.set_ylim(least - room, most + room)
     axes.set_xlim(0, steps[-1] * 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(title)
@@ -96,12 +95,12 @@ def draw_plan(path: Path, plan: Plan, *, title: str) -> None:
     for axes, values, label in zip(
         rows, (rates, batches, bias_rates), ("learning rate", "sequences", "bias rate"), strict=True
     ):
-        axes.plot(tokens, values, color="tab:blue", linewidth=1.8)
+        axes.plot(tokens, values, color=colours.INK, linewidth=1.8)
         axes.set_ylim(0, 1.15 * max(*values, 1e-12))
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         for end in plan.stage_ends().values():
-            axes.axvline(plan.tokens(end) / size, color="black", linestyle=":", linewidth=1)
+            axes.axvline(plan.tokens(end) / size, color=colours.INK, linestyle=":", linewidth=1)
     rows[1].set_ylabel("sequences\nper step")
     starts = [0, *plan.stage_ends().values()]
     for start, end, (name, _) in zip(starts, starts[1:], plan.stage_ends().items(), strict=False):

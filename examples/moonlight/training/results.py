@@ -82,10 +82,11 @@ def present(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
         f"Moonlight {settings['preset']}, {settings['optimizer']}, "
         f"peak rate {settings['learning_rate']:g}"
     )
-    if train_records:  # a log that was lost is no reason to say nothing
+    losses = [record["loss"] for record in train_records]
+    if losses:  # a log that was lost is no reason to say nothing
         draw_losses(
             folder / CURVES,
-            train=([r["step"] for r in train_records], [r["loss"] for r in train_records]),
+            train=([record["step"] for record in train_records], losses),
             validation=([r["step"] for r in validations], [r["val_loss"] for r in validations]),
             title=title,
         )
@@ -96,6 +97,11 @@ def present(folder: Path, results: dict[str, Any]) -> dict[str, Any]:
     console.rule("a sample")
     console.print(results["sample"], markup=False, highlight=False)
     console.rule("results")
+    if recent := losses[-metrics.SMOOTHING :]:
+        console.print(
+            f"training loss {sum(recent) / len(recent):.4f} nats per token, the mean of the last "
+            f"{len(recent)} steps"
+        )
     console.print(
         f"validation loss {results['final_val_loss']:.4f} nats per token, "
         f"{results['final_val_loss_per_byte']:.4f} per byte (best {results['best_val_loss']:.4f} "

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -13,20 +13,23 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from examples import colours
 from examples.moonlight.model.layers import HOT_LOGIT
 from examples.moonlight.training.monitors import Record, group_of, rms_over_layers
 
 # Told apart without colour, too; by name, so that a group looks the same in every plot.
 _STYLES = {
-    "AttnQO": ("tab:blue", "-"),
-    "AttnKV": ("tab:blue", "--"),
-    "Experts": ("tab:orange", "-"),
-    "SharedExperts": ("tab:orange", "--"),
-    "Router": ("tab:orange", ":"),
-    "Dense": ("tab:green", "-"),
-    "embed": ("0.3", "-"),
-    "lm_head": ("0.3", "--"),
+    "AttnQO": (colours.ATTENTION, "-"),
+    "AttnKV": (colours.ATTENTION, "--"),
+    "Experts": (colours.EXPERTS, "-"),
+    "SharedExperts": (colours.EXPERTS, "--"),
+    "Router": (colours.EXPERTS, ":"),
+    "Dense": (colours.DENSE, "-"),
+    "embed": (colours.EMBEDDINGS, "-"),
+    "lm_head": (colours.EMBEDDINGS, "--"),
 }
 
 # Loads up to this many experts and layers are written into their cells.
@@ -39,7 +42,8 @@ def draw_stability(
     """Draws a run's monitors over its optimizer steps into a PNG.
 
     What differs by layer has a curve for each, from dark (first) to light (last); what differs by
-    kind of matrix has a labelled curve for each of the paper's groups.
+    kind of matrix has a labelled curve for each of the paper's groups. A lone record has no curves:
+    layers stand side by side then, and groups one below the other.
 
     Args:
         path: The PNG to write.
@@ -52,10 +56,19 @@ def draw_stability(
     """
     if not records:
         raise ValueError("there is no monitor record to draw: train with --monitor-every N")
+    if len(records) == 1:
+        figure = _of_one_step(records[0], threshold)
+    else:
+        figure = _over_steps(records, threshold)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _over_steps(records: Sequence[Record], threshold: float | None) -> Figure:
     steps = [record["step"] for record in records]
     layers = len(records[0]["max_logit"])
-    # Not up to the last tenth of the map, a yellow too light for paper.
-    shades = plt.get_cmap("viridis")(np.linspace(0, 0.9, layers))
+    shades = plt.get_cmap(colours.ORDERED)(np.linspace(0, colours.LIGHTEST, layers))
     has_experts = "load" in records[0]
     figure = plt.figure(figsize=(12, 12.5 if has_experts else 9.5), layout="constrained")
     grid = figure.add_gridspec(4 if has_experts else 3, 3)
@@ -69,7 +82,6 @@ def draw_stability(
         return axes
 
     def draw(axes: Axes, values: Sequence[float], **style: Any) -> None:
-        # A few records would leave a curve of few points, and one none at all.
         dots = {"marker": ".", "markersize": 4} if len(steps) <= 20 else {}
         axes.plot(steps, values, linewidth=1.3, **dots, **style)
 
@@ -90,18 +102,14 @@ def draw_stability(
         return axes
 
     axes = by_layer("largest attention logit", lambda r: np.max(r["max_logit"], axis=1))
-    axes.axhline(HOT_LOGIT, color="tab:red", linestyle="--", linewidth=1)
-    if threshold is not None:
-        axes.axhline(threshold, color="black", linestyle=":", linewidth=1.3, label="QK-Clip")
-        axes.legend(fontsize=8)
-    # Logits of a young model are near 0, and those of one that diverges in the thousands.
-    axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(bottom=min(0, axes.dataLim.y0))
+    _mark_limits(axes, threshold)
     axes = by_layer(
         f"share of logits above {HOT_LOGIT:g}", lambda r: np.max(r["hot_share"], axis=1)
     )
     axes.set_ylim(bottom=0)
-    draw(panel("gradient norm before clipping"), [r["grad_norm"] for r in records], color="0.3")
+    draw(
+        panel("gradient norm before clipping"), [r["grad_norm"] for r in records], color=colours.INK
+    )
     by_layer("output RMS of attention", lambda r: r["attention_rms"])
     by_layer("output RMS of the MLP or experts", lambda r: r["mlp_rms"])
     by_group("SVD entropy", lambda r: r["svd_entropy"])
@@ -115,7 +123,8 @@ def draw_stability(
         handlelength=2.4,
     )
     if has_experts:
-        by_layer("max violation of the load", lambda r: r["max_violation"])
+        axes = by_layer("max violation of the load", lambda r: r["max_violation"])
+        axes.set_ylim(bottom=0)
         _draw_loads(figure.add_subplot(grid[3, :]), records[-1], first=layers)
     for axes in figure.axes[6:9]:
         axes.set_xlabel("optimizer step", fontsize=9)
@@ -130,9 +139,85 @@ def draw_stability(
         )
         bar.set_label("layer", fontsize=9)
         bar.ax.tick_params(labelsize=8, length=0)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    return figure
+
+
+def _of_one_step(record: Record, threshold: float | None) -> Figure:
+    """By layer, points for attention and MLP; by group, a bar each; and the experts' load."""
+    layers, has_experts = len(record["max_logit"]), "load" in record
+    figure = plt.figure(figsize=(12, 10 if has_experts else 7), layout="constrained")
+    grid = figure.add_gridspec(3 if has_experts else 2, 3)
+    columns = iter([grid[row, column] for row in range(2) for column in range(3)])
+
+    def panel(name: str, axis: Literal["x", "y"]) -> Axes:
+        axes = figure.add_subplot(next(columns))
+        axes.set_title(name, fontsize=10)
+        axes.grid(alpha=0.3, axis=axis)
+        axes.tick_params(labelsize=8)
+        return axes
+
+    def by_layer(name: str, **values: Sequence[float]) -> Axes:
+        axes = panel(name, "y")
+        for (label, numbers), marker in zip(values.items(), "os", strict=False):
+            color = colours.ATTENTION if label == "attention" else colours.INK
+            first = layers - len(numbers)
+            axes.plot(
+                range(first, layers), numbers, marker, color=color, label=label, clip_on=False
+            )
+        axes.set_xlim(-0.5, layers - 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axes.set_xlabel("layer", fontsize=9)
+        axes.set_ylim(0, 1.1 * max(map(max, values.values())) or 1)
+        return axes
+
+    def by_group(name: str, values: Mapping[str, float]) -> None:
+        axes = panel(name, "x")
+        for place, (group, value) in enumerate(values.items()):
+            color, line = _STYLES[group]
+            face = color if line == "-" else "white"
+            axes.barh(place, value, edgecolor=color, facecolor=face, linestyle=line)
+            axes.annotate(
+                f"{value:.3g}",
+                (value, place),
+                (3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        axes.set_yticks(range(len(values)), [*values])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.25 * max(values.values()))
+
+    _mark_limits(
+        by_layer("largest attention logit", attention=np.max(record["max_logit"], axis=1)),
+        threshold,
+    )
+    by_layer(f"share of logits above {HOT_LOGIT:g}", attention=np.max(record["hot_share"], axis=1))
+    axes = by_layer(
+        "output RMS", attention=record["attention_rms"], **{"MLP or experts": record["mlp_rms"]}
+    )
+    axes.legend(fontsize=8)
+    by_group("SVD entropy", record["svd_entropy"])
+    by_group("weight RMS", _rms_by_group(record["weight_rms"]))
+    by_group("update RMS / learning rate", _rms_by_group(record["update_rms"]))
+    if has_experts:
+        _draw_loads(figure.add_subplot(grid[2, :]), record, first=layers)
+    words = f"the only record, step {record['step']}: gradient norm {record['grad_norm']:.3g}"
+    figure.supxlabel(words + " before clipping", fontsize=9)
+    return figure
+
+
+def _mark_limits(axes: Axes, threshold: float | None) -> None:
+    """Scales the panel of the largest logits, and draws the limits that they have."""
+    axes.axhline(HOT_LOGIT, color=colours.INK, linestyle="--", linewidth=1)
+    if threshold is not None:
+        line = axes.axhline(threshold, color=colours.INK, linestyle=":", linewidth=1.3)
+        axes.legend([line], ["QK-Clip"], fontsize=8)
+    # Logits of a young model are near 0, and those of one that diverges in the thousands.
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(auto=True)
+    axes.autoscale_view()
+    axes.set_ylim(bottom=min(0, axes.dataLim.y0))
 
 
 def _rms_by_group(kinds: Mapping[str, Any]) -> dict[str, float]:
@@ -154,7 +239,7 @@ def _draw_loads(axes: Axes, record: Record, first: int) -> None:
     image = axes.imshow(loads, cmap="Greys", vmin=0, vmax=max(2, loads.max()), aspect="auto")
     if columns <= _MOST_LABELLED[0] and rows <= _MOST_LABELLED[1]:
         for (row, column), load in np.ndenumerate(loads):
-            color = "white" if load > 0.6 * image.get_clim()[1] else "black"
+            color = "white" if load > 0.6 * image.get_clim()[1] else colours.INK
             axes.text(column, row, f"{load:.2f}", ha="center", va="center", color=color, fontsize=8)
     axes.set_title(
         f"experts' load at step {record['step']}, in multiples of an even share", fontsize=10

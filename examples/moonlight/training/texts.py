@@ -74,6 +74,7 @@ def load_texts(job: Job, console: Console) -> Texts:
         vocab_size=job.config.vocab_size,
         cache_dir=args.cache_dir,
         pretrained=job.pretrained,
+        tell=lambda words: console.print(words, markup=False, highlight=False, soft_wrap=True),
     )
     sizes = {name: len(tokens) for name, tokens in corpus.train.items()}
     console.print(
