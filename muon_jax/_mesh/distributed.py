@@ -25,7 +25,8 @@ orthogonalized matrices have the same bits where ``mu M + G`` is rounded alike: 
 that is a power of two (tested on CPUs, for jax 0.10 and 0.12). Otherwise a compiler may contract
 the product and the sum into one multiply-add in one program and not in the other, a last bit of
 float32. The same holds of scale, weight decay and learning rate, ``s O + wd W``. Matrices that are
-split sum their products in another order.
+split sum their products in another order; and so do tall ones on TPUs and GPUs, since here they are
+turned wide to share an iteration, which one device has no need of (`_batching`).
 
 The contract: gradients and momenta arrive in the layout of the state, updates leave in that of the
 parameters. On Auto axes the border makes it so, whatever XLA would have done; on Explicit axes
