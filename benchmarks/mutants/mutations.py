@@ -197,12 +197,6 @@ MUTANTS: dict[str, Mutant] = {
         "_optimizer.py", "check_state_of(state, routes)", "pass", f"{STATE} -k state_of"
     ),
     # --- Batches and chunks
-    "tall matrices not turned back": Mutant(
-        "_batching.py",
-        "_cut(out[count:].mT, tall)",
-        "_cut(out[count:].reshape(-1, *tall[0].shape[1:]) if tall else out[count:], tall)",
-        f"{MUON} -k ten_steps",
-    ),
     "chunks begin one too early": Mutant(
         "_common/loops.py",
         "first = start + number * length",
