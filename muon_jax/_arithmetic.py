@@ -6,7 +6,8 @@ sums instead, five steps drift 4-7% away from float32; rounded once, 1.2-1.5%.
 
 Every product is written ``X Y^H``, both factors contracted over their minor axes: XLA:CPU is fast
 in bfloat16 in that layout and no other. ``X X^H`` is one as it stands, ``A A`` is one because ``A``
-is Hermitian, and ``P X`` is one with ``X^H`` beside ``X``.
+is Hermitian, and ``P X`` is one with ``X^H`` beside ``X``. Of tall matrices, so are ``X^H X`` and
+``X P``, as ``P`` is Hermitian.
 
 Accelerators multiply bfloat16 operands, all matrices in one batched product. So do processors that
 have instructions for it (`_processor`), some matrices at a time. Others hold the bfloat16-rounded
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from muon_jax import _processor
+from muon_jax._matrices import is_tall
 
 
 class Arithmetic(NamedTuple):
@@ -31,7 +33,7 @@ class Arithmetic(NamedTuple):
       store: rounds a sum to what the next product reads.
       product: ``X Y^H`` of two stored matrices; the result is wide.
       held: the dtype in which stored matrices are held.
-      unroll: whether the program repeats the step, or holds it once, in a loop.
+      unroll: how many steps the program's loop over them holds.
       keeps_adjoint: whether ``X^T`` is written out beside a real ``X``. Elsewhere the compiler
         reads ``X`` in the other order, at no cost.
       batch_bytes: how many bytes of stored matrices go through together; None means all.
@@ -41,7 +43,7 @@ class Arithmetic(NamedTuple):
     store: Callable[[jax.Array], jax.Array]
     product: Callable[..., jax.Array]
     held: Any
-    unroll: bool
+    unroll: int = 1
     keeps_adjoint: bool = False
     batch_bytes: int | None = None
 
@@ -54,24 +56,28 @@ class Arithmetic(NamedTuple):
         return transpose_in_tiles(x) if self.keeps_adjoint else None
 
 
-def arithmetics(dtype: jnp.dtype) -> tuple[Arithmetic, Arithmetic]:
-    """The engines of XLA:CPU and of accelerators, for matrices that lie in `dtype`."""
+def engines(dtype: jnp.dtype) -> dict[str, Arithmetic]:
+    """The engine of each platform, for matrices that lie in `dtype`; "default" is the others'."""
     if dtype != jnp.bfloat16:
-        exact = Arithmetic(dtype, lambda x: x, full_precision_product, dtype, unroll=True)
-        return exact._replace(unroll=False, batch_bytes=ONE_BY_ONE), exact
-    mixed = Arithmetic(jnp.float32, to_bfloat16, bfloat16_product, jnp.bfloat16, unroll=True)
+        exact = Arithmetic(dtype, lambda x: x, full_precision_product, dtype)
+        cpu = exact._replace(batch_bytes=ONE_BY_ONE)
+        return {"cpu": cpu, "tpu": exact._replace(unroll=TPU_UNROLL), "default": exact}
+    mixed = Arithmetic(jnp.float32, to_bfloat16, bfloat16_product, jnp.bfloat16)
+    cpu = rounded_float32()
     if _processor.multiplies_bfloat16():
-        native = mixed._replace(unroll=False, keeps_adjoint=True, batch_bytes=CACHE_BYTES)
-        return native, mixed
-    return rounded_float32(), mixed
+        cpu = mixed._replace(keeps_adjoint=True, batch_bytes=CACHE_BYTES)
+    return {"cpu": cpu, "tpu": mixed._replace(unroll=TPU_UNROLL), "default": mixed}
 
 
 def rounded_float32() -> Arithmetic:
     """The engine of processors without bfloat16: its values, held in float32."""
     store, product = _round_to_bfloat16, full_precision_product
     wide = jnp.float32
-    return Arithmetic(wide, store, product, wide, unroll=False, batch_bytes=ONE_BY_ONE)
+    return Arithmetic(wide, store, product, wide, batch_bytes=ONE_BY_ONE)
 
+
+TPU_UNROLL = 2
+"""XLA:TPU copies X in each round of a loop; in two steps X' takes another place, and X'' its."""
 
 ONE_BY_ONE = 0
 """A batch is never less than one matrix, which stays in the CPU's cache as no batch would."""
@@ -133,3 +139,8 @@ def transpose_in_tiles(x: jax.Array) -> jax.Array:
 def adjoint(x: jax.Array) -> jax.Array:
     """``X^H``: the transpose, conjugated where it is complex."""
     return x.mT.conj() if jnp.iscomplexobj(x) else x.mT
+
+
+def short_side(x: jax.Array) -> jax.Array:
+    """``X``, or ``X^H`` of a tall one: its rows are the fewer, of which the Gram matrix is made."""
+    return adjoint(x) if is_tall(x.shape) else x

@@ -1,8 +1,9 @@
-"""Run all matrices of one shape, up to transposition, as one batch.
+"""Run all matrices of one shape as one batch.
 
-Newton-Schulz commutes with transposition, so the stacks of all leaves are brought to wide form,
-concatenated by shape, iterated together, and cut apart again. The program then holds one
-iteration for each shape, not one for each layer.
+The stacks of all leaves are concatenated by shape, iterated together, and cut apart again. The
+program then holds one iteration for each shape, not one for each layer. Tall matrices are not
+turned to join the wide ones, though Newton-Schulz commutes with transposition: XLA would turn the
+float32 that they are made of, gradients, momenta and parameters (EXPERIMENTS.md).
 
 A batch beyond `max_group_bytes`, counted in the dtype it is stacked in, goes through in chunks, one
 after the other in a loop (`_common.loops`): the iteration's buffers (iterate, Gram matrix,
@@ -17,8 +18,8 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
-from muon_jax._common.loops import BatchFunction, concatenate, in_chunks
-from muon_jax._matrices import LeafViews, is_tall
+from muon_jax._common.loops import BatchFunction, in_chunks
+from muon_jax._matrices import LeafViews
 from muon_jax._momentum import heavy_ball
 from muon_jax._update_rule import UpdateRule
 
@@ -31,11 +32,10 @@ def map_by_shape(
     stacks: Sequence[Inexact[Array, "_ _ _"]],
     max_group_bytes: int = DEFAULT_MAX_GROUP_BYTES,
 ) -> list[Inexact[Array, "_ _ _"]]:
-    """Apply `function` to all matrices, batched by shape up to transposition.
+    """Apply `function` to all matrices, batched by shape.
 
     Args:
-      function: maps a batch of wide matrices (rows <= cols) to one of the same shape and dtype,
-        each matrix by itself, and commutes with transposition.
+      function: maps a batch of matrices to one of the same shape and dtype, each by itself.
       stacks: any number of `[batch, rows, cols]`.
       max_group_bytes: the largest batch given to `function`, in bytes; a single larger matrix is
         a batch of its own.
@@ -45,21 +45,14 @@ def map_by_shape(
     """
     groups = collections.defaultdict(list)
     for index, stack in enumerate(stacks):
-        rows, cols = sorted(stack.shape[1:])
         if stack.size:
-            groups[rows, cols, jnp.dtype(stack.dtype)].append(index)
+            groups[*stack.shape[1:], jnp.dtype(stack.dtype)].append(index)
 
     results = [*stacks]
     for (rows, cols, dtype), members in groups.items():
         capacity = max(1, max_group_bytes // (rows * cols * dtype.itemsize))
-        # Wide stacks first, so that a batch has its tall ones together and transposes them once.
-        members.sort(key=lambda index: is_tall(stacks[index].shape))
-        turn = sum(not is_tall(stacks[index].shape) for index in members)
-        wide, tall = ([stacks[i] for i in some] for some in (members[:turn], members[turn:]))
-        turned = [concatenate(tall).mT] if tall else []
-        out = in_chunks(function, [*wide, *turned], capacity)
-        count = sum(len(stack) for stack in wide)
-        pieces = _cut(out[:count], wide) + _cut(out[count:].mT, tall)
+        parts = [stacks[index] for index in members]
+        pieces = _cut(in_chunks(function, parts, capacity), parts)
         for index, piece in zip(members, pieces, strict=True):
             results[index] = piece
     return results

@@ -87,7 +87,7 @@ def is_matrix_spec(node: object) -> bool:
 
 
 def is_tall(shape: Sequence[int]) -> bool:
-    """Whether matrices `[..., rows, cols]` are taller than wide: those are turned for the work."""
+    """Whether matrices `[..., rows, cols]` are taller than wide."""
     return shape[-2] > shape[-1]
 
 
@@ -139,7 +139,7 @@ class MatrixView:
 
     @property
     def is_tall(self) -> bool:
-        """Whether its matrices have more rows than columns: Newton-Schulz turns them wide."""
+        """Whether its matrices have more rows than columns: on a mesh they are turned wide."""
         return is_tall(self.matrices)
 
     def take(self, leaf: Inexact[Array, "*shape"]) -> Inexact[Array, "batch fan_in fan_out"]:

@@ -3,8 +3,12 @@
     X_0 = M / ||M||_F,    X_k = a X + b (X X^T) X + c (X X^T)^2 X
 
 The step is an odd polynomial of X's singular values, which it moves towards 1: what comes out is
-near the polar factor U V^T. Its coefficients, one triple for each step, are `_polynomials`' affair;
-what divides M is `_preconditioning`'s, how products are rounded `_arithmetic`'s.
+near the polar factor U V^T. Of a tall X the same polynomial takes the smaller Gram matrix,
+
+    X_k = a X + X (b X^T X + c (X^T X)^2)
+
+Its coefficients, one triple for each step, are `_polynomials`' affair; what divides M is
+`_preconditioning`'s, how products are rounded `_arithmetic`'s.
 """
 
 import dataclasses
@@ -17,8 +21,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
 
-from muon_jax._arithmetic import Arithmetic, adjoint, arithmetics
+from muon_jax._arithmetic import Arithmetic, adjoint, engines, short_side
 from muon_jax._common.loops import map_chunks
+from muon_jax._matrices import is_tall
 from muon_jax._polynomials import Coefficients, Schedule
 from muon_jax._preconditioning import precondition
 
@@ -28,7 +33,8 @@ class Rows:
     """Which rows of each product this device computes: all of them.
 
     Devices may hold the same matrices and divide the work on them by rows: `_collectives.RowShare`
-    overrides both methods. The mathematics needs no more of them, and knows nothing of a mesh.
+    overrides both methods, for wide matrices. The mathematics needs no more of them, and knows
+    nothing of a mesh.
     """
 
     def own(self, x: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batch own cols"]:
@@ -53,23 +59,29 @@ def step(
     abc: Any,
     arithmetic: Arithmetic,
     rows: Rows = ALL_ROWS,
-    gram: Inexact[Array, "*batch rows rows"] | None = None,
+    gram: Inexact[Array, "*batch short short"] | None = None,
     beside: Inexact[Array, "*batch cols rows"] | None = None,
 ) -> Inexact[Array, "*batch own cols"]:
     """``A = X X^T,  X' = a X + (b A + c A A) X``: the own rows of X', of all of X.
 
-    `beside` is ``X^T``, where the arithmetic keeps it. A step whose c is the number 0 has no A A.
+    Of a tall X it is ``A = X^T X,  X' = a X + X (b A + c A A)``, and all rows are own. `beside` is
+    ``X^T``, where the arithmetic keeps it. A step whose c is the number 0 has no A A.
     """
     a, b, c = abc
     store, product, widen = arithmetic.store, arithmetic.product, arithmetic.widen
     if gram is None:
-        gram = rows.gather(store(product(rows.own(x), x)))
+        short = short_side(x)
+        gram = rows.gather(store(product(rows.own(short), short)))
     own_gram = rows.own(gram)
     polynomial = b * widen(own_gram)
     if has_square(abc):
         polynomial += c * product(own_gram, gram)
-    beside = adjoint(x) if beside is None else beside
-    return store(a * widen(rows.own(x)) + product(store(polynomial), beside))
+    polynomial = store(polynomial)
+    if is_tall(x.shape):
+        moved = product(x, polynomial)
+    else:
+        moved = product(polynomial, adjoint(x) if beside is None else beside)
+    return store(a * widen(rows.own(x)) + moved)
 
 
 def has_square(abc: Any) -> bool:
@@ -84,26 +96,34 @@ def newton_schulz(
     preconditioning: str = "frobenius",
     rows: Rows = ALL_ROWS,
 ) -> Inexact[Array, "batch own cols"]:
-    """Orthogonalize wide matrices (rows <= cols) held in the dtype in which they are multiplied.
+    """Orthogonalize matrices held in the dtype in which they are multiplied.
 
     Args:
       x: the matrices.
       schedule: the coefficients ``(a, b, c)`` of each step.
       preconditioning: what divides `x` first.
-      rows: the rows to compute, and to return.
+      rows: the rows to compute, and to return; all of tall matrices.
     """
-    on_cpu, elsewhere = arithmetics(x.dtype)
     run = functools.partial(iterate, schedule, preconditioning, rows)
     # Sharers meet in every step, so their few matrices go through together on CPU too.
     cpu = functools.partial(_some_at_a_time, run) if rows.are_all else run
-    default = functools.partial(run, elsewhere)
-    return lax.platform_dependent(x, cpu=functools.partial(cpu, on_cpu), default=default)
+    by_platform = {
+        platform: functools.partial(cpu if platform == "cpu" else run, engine)
+        for platform, engine in engines(x.dtype).items()
+    }
+    return lax.platform_dependent(x, **by_platform)
 
 
 def _some_at_a_time(
     run: Any, arithmetic: Arithmetic, x: Inexact[Array, "batch rows cols"]
 ) -> Inexact[Array, "batch rows cols"]:
-    """One loop over chunks of at most `batch_bytes`, all alike: their length divides the batch."""
+    """One loop over chunks of at most `batch_bytes`, all alike: their length divides the batch.
+
+    Tall matrices are turned: XLA:CPU multiplies bfloat16 fast in one layout, and so a matrix has
+    the same bits here as where a mesh has turned it.
+    """
+    if is_tall(x.shape):
+        return _some_at_a_time(run, arithmetic, x.mT).mT
     count, rows, cols = x.shape
     capacity = max(1, (arithmetic.batch_bytes or 0) // (rows * cols * x.dtype.itemsize))
     together = max(n for n in range(1, min(capacity, count) + 1) if count % n == 0)
@@ -153,6 +173,5 @@ def _steps(alike: list[Coefficients], arithmetic: Arithmetic, rows: Rows, held: 
         x = rows.gather(step(x, abc, arithmetic, rows, beside=beside))
         return (x, arithmetic.beside(x)), None
 
-    unroll = len(alike) if arithmetic.unroll else 1
-    held, _ = lax.scan(one, held, jnp.asarray(alike, real), unroll=unroll)
+    held, _ = lax.scan(one, held, jnp.asarray(alike, real), unroll=arithmetic.unroll)
     return held

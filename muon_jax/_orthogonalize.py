@@ -8,7 +8,6 @@ from jax import lax
 from jaxtyping import Array, Float, Inexact
 
 from muon_jax._common.checks import as_array, check_dtype
-from muon_jax._matrices import is_tall
 from muon_jax._newton_schulz import ALL_ROWS, Rows, newton_schulz
 from muon_jax._polynomials import Schedule, resolve_schedule
 from muon_jax._preconditioning import Preconditioning, check_preconditioning
@@ -74,10 +73,8 @@ def orthogonalize(
     iteration = resolve_iteration(ns_coeffs, ns_steps, preconditioning, ns_dtype)
     if not x.size:
         return x
-    wide = x.mT if is_tall(x.shape) else x
-    flat = iteration.cast(wide.reshape(-1, *wide.shape[-2:]))
-    out = iteration(flat).reshape(wide.shape).astype(x.dtype)
-    return out.mT if is_tall(x.shape) else out
+    flat = iteration.cast(x.reshape(-1, *x.shape[-2:]))
+    return iteration(flat).reshape(x.shape).astype(x.dtype)
 
 
 def check_ns_dtype(ns_dtype: Any) -> str:
@@ -94,7 +91,7 @@ def check_ns_dtype(ns_dtype: Any) -> str:
 
 
 class Iteration(NamedTuple):
-    """A hashable Newton-Schulz iteration, ready to run on batches of wide matrices."""
+    """A hashable Newton-Schulz iteration, ready to run on batches of matrices."""
 
     schedule: Schedule
     preconditioning: str
@@ -119,10 +116,10 @@ class Iteration(NamedTuple):
     def __call__(
         self, x: Inexact[Array, "batch rows cols"], rows: Rows = ALL_ROWS
     ) -> Inexact[Array, "batch own cols"]:
-        """Orthogonalize wide matrices (rows <= cols) held in their storage dtype.
+        """Orthogonalize matrices held in their storage dtype.
 
-        With other `rows`, devices that hold the same matrices divide the products among them, and
-        each gets the rows that it computed.
+        With other `rows`, devices that hold the same wide matrices divide the products among them,
+        and each gets the rows that it computed.
         """
         return newton_schulz(x, self.schedule, self.preconditioning, rows)
 

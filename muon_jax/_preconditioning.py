@@ -5,6 +5,8 @@
     aol         row i times (sum_j |X X^T|_ij)^(-1/2)         Turbo-Muon, arXiv 2512.04632
     schatten    X / ||X X^T||_F^(1/2)                        arXiv 2506.10935
 
+These are of wide matrices; tall ones have columns and X^T X for rows and X X^T.
+
 The closer to 1 singular values begin, the fewer steps are needed. The Frobenius norm is the root of
 the sum of all their squares, far more than the largest where there are many of one size. The last
 two bounds are tighter, at no cost: the product that they need is the first step's, which is
@@ -17,7 +19,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact
 
-from muon_jax._arithmetic import Arithmetic, full_precision_product
+from muon_jax._arithmetic import Arithmetic, full_precision_product, short_side
+from muon_jax._matrices import is_tall
 
 Preconditioning = Literal["frobenius", "spectral", "aol", "schatten"]
 
@@ -33,8 +36,8 @@ def check_preconditioning(name: str) -> str:
 
 def precondition(
     x: Inexact[Array, "*batch rows cols"], name: str, arithmetic: Arithmetic
-) -> tuple[Inexact[Array, "*batch rows cols"], Inexact[Array, "*batch rows rows"] | None]:
-    """Divide wide matrices.
+) -> tuple[Inexact[Array, "*batch rows cols"], Inexact[Array, "*batch short short"] | None]:
+    """Divide matrices.
 
     Args:
       x: the matrices, in the arithmetic's wide dtype.
@@ -42,7 +45,7 @@ def precondition(
       arithmetic: how to multiply and round.
 
     Returns:
-      The iterate ``X_0``, stored, and its ``X_0 X_0^T`` where that is known already.
+      The iterate ``X_0``, stored, and its Gram matrix where that is known already.
     """
     x, gram = _divide_by_norm(x), None
     if name == "spectral":
@@ -51,7 +54,8 @@ def precondition(
         rescale = _aol if name == "aol" else _schatten
         # From the norm's rounded quotient, as the first step would read it.
         x = arithmetic.store(x)
-        x, gram = rescale(arithmetic.widen(x), arithmetic.product(x, x))
+        short = short_side(x)
+        x, gram = rescale(arithmetic.widen(x), arithmetic.product(short, short))
         gram = arithmetic.store(gram)
     return arithmetic.store(x), gram
 
@@ -78,22 +82,24 @@ def _divide_by_norm(x: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*b
 def _divide_by_largest_singular_value(
     x: Inexact[Array, "*batch rows cols"],
 ) -> Inexact[Array, "*batch rows cols"]:
-    gram = full_precision_product(x, x)
+    short = short_side(x)
+    gram = full_precision_product(short, short)
     largest = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(gram)[..., -1], 0))
     return x / _safe(largest)[..., None, None]
 
 
 def _aol(
-    x: Inexact[Array, "*batch rows cols"], gram: Inexact[Array, "*batch rows rows"]
-) -> tuple[Inexact[Array, "*batch rows cols"], Inexact[Array, "*batch rows rows"]]:
-    """Row scales that bound the spectral norm by 1 (arXiv 2512.04632)."""
+    x: Inexact[Array, "*batch rows cols"], gram: Inexact[Array, "*batch short short"]
+) -> tuple[Inexact[Array, "*batch rows cols"], Inexact[Array, "*batch short short"]]:
+    """Scales of rows, or of columns, that bound the spectral norm by 1 (arXiv 2512.04632)."""
     scale = lax.rsqrt(_safe(jnp.sum(jnp.abs(gram), axis=-1)))
-    return x * scale[..., :, None], gram * scale[..., :, None] * scale[..., None, :]
+    of_rows, of_cols = scale[..., :, None], scale[..., None, :]
+    return x * (of_cols if is_tall(x.shape) else of_rows), gram * of_rows * of_cols
 
 
 def _schatten(
-    x: Inexact[Array, "*batch rows cols"], gram: Inexact[Array, "*batch rows rows"]
-) -> tuple[Inexact[Array, "*batch rows cols"], Inexact[Array, "*batch rows rows"]]:
+    x: Inexact[Array, "*batch rows cols"], gram: Inexact[Array, "*batch short short"]
+) -> tuple[Inexact[Array, "*batch rows cols"], Inexact[Array, "*batch short short"]]:
     """Divide by the Schatten-4 norm, which bounds the spectral norm (arXiv 2506.10935)."""
     squared = jnp.sqrt(_safe(jnp.sum(jnp.square(jnp.abs(gram)), axis=(-2, -1), keepdims=True)))
     return x / jnp.sqrt(squared), gram / squared

@@ -41,21 +41,27 @@ MUTANTS: dict[str, Mutant] = {
         f"{ORTHOGONALIZE} -k singular_basis",
     ),
     "no transposition back": Mutant(
-        "_orthogonalize.py",
-        "return out.mT if is_tall(x.shape) else out",
-        "return out.reshape(x.shape)",
+        "_newton_schulz.py",
+        "return _some_at_a_time(run, arithmetic, x.mT).mT",
+        "return _some_at_a_time(run, arithmetic, x.mT).reshape(x.shape)",
         f"{ORTHOGONALIZE} -k 'transposition or exact_laws or singular_basis'",
+    ),
+    "tall matrices by the larger Gram matrix": Mutant(
+        "_arithmetic.py",
+        "return adjoint(x) if is_tall(x.shape) else x",
+        "return x",
+        "tests/optimizer/test_engines.py -k tall",
     ),
     "polynomial left unrounded": Mutant(
         "_newton_schulz.py",
-        "product(store(polynomial), beside)",
-        "product(polynomial, widen(beside))",
+        "    polynomial = store(polynomial)\n",
+        "    beside = widen(adjoint(x) if beside is None else beside)\n",
         f"{ORTHOGONALIZE} -k polynomial_is_rounded",
     ),
     "Gram matrix left unrounded": Mutant(
         "_newton_schulz.py",
-        "gram = rows.gather(store(product(rows.own(x), x)))",
-        "gram = rows.gather(product(rows.own(x), x))",
+        "gram = rows.gather(store(product(rows.own(short), short)))",
+        "gram = rows.gather(product(rows.own(short), short))",
         f"{ORTHOGONALIZE} -k 'is_rounded'",
     ),
     "narrow without its clip": Mutant(
@@ -191,12 +197,6 @@ MUTANTS: dict[str, Mutant] = {
         "_optimizer.py", "check_state_of(state, routes)", "pass", f"{STATE} -k state_of"
     ),
     # --- Batches and chunks
-    "tall matrices not turned back": Mutant(
-        "_batching.py",
-        "_cut(out[count:].mT, tall)",
-        "_cut(out[count:].reshape(-1, *tall[0].shape[1:]) if tall else out[count:], tall)",
-        f"{MUON} -k ten_steps",
-    ),
     "chunks begin one too early": Mutant(
         "_common/loops.py",
         "first = start + number * length",

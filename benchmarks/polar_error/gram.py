@@ -97,7 +97,6 @@ def rounded(exponent_bits: int, mantissa_bits: int) -> Arithmetic:
         lambda x: lax.reduce_precision(x, exponent_bits, mantissa_bits),
         full_precision_product,
         jnp.float32,
-        unroll=False,
     )
 
 

@@ -25,7 +25,8 @@ orthogonalized matrices have the same bits where ``mu M + G`` is rounded alike: 
 that is a power of two (tested on CPUs, for jax 0.10 and 0.12). Otherwise a compiler may contract
 the product and the sum into one multiply-add in one program and not in the other, a last bit of
 float32. The same holds of scale, weight decay and learning rate, ``s O + wd W``. Matrices that are
-split sum their products in another order.
+split sum their products in another order; and so do tall ones on TPUs and GPUs, since here they are
+turned wide to share an iteration, which one device has no need of (`_batching`).
 
 The contract: gradients and momenta arrive in the layout of the state, updates leave in that of the
 parameters. On Auto axes the border makes it so, whatever XLA would have done; on Explicit axes
@@ -45,6 +46,7 @@ from muon_jax._mesh.plan import Plan, PlannedLeaf
 from muon_jax._mesh.run_group import run_group
 from muon_jax._mesh.shards import on_shards
 from muon_jax._mesh.specs import Sizes
+from muon_jax._mesh.turn import turn
 from muon_jax._mesh.zero1 import Zero1
 from muon_jax._momentum import heavy_ball
 from muon_jax._update_rule import UpdateRule
@@ -114,7 +116,7 @@ class _Step(NamedTuple):
             narrow = leaf.layout.split.gather(narrow)
         stacks = _local_views(leaf.views, leaf.layout, self.sizes, state=True).take(narrow)
         return {
-            (index, number): stack.mT if view.is_tall else stack
+            (index, number): turn(stack) if view.is_tall else stack
             for number, (view, stack) in enumerate(zip(leaf.views, stacks, strict=True))
         }
 
