@@ -1,6 +1,7 @@
 """One run, with what to watch taken in the program of the step."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,17 @@ def run(case: Case, texts: np.ndarray, width: int, layers: int) -> Record:
     Returns:
       One value for each record; of the loss, the mean over its steps.
     """
-    count = texts.shape[0] * texts.shape[1]
+    seen = jax.jit(program(case, texts.shape, width, layers))(texts)
+    return {name: np.asarray(values, float).tolist() for name, values in seen.items()}
+
+
+def program(
+    case: Case, shape: tuple[int, ...], width: int, layers: int
+) -> Callable[[Any], dict[str, jax.Array]]:
+    """The training run as one function of its texts; see `run`."""
+    count = shape[0] * shape[1]
     rate = optax.warmup_cosine_decay_schedule(0.0, case.rate, count // 10, count, case.rate / 100)
     tx = case.optimizer(rate)
-    params = init(jax.random.key(0), width, texts.shape[-1] - 1, layers)
-    params = jax.tree.map(lambda x: x.astype(case.dtype), params)
 
     def step(carry: Any, text: jax.Array) -> Any:
         params, state, _, done = carry
@@ -105,7 +112,10 @@ def run(case: Case, texts: np.ndarray, width: int, layers: int) -> Record:
         seen = watch(updates, old, new, jnp.asarray(rate(done - 1)))
         return carry, seen | {"loss": jnp.mean(losses), "max_logit": jnp.max(logits)}
 
-    zero = jnp.zeros((), jnp.int32)
-    start = params, tx.init(params), (params, params), zero
-    _, seen = jax.jit(lambda carry, x: jax.lax.scan(record, carry, x))(start, texts)
-    return {name: np.asarray(values, float).tolist() for name, values in seen.items()}
+    def train(texts: jax.Array) -> dict[str, jax.Array]:
+        params = init(jax.random.key(0), width, shape[-1] - 1, layers)
+        params = jax.tree.map(lambda x: x.astype(case.dtype), params)
+        zero = jnp.zeros((), jnp.int32)
+        return jax.lax.scan(record, (params, tx.init(params), (params, params), zero), texts)[1]
+
+    return train
