@@ -6,12 +6,12 @@ from muon_jax._attention.qk_clip import QKClipState, qk_clip
 from muon_jax._attention.split_heads import split_heads
 from muon_jax._attention.structures import GroupedQuery, MultiHead, MultiHeadLatent
 from muon_jax._diagnostics import (
-    map_matrices,
     orthogonality_error,
     rms_by_optimizer,
     svd_entropy,
     update_rms,
 )
+from muon_jax._map_matrices import map_matrices, put_matrices
 from muon_jax._matrices import FusedBlocks
 from muon_jax._mesh.cost import MeshCosts
 from muon_jax._mesh.state_shardings import opt_state_shardings
@@ -55,6 +55,7 @@ __all__ = [
     "opt_state_shardings",
     "orthogonality_error",
     "orthogonalize",
+    "put_matrices",
     "qk_clip",
     "rms_by_optimizer",
     "routing_report",

@@ -4,7 +4,7 @@ All functions are jittable. Those of a matrix take `[*batch, m, n]`; those of a 
 scalar for each leaf, or for each of the two optimizers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from muon_jax._common.checks import as_array
 from muon_jax._common.dtypes import promote
 from muon_jax._common.paths import flatten_with_names, is_absent, show
 from muon_jax._common.trees import PyTree
-from muon_jax._routes import Route
+from muon_jax._map_matrices import leaves_like
 from muon_jax._routing.route_leaves import DimensionNumbers, route_leaves
 
 
@@ -72,7 +72,7 @@ def rms_by_optimizer(
     """
     routes, structure = route_leaves(params, muon_weight_dimension_numbers, heads)
     updated: dict[str, list[jax.Array]] = {"muon": [], "adam": []}
-    for route, leaf in zip(routes, _leaves_like(structure, updates, routes), strict=True):
+    for route, leaf in zip(routes, leaves_like(structure, updates, routes), strict=True):
         if not is_absent(leaf):
             updated[route.optimizer].append(leaf)
     return {
@@ -81,45 +81,6 @@ def rms_by_optimizer(
             / _count(leaves)
         )
         for optimizer, leaves in updated.items()
-    }
-
-
-def map_matrices(
-    function: Callable[[Inexact[Array, "batch fan_in fan_out"]], Any],
-    tree: PyTree,
-    params: PyTree,
-    *,
-    muon_weight_dimension_numbers: DimensionNumbers = None,
-    heads: Heads = "joint",
-) -> dict[str, list[Any]]:
-    """Apply a function to the matrices of each Muon leaf, as `muon` sees them.
-
-    Args:
-      function: takes `[batch, fan_in, fan_out]`, such as `svd_entropy` or `orthogonality_error`.
-      tree: parameters, updates or momenta; a pytree like `params`.
-      params: the parameters, or their `jax.ShapeDtypeStruct`s, which are routed.
-      muon_weight_dimension_numbers: as given to `muon`.
-      heads: as given to `muon`.
-
-    Returns:
-      From each leaf's path to the results for its views: one, or one for each fused block.
-
-    Raises:
-      ValueError, TypeError: where `muon` would, for the same parameters.
-
-    Examples:
-      >>> params = {"up": {"kernel": jnp.eye(4, 8), "bias": jnp.zeros(8)}}
-      >>> errors = map_matrices(orthogonality_error, params, params)
-      >>> {path: errors_of_leaf[0].tolist() for path, errors_of_leaf in errors.items()}
-      {'up/kernel': [0.0]}
-    """
-    if not callable(function):
-        raise TypeError(f"map_matrices takes a function of matrices first; got {function!r}.")
-    routes, structure = route_leaves(params, muon_weight_dimension_numbers, heads)
-    return {
-        show(route.path): [function(matrices) for matrices in route.views.take(leaf)]
-        for route, leaf in zip(routes, _leaves_like(structure, tree, routes), strict=True)
-        if route.views is not None and not is_absent(leaf)
     }
 
 
@@ -188,21 +149,6 @@ def orthogonality_error(matrix: Inexact[Array, "*batch m n"]) -> Float[Array, "*
     identity = jnp.broadcast_to(jnp.eye(rows, dtype=gram.dtype), gram.shape)
     excess = jnp.square(jnp.abs(gram - identity))
     return jnp.sqrt(jnp.sum(excess, axis=(-2, -1)) / rows)
-
-
-def _leaves_like(structure: Any, tree: PyTree, routes: Sequence[Route]) -> list[Any]:
-    """The leaves of a tree like the parameters'."""
-    try:
-        leaves = structure.flatten_up_to(tree)
-    except ValueError as error:
-        raise ValueError(f"The tree differs from that of params: {error}") from error
-    for route, leaf in zip(routes, leaves, strict=True):
-        if not is_absent(leaf) and jnp.shape(leaf) != route.shape:
-            raise ValueError(
-                f"{show(route.path)} has shape {jnp.shape(leaf)} in the tree, and {route.shape} in "
-                "params."
-            )
-    return leaves
 
 
 def _as_matrices(name: str, matrix: Any) -> Inexact[Array, "*shape"]:
