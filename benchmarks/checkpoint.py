@@ -13,11 +13,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import environment, median, time_interleaved, write_json
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.run_folder import checkpoint
 from examples.moonlight.run_folder.checkpoint import Checkpoints
 from examples.moonlight.run_folder.retention import Retention
@@ -94,4 +94,4 @@ def main(args: Args) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.checkpoint", Args, __doc__).run(main)

@@ -14,7 +14,6 @@ import sys
 import time
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +21,7 @@ from benchmarks import targets
 from benchmarks.harness import check_known, environment, write_json
 from benchmarks.wire.cases import CASES, Optimizer
 from benchmarks.wire.steps import MESH_AXES, build
+from examples.moonlight.common.command_line import CommandLine
 
 PEERS: tuple[Optimizer, ...] = ("muon_jax", "optax muon", "adamw")
 
@@ -74,8 +74,8 @@ def main(args: Args) -> dict[str, float]:
     return seconds
 
 
-if __name__ == "__main__":
-    arguments = tyro.cli(Args)
+def start(arguments: Args) -> None:
+    """Runs `main` in a process whose JAX compiles for the target."""
     check_known([arguments.case], CASES)
     check_known([arguments.target], targets.TARGETS)
     wanted = targets.TARGETS[arguments.target]
@@ -85,3 +85,7 @@ if __name__ == "__main__":
         command = [sys.executable, "-m", "benchmarks.compile_time", *sys.argv[1:]]
         os.execve(sys.executable, command, targets.environment(wanted) | {STARTED: "1"})
     main(arguments)
+
+
+if __name__ == "__main__":
+    CommandLine("benchmarks.compile_time", Args, __doc__).run(start)

@@ -90,10 +90,10 @@ def describe(error: BaseException) -> str:
 
 
 def check_known(given: Iterable[str], known: Iterable[str]) -> None:
-    """End the program, naming what there is, where it was asked for anything else."""
+    """Raises ValueError, naming what there is, where anything else was asked for."""
     known = [*known]
     if unknown := [name for name in given if name not in known]:
-        raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+        raise ValueError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
 
 
 def load_average(console: Console) -> float:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from optax.contrib import MuonDimensionNumbers
@@ -24,6 +23,7 @@ from benchmarks.scale.cases import SCALES
 from benchmarks.targets import TARGETS
 from benchmarks.wire.cases import CASES
 from benchmarks.wire.steps import MESH_AXES
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.execution.sharding import MESH_AXES as MODEL_AXES
 from examples.moonlight.model.execution.sharding import ModelSharding
@@ -144,4 +144,4 @@ def main(args: Args) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.plan_search", Args, __doc__).run(main)

@@ -12,9 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
 from benchmarks import targets
+from examples.moonlight.common.command_line import CommandLine
 
 # Set in the process that compiles.
 _INSIDE = "MUON_JAX_COMPILES_FOR"
@@ -145,4 +144,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.preset", Args, __doc__).run(main)

@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import environment, median, time_interleaved, write_json
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.training.routing import abstract_loss
@@ -89,4 +89,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.roles", Args, __doc__).run(main)

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import environment, write_json
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelSharding, make_mesh
@@ -204,4 +204,4 @@ def main(args: Args) -> dict[str, Any]:
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.rounding", Args, __doc__).run(main)

@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from jax import lax
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib import muon as optax_muon
@@ -43,6 +42,7 @@ from benchmarks.harness import (
 )
 from benchmarks.model_shapes import gpt2_leaves
 from benchmarks.peaks import highest, matmul_peaks, shares_of
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.model.config import MoonlightConfig
 from examples.one_thread import available_cores
 from muon_jax import muon
@@ -344,4 +344,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.step", Args, __doc__).run(main)

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tyro
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,6 +23,7 @@ from rich.table import Table
 
 from benchmarks import hlo, targets
 from benchmarks.harness import environment, write_json
+from examples.moonlight.common.command_line import CommandLine
 from muon_jax._mesh.tiles import scatter_waste
 
 TARGET = targets.TARGETS["v5e-8"]
@@ -94,8 +94,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     return rows
 
 
-if __name__ == "__main__":
-    arguments = tyro.cli(Args)
+def start(arguments: Args) -> None:
+    """Runs `main` in a process whose JAX compiles for the target."""
     if reason := targets.missing(TARGET):
         raise SystemExit(f"{TARGET.name} {reason}")
     variables = targets.environment(TARGET)
@@ -103,3 +103,7 @@ if __name__ == "__main__":
         command = [sys.executable, "-m", "benchmarks.tiles", *sys.argv[1:]]
         os.execve(sys.executable, command, variables)
     main(arguments)
+
+
+if __name__ == "__main__":
+    CommandLine("benchmarks.tiles", Args, __doc__).run(start)

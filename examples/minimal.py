@@ -1,6 +1,7 @@
 r"""A small transformer learns to write, character by character, with Muon: all in one file.
 
     python -m examples.minimal
+    python -m examples.minimal --steps 1000 --width 192 --output loss.png
 
 reads the source of Python's standard library, prints what each parameter is and the loss, draws
 the loss, and writes some text of its own: half a minute on two CPU cores. On a mesh, which takes
@@ -20,6 +21,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
+from examples.moonlight.common.program import run_program
 from muon_jax import by_use, muon
 
 
@@ -64,13 +66,18 @@ def train_step(model, optimizer, text):
 
 def main(steps=300, batch=32, length=64, width=96, on_mesh=False, output=Path("runs/minimal.png")):
     """Trains on Python's standard library, draws the loss into `output`, and writes some text."""
+    devices = jax.device_count() if on_mesh else 1
+    if min(steps, batch, length, width) < 1 or width % 4 or batch % devices:
+        needs = f"--batch a multiple of {devices} (devices), --width one of 4 (heads)"
+        raise ValueError(f"--steps, --batch, --length and --width must be positive, {needs}")
+    output.parent.mkdir(parents=True, exist_ok=True)
     library = b"".join(file.read_bytes() for file in sorted(Path(os.__file__).parent.glob("*.py")))
     text = np.array([character for character in library if character < 128])  # ASCII
     starts = np.random.default_rng(0).integers(len(text) - length, size=(steps, batch, 1))
     batches = text[starts + np.arange(length + 1)]
     model, mesh = Model(width, length, nnx.Rngs(0)), None
     if on_mesh:
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
         nnx.update(model, jax.device_put(nnx.state(model), NamedSharding(mesh, PartitionSpec())))
         batches = jax.device_put(batches, NamedSharding(mesh, PartitionSpec(None, "data")))
     rate = optax.warmup_cosine_decay_schedule(0.0, 0.016, steps // 10, steps)
@@ -86,7 +93,6 @@ def main(steps=300, batch=32, length=64, width=96, on_mesh=False, output=Path("r
             print(f"step {step:3}: {losses[-1]:.3f} nats per character", flush=True)
     figure = Figure(layout="constrained")
     figure.subplots(subplot_kw={"xlabel": "step", "ylabel": "nats per character"}).plot(losses)
-    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output)
     predict, sample = nnx.jit(lambda model, text: model(text)[0, -1]), text[:length]
     for key in jax.random.split(jax.random.key(0), 400):
@@ -97,4 +103,4 @@ def main(steps=300, batch=32, length=64, width=96, on_mesh=False, output=Path("r
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_program(lambda: tyro.cli(main, prog="python -m examples.minimal", description=__doc__))

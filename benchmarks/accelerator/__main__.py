@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 from rich.console import Console
 
 from benchmarks import step
@@ -37,6 +36,7 @@ from benchmarks.device_clock import choose_clocks
 from benchmarks.harness import describe, environment, load_average, write_json
 from benchmarks.orthogonalize.measure import add_shares
 from benchmarks.report.figures import draw_accelerator
+from examples.moonlight.common.command_line import CommandLine
 from examples.scaling_law.store import Store
 
 RECORD, PICTURE = "accelerator.json", "accelerator.png"
@@ -181,4 +181,5 @@ def is_well(record: dict[str, Any]) -> bool:
 if __name__ == "__main__":
     # JAX would take three quarters of a GPU's memory when it starts, and torch needs its own.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
-    sys.exit(0 if is_well(main(tyro.cli(Args))) else 1)
+    line = CommandLine("benchmarks.accelerator", Args, __doc__)
+    line.run(lambda args: sys.exit(0 if is_well(main(args)) else 1))

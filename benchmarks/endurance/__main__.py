@@ -15,7 +15,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 
 from benchmarks.endurance import ordeals
@@ -23,6 +22,7 @@ from benchmarks.endurance.args import Args
 from benchmarks.endurance.report import Report
 from benchmarks.endurance.trial import EVERY, STEPS, Trial, outcome
 from benchmarks.harness import environment, write_json
+from examples.moonlight.common.command_line import CommandLine
 
 
 def main(args: Args) -> int:
@@ -65,4 +65,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args)))
+    CommandLine("benchmarks.endurance", Args, __doc__).run(lambda args: sys.exit(main(args)))

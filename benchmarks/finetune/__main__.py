@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import rich
-import tyro
 from rich.table import Table
 
 from benchmarks.finetune.base import write_base
 from benchmarks.finetune.work import Optimizer, Side, Work
 from benchmarks.harness import environment, limit_threads, load_average, median, write_json
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.model.dense import DenseConfig
 from examples.one_thread import available_cores
 
@@ -216,4 +216,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.finetune", Args, __doc__).run(main)

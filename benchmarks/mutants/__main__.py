@@ -13,11 +13,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.mutants.mutations import MUTANTS, ROOT, Mutant, fits
+from examples.moonlight.common.command_line import CommandLine
 
 COPIED = ("muon_jax", "tests", "benchmarks", "examples", "pyproject.toml")
 
@@ -89,4 +89,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(tyro.cli(Args)))
+    CommandLine("benchmarks.mutants", Args, __doc__).run(lambda args: sys.exit(main(args)))

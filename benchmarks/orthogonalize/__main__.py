@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tyro
 from rich.console import Console
 from rich.progress import track
 
@@ -23,6 +22,7 @@ from benchmarks.orthogonalize.measure import Limits, add_shares, measure
 from benchmarks.orthogonalize.sides import PEERS, Peer
 from benchmarks.orthogonalize.tables import all_tables
 from benchmarks.peaks import matmul_peaks
+from examples.moonlight.common.command_line import CommandLine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,4 +84,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.orthogonalize", Args, __doc__).run(main)

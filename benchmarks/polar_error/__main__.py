@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import jax.numpy as jnp
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -22,6 +21,7 @@ from rich.table import Table
 from benchmarks.harness import environment, write_json
 from benchmarks.polar_error import count, derive, figure, gram_search
 from benchmarks.polar_error.spectra import SPECTRA, Problem, problem
+from examples.moonlight.common.command_line import CommandLine
 from muon_jax import SCHEDULES
 from muon_jax._newton_schulz import step
 from muon_jax._polynomials import Schedule, resolve_schedule
@@ -178,4 +178,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.polar_error", Args, __doc__).run(main)

@@ -15,10 +15,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
+from examples.moonlight.common.command_line import CommandLine
 from muon_jax._polynomials import Coefficients, Schedule, with_margin
 
 PRODUCTS = {3: 2, 5: 3}
@@ -167,4 +167,4 @@ def main(args: Args) -> dict[int, tuple[int, ...]]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.polar_error.derive", Args, __doc__).run(main)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -21,6 +20,7 @@ from benchmarks.harness import environment, write_json
 from benchmarks.polar_error import count
 from benchmarks.polar_error.gram import ARITHMETICS, gram_newton_schulz
 from benchmarks.polar_error.spectra import SPECTRA, Problem, problem
+from examples.moonlight.common.command_line import CommandLine
 from muon_jax._polynomials import Schedule, resolve_schedule
 from muon_jax._preconditioning import precondition
 
@@ -179,4 +179,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.polar_error.gram_search", Args, __doc__).run(main)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import rich
-import tyro
 
 from benchmarks.report import figures, tables
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.files import write_atomically
 from examples.scaling_law.report import fill_in
 
@@ -53,4 +53,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.report", Args, __doc__).run(main)

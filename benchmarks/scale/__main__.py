@@ -21,13 +21,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import targets
 from benchmarks.harness import environment, write_json
 from benchmarks.scale.cases import GIB, SCALES
+from examples.moonlight.common.command_line import CommandLine
 
 PAPER_BATCH = 4096
 """Sequences of 8K tokens for which Newton-Schulz was put at 0.13% of FLOPs."""
@@ -195,4 +195,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.scale", Args, __doc__).run(main)

@@ -19,7 +19,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +26,7 @@ from benchmarks import targets
 from benchmarks.harness import check_known, environment, write_json
 from benchmarks.targets import TARGETS
 from benchmarks.traffic.steps import CASES
+from examples.moonlight.common.command_line import CommandLine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,4 +97,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.traffic", Args, __doc__).run(main)

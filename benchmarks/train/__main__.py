@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +27,7 @@ from benchmarks.harness import (
 )
 from benchmarks.train.ours import Family, Optimizer, Ours, config_of
 from benchmarks.train.theirs import Theirs
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.huggingface.config import ModelConfig
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.language_model import count_parameters
@@ -188,4 +188,4 @@ def main(args: Args, moonlight: MoonlightConfig | None = None) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.train", Args, __doc__).run(main)

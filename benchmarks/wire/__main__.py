@@ -26,7 +26,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -36,6 +35,7 @@ from benchmarks.targets import TARGETS, Target
 from benchmarks.wire.cases import CASES, OPTIMIZERS
 from benchmarks.wire.limits import complete
 from benchmarks.wire.tables import show
+from examples.moonlight.common.command_line import CommandLine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,4 +145,4 @@ def _with_progress(console: Console, target: Target, cases: Sequence[str]) -> li
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("benchmarks.wire", Args, __doc__).run(main)

@@ -28,12 +28,10 @@ def answer(
     aside: Console,
 ) -> list[str]:
     """Answers conversations one by one."""
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size must be positive, got {args.batch_size}")
     ids = [encode(question.messages) for question in questions]
     longest = opened.config.max_position_embeddings
     length = cache_length(args.max_length, max(map(len, ids)) + args.max_new_tokens, longest)
-    check_lengths(ids, length)
+    check_lengths(ids, length, longest)
     generator = prepare(min(args.batch_size, len(ids)), length)
     told: list[int] = []
     waiting: list[str] = []

@@ -52,8 +52,6 @@ class Args:
     """Muon (AdamW for what is no matrix); the same with QK-Clip, of --tuner_type full; or AdamW."""
     optim_args: str | None = None
     """More of the optimizer's arguments: NAME=VALUE,NAME=VALUE; a wrong name lists them."""
-    learning_rate: float | None = None
-    """Peak of the schedule; left out, 1e-4 for LoRA and 1e-5 in full."""
     weight_decay: float = 0.1
     """Decoupled, times the learning rate."""
     adam_beta1: float = 0.9
@@ -64,6 +62,8 @@ class Args:
     """AdamW's, added to the root of the second moment."""
     max_grad_norm: float = 1.0
     """Largest norm of a gradient; a longer one is scaled. 0 leaves all as they are."""
+    learning_rate: float | None = None
+    """Peak of the schedule; left out, 1e-4 for LoRA and 1e-5 in full."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     """How the learning rate falls after its warmup; "constant" has none."""
     warmup_ratio: float = 0.05
@@ -126,6 +126,18 @@ class Args:
             return self.learning_rate
         return 1e-4 if self.tuner_type == "lora" else 1e-5
 
+
+# The titles of groups in the help, by the first field of each.
+GROUPS = {
+    "model": "model",
+    "dataset": "data",
+    "tuner_type": "tuner",
+    "optimizer": "optimizer",
+    "learning_rate": "schedule",
+    "logging_steps": "measuring and saving",
+    "output_dir": "run",
+    "torch_dtype": "device",
+}
 
 # What leaves the losses alone, so that a resumed run may change it. Models and data count by their
 # content, wherever they lie, and a batch by its rows, however it is split.

@@ -15,10 +15,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import tyro
 from rich.console import Console
 
 from examples.finetune.foreign_flags import Foreign
+from examples.moonlight.common.command_line import CommandLine
 
 Args = TypeVar("Args")
 
@@ -31,6 +31,7 @@ def parse(
     *,
     aliases: Mapping[str, str],
     foreign: Mapping[str, Foreign],
+    shown: CommandLine[Args] | None = None,
 ) -> Args:
     """Reads a command line, and says which of its flags are ignored.
 
@@ -39,6 +40,7 @@ def parse(
         argv: The words behind the program's name; None is the process's.
         aliases: Other names of flags.
         foreign: Flags of ms-swift that have no meaning here.
+        shown: What the help and a shell's completion are made of.
 
     Raises:
         ValueError: Flags are unknown, given twice, refused, or have values that are none; the
@@ -46,8 +48,10 @@ def parse(
         SystemExit: The help was asked for, and is printed.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & {*argv}:
-        tyro.cli(cls, args=["--help"], config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    if shown is not None and {"-h", "--help"} & {*argv}:
+        shown.parse(["--help"])
+    if shown is not None and argv and argv[0].startswith("--tyro"):
+        shown.parse(argv)
     kinds = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     wrong: list[str] = []

@@ -2,6 +2,8 @@ r"""Writes a tuned model for other programs: the command line of ms-swift's `swi
 
     python -m examples.finetune.export --adapters output/checkpoint-20 --merge_lora true \
         --output_dir merged
+    python -m examples.finetune.export --adapters output/checkpoint-20 --output_dir adapters
+    python -m examples.finetune.export --adapters full/checkpoint-20 --torch_dtype bfloat16
     AutoModelForCausalLM.from_pretrained("merged"), AutoTokenizer.from_pretrained("merged")
 
 writes a Hugging Face directory with the adapters merged into the weights: configuration, tokenizer,
@@ -23,11 +25,12 @@ from examples.finetune.foreign_flags import IN_EXPORT
 from examples.finetune.lora.peft_files import write_peft
 from examples.finetune.training.job import make_execution
 from examples.finetune.tuned import open_checkpoint, read_adapters, with_adapters
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.phases import phase
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.untrusted import is_there
 from examples.moonlight.generation.chat import TEMPLATE
-from examples.moonlight.hf_export import MAX_SHARD_SIZE, export_pretrained
+from examples.moonlight.hf_export import MAX_SHARD_SIZE, check_unused, export_pretrained
 from examples.moonlight.huggingface.config import CONFIG_FILE
 
 ALIASES = {"dtype": "torch_dtype", "ckpt_dir": "adapters"}
@@ -73,6 +76,7 @@ def export(args: Args) -> Path:
     checkpoint = find_checkpoint(args.adapters, args.model)
     merges = args.merge_lora or checkpoint.lora is None
     folder = args.output_dir or _beside(checkpoint, merges)
+    check_unused(folder)
     if not merges:
         assert checkpoint.lora is not None and checkpoint.base is not None
         with phase(console, f"reading {checkpoint.folder}"):
@@ -136,13 +140,21 @@ def _tokenizer_of(checkpoint: Checkpoint) -> Path:
     return checkpoint.texts if ours or not is_there(folder / CONFIG_FILE) else folder
 
 
+COMMAND_LINE = CommandLine("examples.finetune.export", Args, __doc__, underscores=True)
+
+
+def read(argv: Sequence[str] | None = None) -> Args:
+    """Reads a command line, the process's where it is None: see `parse`."""
+    return parse(Args, argv, aliases=ALIASES, foreign=IN_EXPORT, shown=COMMAND_LINE)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The program. What its user can mend ends it with one sentence, and the exit code 1.
 
     Args:
         argv: Left out, the command line's.
     """
-    run_program(lambda: export(parse(Args, argv, aliases=ALIASES, foreign=IN_EXPORT)))
+    run_program(lambda: export(read(argv)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 r"""Talks with a tuned model: the command line of ms-swift's `swift infer`.
 
     python -m examples.finetune.infer --adapters output/checkpoint-20 --stream true --temperature 0
+    python -m examples.finetune.infer --adapters output/checkpoint-20 --prompt "Who are you?"
+    python -m examples.finetune.infer --model Qwen2.5-0.5B-Instruct --val_dataset talks.jsonl#10
 
 reads `args.json` of the checkpoint, so that neither the model nor the system message has to be said
 again, merges the adapters into the weights, and answers one message after the other, until the end
@@ -26,6 +28,7 @@ from examples.finetune.prompts import load_encoder, questions_of
 from examples.finetune.training.job import make_execution
 from examples.finetune.training.texts import system_text
 from examples.finetune.tuned import in_dtype, open_checkpoint, open_peft
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.phases import phase
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.untrusted import is_there
@@ -99,6 +102,17 @@ def infer(args: Args, console: Console | None = None) -> list[str]:
         )
     if args.prompt and args.val_dataset:
         raise ValueError("--prompt and --val_dataset both say what to answer: give one")
+    for flag, value in (
+        ("--batch_size", args.batch_size),
+        ("--max_new_tokens", args.max_new_tokens),
+    ):
+        if value < 1:
+            raise ValueError(f"{flag} must be positive, got {value}")
+    if args.result_path is not None and not args.result_path.parent.is_dir():
+        raise FileNotFoundError(
+            f"--result_path {args.result_path}: there is no folder {args.result_path.parent}: make "
+            "it first"
+        )
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     execution = make_execution(args)
     with phase(aside, f"reading {args.adapters or args.model}"):
@@ -143,13 +157,31 @@ def _open(
     return in_dtype(opened, execution), encode, checkpoint.system
 
 
+GROUPS = {
+    "adapters": "model",
+    "prompt": "messages",
+    "max_new_tokens": "length",
+    "temperature": "sampling",
+    "batch_size": "device",
+}
+
+COMMAND_LINE = CommandLine(
+    "examples.finetune.infer", Args, __doc__, groups=GROUPS, underscores=True
+)
+
+
+def read(argv: Sequence[str] | None = None) -> Args:
+    """Reads a command line, the process's where it is None: see `parse`."""
+    return parse(Args, argv, aliases=ALIASES, foreign=IN_INFERENCE, shown=COMMAND_LINE)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The program. What its user can mend ends it with one sentence, and the exit code 1.
 
     Args:
         argv: Left out, the command line's.
     """
-    run_program(lambda: infer(parse(Args, argv, aliases=ALIASES, foreign=IN_INFERENCE)))
+    run_program(lambda: infer(read(argv)))
 
 
 if __name__ == "__main__":

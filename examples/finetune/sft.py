@@ -2,6 +2,10 @@ r"""Fine-tunes a model on conversations: the command line of ms-swift's `swift s
 
     python -m examples.finetune.sft --model Qwen2.5-0.5B-Instruct --dataset talks.jsonl#500 \
         --tuner_type lora --optimizer muon --output_dir output
+    python -m examples.finetune.sft --model Qwen2.5-0.5B-Instruct --dataset talks.jsonl \
+        --tuner_type full --learning_rate 2e-5 --packing true --output_dir full
+    python -m examples.finetune.sft --model Qwen2.5-0.5B-Instruct --dataset talks.jsonl#500 \
+        --tuner_type lora --optimizer muon --resume_from_checkpoint output
 
 A run lives in its output folder: args.json, metrics (JSONL and TensorBoard), checkpoint-N/, and at
 the end the loss curves and `results.json`. Under LoRA a checkpoint holds the factors and their
@@ -22,7 +26,7 @@ from typing import Any
 import rich
 from rich.console import Console
 
-from examples.finetune.args import ALIASES, Args
+from examples.finetune.args import ALIASES, GROUPS, Args
 from examples.finetune.command_line import parse
 from examples.finetune.foreign_flags import IN_TRAINING
 from examples.finetune.training.folder import enter_folder
@@ -35,13 +39,14 @@ from examples.finetune.training.place import ARGS, FLAGS
 from examples.finetune.training.results import present, write_results
 from examples.finetune.training.steps import Frozen
 from examples.finetune.training.texts import Texts, load_texts
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.files import read_json, write_atomically
 from examples.moonlight.common.phases import phase
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.terminal import make_sturdy
 from examples.moonlight.run_folder import metrics, seal
 from examples.moonlight.run_folder.checkpoint import Checkpoints
-from examples.moonlight.run_folder.folder import RESULTS
+from examples.moonlight.run_folder.folder import RESULTS, check_run_folder
 from examples.moonlight.run_folder.retention import best_step
 from examples.moonlight.training.loop import Clock
 from examples.moonlight.training.results import SHARDING
@@ -70,6 +75,9 @@ def finetune(args: Args) -> dict[str, Any]:
 def _finetune(args: Args, stop: StopRequest) -> dict[str, Any]:
     clock, console = Clock(), rich.get_console()
     job = make_job(args)
+    check_run_folder(
+        job.folder, resume=job.place.resume, must_exist=job.place.step is not None, flags=FLAGS
+    )
     with phase(console, "reading the conversations"):
         texts = load_texts(job, console)
     job = job.with_rows(texts.length)
@@ -173,6 +181,14 @@ def _results(
     }
 
 
+COMMAND_LINE = CommandLine("examples.finetune.sft", Args, __doc__, groups=GROUPS, underscores=True)
+
+
+def read(argv: Sequence[str] | None = None) -> Args:
+    """Reads a command line, the process's where it is None: see `parse`."""
+    return parse(Args, argv, aliases=ALIASES, foreign=IN_TRAINING, shown=COMMAND_LINE)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The program. What its user can mend ends it with one sentence, and the exit code 1.
 
@@ -182,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     make_sturdy()
     quieten_signals()
     try:
-        run_program(lambda: finetune(parse(Args, argv, aliases=ALIASES, foreign=IN_TRAINING)))
+        run_program(lambda: finetune(read(argv)))
     except Stopped as stopped:
         rich.print(f"{stopped}; the same command with {FLAGS.resume} and its output folder goes on")
         sys.exit(128 + stopped.signum)

@@ -2,6 +2,7 @@
 
     python -m examples.moonlight.generate --model runs/moonlight --prompt "def " --prompt "class "
     python -m examples.moonlight.generate --model Moonlight-16B-A3B-Instruct --chat
+    python -m examples.moonlight.generate --model hf/ --prompts-file prompts.txt --temperature 0
 
 A model is a Hugging Face directory or the folder of a training run. The text goes to the standard
 output as it is drawn, what else there is to say to the standard error.
@@ -17,9 +18,9 @@ import jax.numpy as jnp
 import tyro
 from rich.console import Console
 
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.json_text import read_jsonl
 from examples.moonlight.common.phases import phase
-from examples.moonlight.common.program import run_program
 from examples.moonlight.common.untrusted import read_text
 from examples.moonlight.data.tokenizer import encode_text
 from examples.moonlight.generation.chat import Message, load_chat_template
@@ -133,8 +134,13 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
         raise ValueError("give one of --prompt (or --prompts-file), --message and --chat")
     if prompts and args.system is not None:
         raise ValueError("--system goes with --message or --chat: a prompt is continued as it is")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size must be positive, got {args.batch_size}")
+    for flag, value in (
+        ("--batch-size", args.batch_size),
+        ("--max-new-tokens", args.max_new_tokens),
+        ("--prefill-chunk", args.prefill_chunk),
+    ):
+        if value < 1:
+            raise ValueError(f"{flag} must be positive, got {value}")
 
     console, aside = console or Console(highlight=False), Console(stderr=True, highlight=False)
     on_cpu = jax.default_backend() == "cpu"
@@ -184,7 +190,7 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
         ids = [encode_text(tokenizer, prompt) for prompt in prompts]
     needed = max(map(len, ids)) + args.max_new_tokens
     length = cache_length(args.max_length, needed, longest)
-    check_lengths(ids, length)
+    check_lengths(ids, length, longest)
     if length < needed:
         aside.print(f"texts end at {length} tokens, prompt included: that is what the cache holds")
     generator = prepare(min(args.batch_size, len(ids)), length)
@@ -226,5 +232,21 @@ def ask(console: Console) -> str | None:
         return None
 
 
+GROUPS = {
+    "model": "model",
+    "prompt": "text",
+    "max_new_tokens": "length",
+    "temperature": "sampling",
+    "batch_size": "device",
+}
+
+COMMAND_LINE = CommandLine("examples.moonlight.generate", Args, __doc__, groups=GROUPS)
+
+
+def main() -> None:
+    """The program."""
+    COMMAND_LINE.run(generate)
+
+
 if __name__ == "__main__":
-    run_program(lambda: generate(tyro.cli(Args)))
+    main()

@@ -1,6 +1,10 @@
 """Checks a Hugging Face directory as the import does, headers only, and says what it holds.
 
-python -m examples.moonlight.hf_check --model hf/
+    python -m examples.moonlight.hf_check --model hf/
+    python -m examples.moonlight.hf_check --model Qwen2.5-0.5B-Instruct
+    python -m examples.moonlight.hf_check --model Moonlight-16B-A3B-Instruct
+
+reads no weights, and so takes neither long nor much memory.
 """
 
 import collections
@@ -8,10 +12,9 @@ import dataclasses
 from pathlib import Path
 
 import rich
-import tyro
 from rich.table import Table
 
-from examples.moonlight.common.program import run_program
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.huggingface import names as hf_names
 from examples.moonlight.huggingface.pretrained import checked_files, left_out
 
@@ -48,5 +51,13 @@ def check(args: Args) -> None:
         console.print(words, markup=False, highlight=False, soft_wrap=True)
 
 
+COMMAND_LINE = CommandLine("examples.moonlight.hf_check", Args, __doc__)
+
+
+def main() -> None:
+    """The program."""
+    COMMAND_LINE.run(check)
+
+
 if __name__ == "__main__":
-    run_program(lambda: check(tyro.cli(Args)))
+    main()

@@ -1,6 +1,8 @@
 """Weights into a Hugging Face directory that transformers loads without any code of ours.
 
     python -m examples.moonlight.hf_export --run runs/moonlight --output hf/
+    python -m examples.moonlight.hf_export --run runs/moonlight --output best/ --checkpoint best
+    python -m examples.moonlight.hf_export --run runs/moonlight --output exact/ --dtype float32
     AutoModelForCausalLM.from_pretrained("hf/"), AutoTokenizer.from_pretrained("hf/")
 
 Written are the layout and the keys of the published weights: one tensor per expert, `rope_theta`,
@@ -19,13 +21,13 @@ import jax
 import ml_dtypes
 import numpy as np
 import rich
-import tyro
 from flax import nnx
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.phases import phase
-from examples.moonlight.common.program import run_program
 from examples.moonlight.generation.model_folder import open_model
 from examples.moonlight.huggingface import names as hf_names
 from examples.moonlight.huggingface.config import CONFIG_FILE, ModelConfig, config_fields
@@ -83,8 +85,7 @@ def export_pretrained(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size must be positive, got {max_shard_size}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is in use: choose another folder, or remove it")
+    check_unused(folder)
     leaves = {
         path_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path((params, bias))
     }
@@ -99,9 +100,13 @@ def export_pretrained(
             "model: merge adapters into the weights first"
         )
     ids = token_ids(tokenizer, config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-    temporary.mkdir()
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written ({error.strerror}); choose another folder"
+        ) from error
     try:
         _write_weights(temporary, config, leaves, DTYPES[dtype], max_shard_size, console)
         if tokenizer is not None:
@@ -115,6 +120,16 @@ def export_pretrained(
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_unused(folder: Path) -> None:
+    """Checks that a directory can be written without the loss of another.
+
+    Raises:
+        FileExistsError: The folder is in use.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is in use: choose another folder, or remove it")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -193,11 +208,26 @@ def _write_weights(
                 tensors[row.name] = np.ascontiguousarray(tensor)
                 weight_map[row.name] = file
                 bar.advance(task, tensor.nbytes)
-            # transformers asks for the format, and takes no other word than this.
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            save_tensors(tensors, folder / file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / INDEX_FILE, index)
+
+
+def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a file of safetensors.
+
+    Raises:
+        OSError: It cannot be written, for want of space, say.
+    """
+    try:
+        # transformers asks for the format, and takes no other word than this.
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(
+            f"{path.parent.parent}: weights cannot be written there ({error}); make room, or "
+            "choose another folder"
+        ) from error
 
 
 def _dtype(row: hf_names.Row, dtype: np.dtype) -> np.dtype:
@@ -235,9 +265,13 @@ def export(args: Args) -> None:
     """Reads the model onto the devices, and writes it from there.
 
     Raises:
+        FileExistsError: The output folder is in use.
         FileNotFoundError: There is no such run, checkpoint or tokenizer.
         ValueError: An argument is none, or the model is of another version.
     """
+    if not 1e-9 <= args.max_shard_gb < float("inf"):
+        raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
+    check_unused(args.output)
     console = rich.get_console()
     mesh = None if args.mesh is None else make_mesh(args.mesh)
     checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
@@ -268,5 +302,13 @@ def export(args: Args) -> None:
     )
 
 
+COMMAND_LINE = CommandLine("examples.moonlight.hf_export", Args, __doc__)
+
+
+def main() -> None:
+    """The program."""
+    COMMAND_LINE.run(export)
+
+
 if __name__ == "__main__":
-    run_program(lambda: export(tyro.cli(Args)))
+    main()

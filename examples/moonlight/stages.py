@@ -1,10 +1,12 @@
 r"""Moonlight's three stages of pre-training, and the plain cosine, as plans at any size.
 
     python -m examples.moonlight.stages --preset moonlight-16b-a3b
+    python -m examples.moonlight.stages --preset small --total-tokens 100000000
     python -m examples.moonlight.stages --preset tiny --schedule moonlight --png schedule.png
 
-print the published plan, in steps and tokens, and what `tiny` trains by in the same shape. What
-they are, and where they come from, is said in `schedule/stages.py`.
+print the published plan, in steps and tokens, that of a shorter training, and what `tiny` trains
+by in the published shape. What they are, and where they come from, is said in
+`schedule/stages.py`.
 """
 
 import dataclasses
@@ -12,9 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 import rich
-import tyro
 
-from examples.moonlight.common.program import run_program
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.schedule.plan import Plan
 from examples.moonlight.schedule.stages import make_plan, plan_table
 from examples.moonlight.training.args import Args, resolve
@@ -52,5 +53,13 @@ def show(args: ShowArgs) -> Plan:
     return plan
 
 
+COMMAND_LINE = CommandLine("examples.moonlight.stages", ShowArgs, __doc__)
+
+
+def main() -> None:
+    """The program."""
+    COMMAND_LINE.run(show)
+
+
 if __name__ == "__main__":
-    run_program(lambda: show(tyro.cli(ShowArgs)))
+    main()

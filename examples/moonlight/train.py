@@ -35,9 +35,9 @@ from typing import Any
 
 import jax
 import rich
-import tyro
 from rich.console import Console
 
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.files import read_json, write_atomically
 from examples.moonlight.common.phases import phase
 from examples.moonlight.common.program import run_program
@@ -51,10 +51,10 @@ from examples.moonlight.huggingface.config import ModelConfig
 from examples.moonlight.run_folder import metrics
 from examples.moonlight.run_folder.branching import copy_branch, find_branch, go_back
 from examples.moonlight.run_folder.checkpoint import CHECKPOINTS, Checkpoints
-from examples.moonlight.run_folder.folder import RESULTS, open_run_folder
+from examples.moonlight.run_folder.folder import RESULTS, check_run_folder, open_run_folder
 from examples.moonlight.run_folder.lock import RunLock
 from examples.moonlight.schedule.stages import plan_table
-from examples.moonlight.training.args import Args
+from examples.moonlight.training.args import GROUPS, Args
 from examples.moonlight.training.job import Job, make_job
 from examples.moonlight.training.learner import Learner, make_learner
 from examples.moonlight.training.loop import (
@@ -66,10 +66,20 @@ from examples.moonlight.training.loop import (
     token_buffer,
 )
 from examples.moonlight.training.nonfinite import guard, wrap
+from examples.moonlight.training.presets import LEFT_OUT, preset_table
 from examples.moonlight.training.results import SCHEDULE, SHARDING, present, write_results
 from examples.moonlight.training.steps import TrainState, make_train_steps, make_validate
 from examples.moonlight.training.stopping import Stopped, StopRequest, quieten_signals
 from examples.moonlight.training.texts import Texts, load_texts
+
+COMMAND_LINE = CommandLine(
+    "examples.moonlight.train",
+    Args,
+    __doc__,
+    groups=GROUPS,
+    left_out=LEFT_OUT,
+    tables=lambda: [preset_table()],
+)
 
 
 def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
@@ -99,10 +109,14 @@ def train(args: Args, config: ModelConfig | None = None) -> dict[str, Any]:
 def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[str, Any]:
     clock, console = Clock(), rich.get_console()
     job = make_job(args, config)
+    goes_back = args.resume_step is not None
+    check_run_folder(job.folder, resume=args.resume or goes_back, must_exist=goes_back)
     with phase(console, "reading the texts"):
         texts = load_texts(job, console)
     job = job.with_vocabulary(texts.tokenizer.get_vocab_size())
     settings = job.settings(texts.corpus_hash)
+    with phase(console, "laying out model and optimizer"):
+        learner = make_learner(job, settings["qk_clip_threshold"])
     with contextlib.ExitStack() as held:
         lock, checkpoints = _enter_folder(job, texts, settings, stop, console, held)
         if (job.folder / RESULTS).exists():
@@ -110,8 +124,6 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
             return present(job.folder, read_json(job.folder / RESULTS))
         _show_plan(job, console)
 
-        with phase(console, "laying out model and optimizer"):
-            learner = make_learner(job, settings["qk_clip_threshold"])
         learner.describe(console)
         if (report := learner.sharding_report()) is not None:
             write_atomically(job.folder / SHARDING, f"{report}\n".encode())
@@ -299,7 +311,7 @@ def main(args: Args | None = None, config: ModelConfig | None = None) -> None:
     make_sturdy()
     quieten_signals()
     try:
-        run_program(lambda: train(args or tyro.cli(Args), config))
+        run_program(lambda: train(args or COMMAND_LINE.parse(), config))
     except Stopped as stopped:
         rich.print(f"{stopped}; the same command with --resume goes on")
         sys.exit(128 + stopped.signum)

@@ -21,9 +21,9 @@ from typing import Literal
 
 import jax
 import rich
-import tyro
 from rich.table import Table
 
+from examples.moonlight.common.command_line import CommandLine
 from examples.one_thread import available_cores
 from examples.scaling_law import tables
 from examples.scaling_law.ablations import ablations
@@ -150,7 +150,15 @@ def _middles(study: Study) -> dict[float, Bowl]:
     }
 
 
-if __name__ == "__main__":
+COMMAND_LINE = CommandLine("examples.scaling_law", Args, __doc__)
+
+
+def main() -> None:
+    """The program."""
     started = time.perf_counter()
-    run(tyro.cli(Args))
+    COMMAND_LINE.run(run)
     rich.print(f"took {(time.perf_counter() - started) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()

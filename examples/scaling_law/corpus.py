@@ -20,9 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 import rich
-import tyro
 from rich.table import Table
 
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.data.corpus import (
     Document,
     hash_documents,
@@ -176,4 +176,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("examples.scaling_law.corpus", Args, __doc__).run(main)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import rich
-import tyro
 
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.files import write_atomically
 from examples.scaling_law import figures, tables
 from examples.scaling_law.ablations import ablations
@@ -161,4 +161,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("examples.scaling_law.report", Args, __doc__).run(main)

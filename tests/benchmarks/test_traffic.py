@@ -74,5 +74,5 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert ours["around"] >= 20
     assert ours["within"] > 5 * 3 * 2
     assert "muon_jax" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="known: experts"):
+    with pytest.raises(ValueError, match="known: experts"):
         main(Args(cases=("none",), output=tmp_path / "none.json"))

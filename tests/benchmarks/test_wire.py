@@ -170,7 +170,7 @@ def test_the_command_prints_every_row_and_names_what_is_missing(tmp_path, monkey
 
 
 def test_the_command_refuses_unknown_names():
-    with pytest.raises(SystemExit, match="unknown: nowhere; known: cpu-8"):
+    with pytest.raises(ValueError, match="unknown: nowhere; known: cpu-8"):
         wire.main(wire.Args(targets=("nowhere",)))
 
 

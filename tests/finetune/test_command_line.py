@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
-from examples.finetune import export, infer
+from examples.finetune import export, infer, sft
 from examples.finetune.args import ALIASES, Args, check
 from examples.finetune.command_line import parse
 from examples.finetune.foreign_flags import IN_EXPORT, IN_INFERENCE, IN_TRAINING
@@ -142,7 +142,7 @@ def test_words_are_read_by_their_types():
 
 def test_the_help_shows_every_flag(capsys):
     with pytest.raises(SystemExit) as ended:
-        read("--help")
+        sft.read(["--help"])
     assert not ended.value.code
     said = capsys.readouterr().out
     assert all(f"--{field.name}" in said for field in dataclasses.fields(Args))
@@ -247,5 +247,7 @@ def test_places(tmp_path: Path):
     (run / "settings.json").unlink()
     with pytest.raises(FileNotFoundError, match="give the checkpoint in its own output folder"):
         find_place(asked)
+    with pytest.raises(FileNotFoundError, match="there is no such folder; leave it out to begin"):
+        find_place(Args(resume_from_checkpoint=tmp_path / "nowhere"))
     (run / "v3-20260101-000000").mkdir()
     assert find_place(Args(output_dir=run, add_version=True)).folder.name.startswith("v4-")

@@ -258,8 +258,15 @@ def test_caches_have_few_lengths():
         ({"prompt": ("a",), "system": "b"}, "--system goes with --message or --chat"),
         ({"prompt": ("a",), "batch_size": 0}, "--batch-size must be positive, got 0"),
         ({"prompt": ("a",), "top_p": 2.0}, "--top-p must be above 0"),
-        ({"prompt": ("",)}, "prompt 1 has 0 tokens"),
-        ({"prompt": ("a" * 64,)}, "prompt 1 has 64 tokens; .* fewer than the cache's 64"),
+        ({"prompt": ("",)}, "prompt 1 is empty: give"),
+        (
+            {"prompt": ("a" * 64,)},
+            "prompt 1 has 64 tokens, and the model reads texts of at most 64, the answer",
+        ),
+        (
+            {"prompt": ("a" * 20,), "max_length": 9},
+            "--max-length 9 leaves .* up to --max-length 64",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(folder, changes, message):
@@ -273,16 +280,26 @@ def test_wrong_folders_are_refused(folder, run, tmp_path, tokenizer):
             open_model(path, Execution(), **settings)
 
     check(FileNotFoundError, r"found neither config\.json, .* nor settings\.json")
-    check(FileNotFoundError, "no checkpoint 'first'; there are the steps", run, checkpoint="first")
+    check(
+        FileNotFoundError,
+        "no checkpoint first: give last, best, or a step",
+        run,
+        checkpoint="first",
+    )
     check(ValueError, "--checkpoint best: .* one set of weights", folder, checkpoint="best")
-    check(FileNotFoundError, r"no checkpoint 5; there are the steps \[1, 2\]", run, checkpoint=5)
+    check(
+        FileNotFoundError,
+        r"no checkpoint 5: give last, best, or a step of those that are kept, 1, 2",
+        run,
+        checkpoint=5,
+    )
     settings = tmp_path / "settings.json"
     settings.write_text('{"config": {"kv_lora_rank": 3}}')
     check(ValueError, r"settings\.json: its config describes no model of this version")
     settings.write_bytes((run / "settings.json").read_bytes())
     check(FileNotFoundError, "has no tokenizer")
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    check(FileNotFoundError, "no checkpoint 'last'; there are the steps")
+    check(FileNotFoundError, "no checkpoint last: the run has saved none yet")
     larger = Tokenizer.from_str(tokenizer.to_str())
     larger.add_tokens([f"word{i}" for i in range(50)])
     larger.save(str(tmp_path / "tokenizer.json"))

@@ -1,9 +1,11 @@
 """What is installed is what is here: it imports by itself, at little cost, and has its types."""
 
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,20 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("packed")
     source, wheel = pack(folder)
     return source, unpack(wheel, folder / "env/lib/python3.11/site-packages")
+
+
+def test_an_editable_install_finds_the_examples_too(tmp_path: Path):
+    """`python -m examples.moonlight.train` then works from any folder."""
+    shutil.copytree(ROOT / "muon_jax", tmp_path / "muon_jax")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    build = "from setuptools import build_meta; build_meta.build_editable('wheels')"
+    command = [sys.executable, "-c", build]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    [wheel] = (tmp_path / "wheels").glob("*.whl")
+    with zipfile.ZipFile(wheel) as packed:
+        [path] = [name for name in packed.namelist() if name.endswith(".pth")]
+        assert packed.read(path).decode().strip() == str(tmp_path.resolve())
 
 
 def files_of(folder: Path) -> set[Path]:

@@ -127,8 +127,8 @@ def pack(
     kept = [sample for sample in fitting if any(sample.counts[1:])]
     if not kept:
         raise ValueError(
-            f"none of {len(samples)} samples is left: {too_long} are longer than max_length "
-            f"{max_length}, and {len(fitting)} have no target that counts for the loss"
+            f"none of {len(samples)} samples is left: {too_long} are longer than "
+            f"--max_length {max_length}, and {len(fitting)} have no target that counts for the loss"
         )
     places = _best_fit([len(sample.tokens) for sample in kept], max_length, packing)
     rows = _fill([[kept[i] for i in place] for place in places], max_length)

@@ -160,6 +160,8 @@ def _read_file(
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, by number."""
+    if not is_there(path):
+        raise FileNotFoundError(f"{shown_name(path)}: no such file; give one of conversations")
     left = check_file(path)
     with path.open("rb") as file:
         number = 0

@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from examples.finetune.lora.adapters import LoraConfig, add_lora
 from examples.finetune.lora.peft_names import (
@@ -32,6 +31,7 @@ from examples.finetune.lora.peft_names import (
 )
 from examples.moonlight.common.files import read_json
 from examples.moonlight.common.untrusted import is_there, shown, shown_name
+from examples.moonlight.hf_export import save_tensors
 from examples.moonlight.huggingface.files import TensorFiles
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -99,7 +99,7 @@ def write_peft(folder: Path, model: Any, config: LoraConfig, *, base: str | None
     temporary.mkdir()
     try:
         (temporary / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n")
-        save_file(tensors, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(tensors, temporary / WEIGHTS_FILE)
         # safetensors lets nobody else read what it writes.
         shutil.copymode(temporary / CONFIG_FILE, temporary / WEIGHTS_FILE)
         temporary.rename(folder)

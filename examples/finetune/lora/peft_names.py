@@ -70,8 +70,8 @@ def adapted_places(model: Any) -> list[Place]:
     if unknown := adapted - {place.module for place in found}:
         raise ValueError(
             f"PEFT has no adapter for {min(unknown)} of this architecture: it takes such a name "
-            "for the fused experts, and ignores the tensors. Export merged weights, or adapt "
-            "attention alone"
+            "for the fused experts, and ignores the tensors. Export merged "
+            "weights, with --merge_lora true, or train adapters of attention alone"
         )
     return found
 

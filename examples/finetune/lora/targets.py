@@ -58,7 +58,7 @@ def find_targets(
             last = name.rsplit(".", 1)[-1]
             reason = f" ({_OFF[last]})" if last in _OFF else ""
             raise ValueError(
-                f"target_modules: no module is named {name!r}{reason}; there are {ALL_LINEAR}, "
+                f"--target_modules: no module is named {name!r}{reason}; there are {ALL_LINEAR}, "
                 f"{_names(there)}."
             )
         found |= fitting

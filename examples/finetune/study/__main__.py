@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import Literal
 
 import rich
-import tyro
 from rich.table import Table
 
 from examples.finetune.study.protocol import STUDIES, Study
 from examples.finetune.study.report import FIGURE, SUMMARY, report
 from examples.finetune.study.runs import open_store, run_study
 from examples.finetune.study.tables import all_tables
-from examples.moonlight.common.program import run_program
+from examples.moonlight.common.command_line import CommandLine
 from examples.one_thread import available_cores
 
 
@@ -85,5 +84,13 @@ def plan_table(study: Study, folder: Path, preset: str) -> Table:
     return table
 
 
+COMMAND_LINE = CommandLine("examples.finetune.study", Args, __doc__)
+
+
+def main() -> None:
+    """The program."""
+    COMMAND_LINE.run(run)
+
+
 if __name__ == "__main__":
-    run_program(lambda: run(tyro.cli(Args)))
+    main()

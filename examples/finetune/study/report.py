@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import rich
-import tyro
 
 from examples.finetune.study.analysis import summarize
 from examples.finetune.study.figure import draw
 from examples.finetune.study.protocol import STUDIES
 from examples.finetune.study.runs import open_store
 from examples.finetune.study.tables import all_tables
+from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.files import write_atomically
 from examples.scaling_law.report import fill_in
 
@@ -59,4 +59,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    CommandLine("examples.finetune.study.report", Args, __doc__).run(main)

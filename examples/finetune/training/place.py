@@ -53,6 +53,10 @@ def find_place(args: Args) -> Place:
             f"{FLAGS.resume} {asked}: that run works in {folder}, and --output_dir is "
             f"{args.output_dir}: leave --output_dir out, or give {folder}"
         )
+    if step is None and not folder.is_dir():
+        raise FileNotFoundError(
+            f"{FLAGS.resume} {asked}: there is no such folder; leave it out to begin a run"
+        )
     if step is not None and not asked.is_dir():
         kept = ", ".join(map(str, kept_steps(folder, PREFIX))) or "none"
         raise FileNotFoundError(

@@ -19,7 +19,7 @@ from examples.finetune.data.self_cognition import fill_identity
 from examples.finetune.data.sources import Loaded, hold_out, load_conversations
 from examples.finetune.data.template import Template, encode, load_template
 from examples.finetune.training.job import Job
-from examples.moonlight.common.untrusted import MEBIBYTE, read_text
+from examples.moonlight.common.untrusted import MEBIBYTE, is_there, read_text
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 
@@ -116,6 +116,10 @@ def system_text(system: str | None) -> str | None:
     """`--system`: the text itself, or what a .txt file holds."""
     if system is None or not system.endswith(".txt"):
         return system
+    if not is_there(Path(system)):
+        raise FileNotFoundError(
+            f"--system {system}: no such file; give the message, or a .txt file that holds it"
+        )
     return read_text(Path(system), limit=MEBIBYTE).strip()
 
 

@@ -217,17 +217,32 @@ class Generator:
         check_lengths(prompts, self.length)
 
 
-def check_lengths(prompts: Sequence[Sequence[int]], length: int) -> None:
+def check_lengths(
+    prompts: Sequence[Sequence[int]], length: int, longest: int | None = None
+) -> None:
     """Checks that every prompt fits into a cache, with room for one token more.
+
+    Args:
+        prompts: The tokens of each.
+        length: The tokens of the cache.
+        longest: The tokens of the longest text that the model reads; None is the cache's.
 
     Raises:
         ValueError: One is empty or too long.
     """
+    longest = longest or length
     for number, prompt in enumerate(prompts, start=1):
-        if not 0 < len(prompt) < length:
+        if not prompt:
+            raise ValueError(f"prompt {number} is empty: give at least a character")
+        if len(prompt) >= longest:
             raise ValueError(
-                f"prompt {number} has {len(prompt)} tokens; it needs at least one and fewer than "
-                f"the cache's {length}: shorten it, or raise --max-length"
+                f"prompt {number} has {len(prompt)} tokens, and the model reads texts of at most "
+                f"{longest}, the answer included: shorten it"
+            )
+        if len(prompt) >= length:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens, and --max-length {length} leaves no "
+                f"room behind it: shorten it, or give up to --max-length {longest}"
             )
 
 

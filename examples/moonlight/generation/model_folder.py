@@ -86,8 +86,13 @@ def open_model(
     """
     published = is_there(folder / CONFIG_FILE)
     if not published and not is_there(folder / SETTINGS):
+        if not folder.exists():
+            raise FileNotFoundError(
+                f"{folder}: there is no such folder; give a Hugging Face directory, or the output "
+                "folder of a training run"
+            )
         raise FileNotFoundError(
-            f"--model {folder}: found neither {CONFIG_FILE}, of a Hugging Face directory, nor "
+            f"{folder} is no model: found neither {CONFIG_FILE}, of a Hugging Face directory, nor "
             f"{SETTINGS}, of a training run"
         )
     if published and checkpoint != "last":
@@ -179,7 +184,8 @@ def _check_run(folder: Path, config: ModelConfig, checkpoint: str | int) -> None
     size = sum(path.stat().st_size for path in files)
     if not size:
         raise FileNotFoundError(
-            f"{folder / CHECKPOINTS} has no checkpoint {checkpoint!r}; there are the steps []"
+            f"{folder / CHECKPOINTS} has no checkpoint {checkpoint}: the run has saved none yet; "
+            "train on, with --resume"
         )
     # Weights hardly compress; to a thousandth they don't.
     if numbers > 1000 * size:

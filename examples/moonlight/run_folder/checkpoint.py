@@ -328,8 +328,10 @@ def read_model(directory: Path, target: PyTree, which: str | int = "last") -> tu
         }
         step = best_step(losses) if losses else which
     if not isinstance(step, int) or step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
         raise FileNotFoundError(
-            f"{directory} has no checkpoint {which!r}; there are the steps {steps}, last and best"
+            f"{directory} has no checkpoint {which}: give last, best, or a step of those that are "
+            f"kept, {there}"
         )
     check_checkpoint(directory, step, only=_MODEL)
     item = ocp.args.StandardRestore(_abstract(target))

@@ -46,7 +46,12 @@ def open_run_folder(
     """
     asked = json.loads(json.dumps(dict(settings)))
     _check(folder, asked, flags, resume=resume, must_exist=must_exist)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"{flags.output} {folder}: the folder cannot be made ({error.strerror}); choose another"
+        ) from error
     with RunLock(folder, flags) as lock:
         # Again: another process may have begun, and ended, in between.
         occupied = _check(folder, asked, flags, resume=resume, must_exist=must_exist)
@@ -56,13 +61,23 @@ def open_run_folder(
         yield lock
 
 
-def _check(
-    folder: Path, asked: dict[str, Any], flags: Flags, *, resume: bool, must_exist: bool
+def check_run_folder(
+    folder: Path, *, resume: bool, must_exist: bool = False, flags: Flags = PRETRAINING
 ) -> bool:
-    """Whether there is a run in the folder, which then is the one that is asked for."""
+    """Refuses a folder that no run can have, as `open_run_folder` does, by its files' names alone.
+
+    Returns:
+        Whether there is a run in it.
+
+    Raises:
+        FileExistsError: The folder is not empty and `resume` is False, or what it holds is no run.
+        FileNotFoundError: There is no run, and `must_exist` is True.
+    """
     path = folder / SETTINGS
     if must_exist and not path.exists():
         raise FileNotFoundError(f"{flags.step or flags.resume}: no run was started in {folder}")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{flags.output} {folder} is a file: choose a folder")
     # A hidden file is what a kill in the middle of an atomic write leaves behind.
     entries = folder.iterdir() if folder.exists() else ()
     occupied = any(not entry.name.startswith(".") for entry in entries)
@@ -76,8 +91,16 @@ def _check(
             f"{flags.resume}: {folder} holds files but no {SETTINGS}, so no run was started "
             f"there; choose another {flags.output}"
         )
+    return occupied
+
+
+def _check(
+    folder: Path, asked: dict[str, Any], flags: Flags, *, resume: bool, must_exist: bool
+) -> bool:
+    """Whether there is a run in the folder, which then is the one that is asked for."""
+    occupied = check_run_folder(folder, resume=resume, must_exist=must_exist, flags=flags)
     if occupied:
-        _check_same(folder, read_json(path), asked, flags)
+        _check_same(folder, read_json(folder / SETTINGS), asked, flags)
     return occupied
 
 

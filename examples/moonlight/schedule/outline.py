@@ -135,8 +135,8 @@ class Outline:
         if behind - total > last / 2:
             raise ValueError(
                 f"{total:,} tokens are too few for this schedule: one step of each of its "
-                f"{len(pieces)} segments takes it to {behind:,}; train on more, or with a smaller "
-                "batch"
+                f"{len(pieces)} segments takes it to {behind:,}; give more --total-tokens (or "
+                "--steps), or a smaller --batch-size or --sequence-length"
             )
         if behind > _INT32_MAX * self.sequence_length:
             raise ValueError(

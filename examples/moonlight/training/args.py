@@ -11,15 +11,25 @@ from examples.moonlight.schedule.recipe import RECIPES, Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Args:
-    """Trains a Moonlight on real text. What is left out depends on the preset; see `RECIPES`."""
+    """What a run of `train` is asked for; `resolve` fills in what a preset has."""
 
     output_dir: Path
     """Folder of the run: settings, metrics, checkpoints, results."""
+    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Continue the run in --output-dir; start it if nothing is there."""
+    resume_step: int | None = None
+    """Go back to the checkpoint of this step, and continue from there: every later checkpoint and
+    metric of the run is deleted."""
+    branch_from: str | None = None
+    """RUN@STEP: begin with everything that another run had at a checkpoint (weights, optimizer,
+    place in the data), in a new folder and perhaps with other settings. That run stays as it is."""
     preset: Literal["tiny", "mini", "small", "moonlight-16b-a3b"] = "tiny"
     """Architecture of the model, and what is trained with where nothing else is said."""
     init_from: str | None = None
     """Folder of a Hugging Face model that takes the place of the preset's architecture: its
     weights, as float32, and its tokenizer are what the run begins with."""
+    seed: int = 0
+    """Seed of the initial weights."""
     optimizer: Literal["muon", "muonclip", "adamw"] = "muon"
     """Muon (AdamW for embedding, head and norms); the same with QK-Clip behind it; or AdamW for
     everything."""
@@ -31,9 +41,15 @@ class Args:
     head by itself, or each group of heads."""
     muon_heads_per_group: int | None = None
     """Query heads of a group, of --muon-heads groups; a divisor of their number."""
+    bias_rate: float = 1e-3
+    """Step of the router biases that balance the experts, once per optimizer step; a cooldown holds
+    them still."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a gradient that is not finite: end the run there, or leave that update out, count it, and
+    go on; ten in a row end the run all the same. A resumed run may change it."""
     schedule: Literal["cosine", "moonlight"] | None = None
-    """Warmup and cosine; or the paper's three stages, with its batch ramp, at any size. See
-    `stages.py`, which prints them."""
+    """Warmup and cosine; or the paper's three stages, with its batch ramp, at any size:
+    python -m examples.moonlight.stages prints them."""
     learning_rate: float | None = None
     """Peak of the schedule, for both optimizers and both of Muon's groups."""
     weight_decay: float = 0.1
@@ -52,6 +68,32 @@ class Args:
     """Micro-batches per optimizer step; the most, where the batch grows."""
     cooldown_at: int | None = None
     """Begin the schedule's last stage after this many optimizer steps, earlier than planned."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Text file, .jsonl file or folder; left out, the Python standard library's own source. Several
+    sources have names: --data general=texts/ --data quality=best.jsonl."""
+    mix: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Weights of named sources, such as general=9,quality=1: once for the whole run, or once for
+    each stage in order; left out, by their sizes."""
+    cache_dir: Path = Path("runs/corpus")
+    """Where tokenized corpora are cached."""
+    data_seed: int = 0
+    """Seed of the order of the training windows."""
+    eval_every: int = 200
+    """Optimizer steps between validations; the last step is always validated."""
+    eval_windows: int = 256
+    """Held-out windows of --sequence-length tokens to validate on, of every source."""
+    checkpoint_every: int = 200
+    """Optimizer steps between checkpoints, which are validated; the last step of every stage is
+    always saved, and kept."""
+    max_to_keep: int = 2
+    """Most recent checkpoints to keep; the best by validation loss is kept besides."""
+    keep_every_tokens: int | None = None
+    """Keep besides, for good, the first checkpoint after every so many tokens."""
+    monitor_every: int = 0
+    """Optimizer steps between records of the stability monitors, which are drawn at the end; 0
+    measures nothing."""
+    prompt: str = "def "
+    """Text that the sample at the end continues."""
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     """Activations and products; weights and optimizer states are float32 in any case. Left out,
     bfloat16 on TPUs and on GPUs that have instructions for it, else float32."""
@@ -72,52 +114,21 @@ class Args:
     unroll: bool | None = None
     """Write the layers one after the other in the program, which is faster on CPU, instead of a
     loop over them, which compiles faster; left out, on CPU."""
-    bias_rate: float = 1e-3
-    """Step of the router biases that balance the experts, once per optimizer step; a cooldown holds
-    them still."""
-    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text file, .jsonl file or folder; left out, the Python standard library's own source. Several
-    sources have names: --data general=texts/ --data quality=best.jsonl."""
-    mix: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Weights of named sources, such as general=9,quality=1: once for the whole run, or once for
-    each stage in order; left out, by their sizes."""
-    cache_dir: Path = Path("runs/corpus")
-    """Where tokenized corpora are cached."""
-    seed: int = 0
-    """Seed of the initial weights."""
-    data_seed: int = 0
-    """Seed of the order of the training windows."""
-    eval_every: int = 200
-    """Optimizer steps between validations; the last step is always validated."""
-    eval_windows: int = 256
-    """Held-out windows of `sequence_length` tokens to validate on, of every source."""
-    checkpoint_every: int = 200
-    """Optimizer steps between checkpoints, which are validated; the last step of every stage is
-    always saved, and kept."""
-    max_to_keep: int = 2
-    """Most recent checkpoints to keep; the best by validation loss is kept besides."""
-    keep_every_tokens: int | None = None
-    """Keep besides, for good, the first checkpoint after every so many tokens."""
-    monitor_every: int = 0
-    """Optimizer steps between records of the stability monitors, which are drawn at the end; 0
-    measures nothing. See `monitors.py`."""
     steps_per_call: int | None = None
     """Optimizer steps per call into XLA, which saves dispatch time on small models; left out, up to
     20, of at most 4M tokens together."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
-    """At a gradient that is not finite: end the run there, or leave that update out, count it, and
-    go on; ten in a row end the run all the same. A resumed run may change it."""
-    prompt: str = "def "
-    """Text that the sample at the end continues."""
-    resume: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    """Continue the run in `output_dir`; start it if nothing is there."""
-    resume_step: int | None = None
-    """Go back to the checkpoint of this step, and continue from there: every later checkpoint and
-    metric of the run is deleted."""
-    branch_from: str | None = None
-    """RUN@STEP: begin with everything that another run had at a checkpoint (weights, optimizer,
-    place in the data), in a new folder and perhaps with other settings. That run stays as it is."""
 
+
+# The titles of groups in the help, by the first field of each.
+GROUPS = {
+    "output_dir": "run",
+    "preset": "model",
+    "optimizer": "optimizer",
+    "schedule": "schedule",
+    "data": "data",
+    "eval_every": "measuring and saving",
+    "compute_dtype": "device",
+}
 
 # Arguments that leave the losses alone, so that a resumed run may change them. `data` counts by its
 # hash, wherever it lies.

@@ -125,10 +125,16 @@ def make_job(args: Args, config: ModelConfig | None = None) -> Job:
     sharding = ModelSharding(None if args.mesh is None else make_mesh(args.mesh))
     sharding.check_divides(("batch", "--batch-size", recipe.batch_size))
     on_cpu = jax.default_backend() == "cpu"
+    experts = args.experts or ("dense" if on_cpu else "ragged")
+    if args.expert_capacity is not None and experts == "dense":
+        raise ValueError(
+            f"--expert-capacity {args.expert_capacity} limits the tokens that are sent to experts, "
+            "and --experts dense sends none: add --experts ragged, or leave the capacity out"
+        )
     execution = Execution(
         dtype=jnp.dtype(compute_dtype(args.compute_dtype)[0]),
         sharding=sharding,
-        experts=args.experts or ("dense" if on_cpu else "ragged"),
+        experts=experts,
         expert_capacity=args.expert_capacity,
         remat=args.remat,
         unroll=on_cpu if args.unroll is None else args.unroll,
