@@ -14,10 +14,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-DOCS = Path(__file__).parents[1] / "docs"
+from examples.colours import INK, ROOMS
 
-_INK = "#1b1b1b"
-_FILLS = ("#e3eef9", "#fdeedd", "#e8f3e4", "#f3e9f7")
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 class Room(NamedTuple):
@@ -133,10 +132,10 @@ def draw_rooms(path: Path, rows: tuple[tuple[Room, ...], ...]) -> None:
         width = 10.6 / len(rooms)
         for place, room in enumerate(rooms):
             names = "  ".join(_short(name) for name in room.paths)
-            fill = _FILLS[level % len(_FILLS)]
+            fill = ROOMS[level % len(ROOMS)]
             _box(axis, 0.4 + place * width, -level, width - 0.12, fill, names, room.does)
     axis.annotate(
-        "", (0.15, -len(rows) + 0.2), (0.15, -0.15), arrowprops={"arrowstyle": "->", "color": _INK}
+        "", (0.15, -len(rows) + 0.2), (0.15, -0.15), arrowprops={"arrowstyle": "->", "color": INK}
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -156,13 +155,13 @@ def draw_step(path: Path) -> None:
     axis.text(8.2, 0.22, "what a mesh adds", ha="center", fontsize=12, fontweight="bold")
     for row, (title, what, where) in enumerate(STEP):
         name = f"{title}   ({_short(where)})" if where else title
-        _box(axis, 0.1, -row, 5.2, _FILLS[0], name, what)
+        _box(axis, 0.1, -row, 5.2, ROOMS[0], name, what)
         if row:
             axis.annotate("", (2.6, -row), (2.6, -row + 0.2), arrowprops={"arrowstyle": "->"})
         if title in ON_A_MESH:
             adds, there = ON_A_MESH[title]
-            _box(axis, 5.7, -row, 5.2, _FILLS[1], _short(there), adds)
-            axis.plot([5.3, 5.7], [-row - 0.4] * 2, color=_INK, linewidth=1, linestyle=":")
+            _box(axis, 5.7, -row, 5.2, ROOMS[1], _short(there), adds)
+            axis.plot([5.3, 5.7], [-row - 0.4] * 2, color=INK, linewidth=1, linestyle=":")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -170,7 +169,7 @@ def draw_step(path: Path) -> None:
 def _box(axis: Axes, x: float, y: float, width: float, fill: str, title: str, what: str) -> None:
     axis.add_patch(
         FancyBboxPatch(
-            (x, y - 0.78), width, 0.76, boxstyle="round,pad=0.02", facecolor=fill, edgecolor=_INK
+            (x, y - 0.78), width, 0.76, boxstyle="round,pad=0.02", facecolor=fill, edgecolor=INK
         )
     )
     middle = x + width / 2

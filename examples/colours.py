@@ -20,6 +20,9 @@ TRAINING, VALIDATION = "#1b1b1b", "tab:green"
 # Groups of a model's parameters.
 ATTENTION, EXPERTS, DENSE, EMBEDDINGS = "tab:cyan", "tab:brown", "tab:olive", "0.3"
 
+# Runs beside each other: one that something is wrong with, and one as it should be.
+SICK, HEALTHY = "#aa3377", "0.55"
+
 # What divides a matrix before Newton-Schulz.
 PRECONDITIONINGS = {
     "frobenius": "#882255",
@@ -34,6 +37,9 @@ INK, FAINT = "#1b1b1b", "0.75"
 # Fills behind words: axes of a matrix, a step of a decision, and its end in an error.
 STEP, RAISES = "#eef4fb", "#fdeeee"
 AXES = {"in": "#cfe3f7", "out": "#fde0c2", "batch": "#dcdcdc", "adam": "#f6f6f6", "asks": "#ffffff"}
+
+# Fills of rooms within rooms, from the outermost.
+ROOMS = ("#e3eef9", "#fdeedd", "#e8f3e4", "#f3e9f7")
 
 # Ordered quantities, as layers and batch sizes, go through this map from dark to light, but for its
 # last tenth, a yellow too light for paper.

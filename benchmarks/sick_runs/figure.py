@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.sick_runs.cases import CASES, Case
 from benchmarks.sick_runs.train import Record
+from examples.colours import HEALTHY, SICK
 
 _TITLES = {
     "loss": "loss, nats per character",
@@ -59,9 +60,9 @@ def _draw(path: Path, name: str, case: Case, records: Mapping[str, Record], ever
         ours, beside = (np.asarray(records[n][diagnostic]) for n in (name, case.beside))
         steps = every * np.arange(1, len(ours) + 1)
         label = CASES[case.beside].title
-        axis.plot(steps, beside, color="0.55", linewidth=3 if not healthy else 1.6, label=label)
+        axis.plot(steps, beside, color=HEALTHY, linewidth=3 if not healthy else 1.6, label=label)
         if not healthy:
-            axis.plot(steps, ours, color="tab:red", linewidth=1.6, label=case.title)
+            axis.plot(steps, ours, color=SICK, linewidth=1.6, label=case.title)
         _frame(axis, diagnostic)
     for axis in axes.flat[-4:]:
         axis.set_xlabel("step", fontsize=9)
