@@ -102,7 +102,7 @@ STEP: tuple[tuple[str, str, str], ...] = (
     ),
     ("momentum", "M = mu M + G;  U = mu M + G", "muon_jax/_momentum.py"),
     ("take apart", "each leaf: [batch, fan_in, fan_out], bfloat16", "muon_jax/_matrices.py"),
-    ("group", "all matrices of one shape, wide: one batch", "muon_jax/_batching.py"),
+    ("group", "all matrices of one shape: one batch", "muon_jax/_batching.py"),
     ("orthogonalize", "five Newton-Schulz steps", "muon_jax/_newton_schulz.py"),
     ("scale", "0.2 sqrt(max(A, B)), in float32", "muon_jax/_update_rule.py"),
     ("put back", "into leaves", "muon_jax/_matrices.py"),
