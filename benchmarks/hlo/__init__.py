@@ -13,7 +13,8 @@ What is read how:
 - A loop's body counts as often as it runs: XLA's `known_trip_count`, else the bound in its
   condition.
 - An asynchronous collective counts at its start. XLA:TPU runs pieces of one inside several fusions,
-  under one `chain_id`: they count once. It writes a reduce-scatter as an all-reduce inside a fusion
+  under one `chain_id`, which may be rounds of a loop: they count once, as the piece that starts it
+  does. It writes a reduce-scatter as an all-reduce inside a fusion
   called `all-reduce-scatter`.
 - Of a conditional, the branch that sends most counts.
 - A ragged product on TPU is written as if each group multiplied every row, under a mask whose empty

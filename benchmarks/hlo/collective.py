@@ -18,6 +18,7 @@ COLLECTIVES = (
 )
 
 _CHAIN = re.compile(r'chain_id="?([^",}]+)')
+_STARTS = 'custom_call_target="AsyncCollectiveStart"'
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
@@ -34,6 +35,7 @@ class Collective:
       executions: how often it runs in one call of the program.
       scope: metadata's op_name, or that of an operand where XLA dropped it.
       chain: what joins the pieces of one asynchronous collective, or None.
+      begins: whether this piece is the one that starts it.
     """
 
     opcode: str
@@ -44,6 +46,7 @@ class Collective:
     executions: int
     scope: str
     chain: str | None = None
+    begins: bool = False
 
     @property
     def wire_bytes(self) -> float:
@@ -95,6 +98,7 @@ def read_collective(
         executions=1,
         scope=instruction.scope or _scope_of_operands(instruction, computation),
         chain=f"{kind} {chain[1]} {channel[1] if channel else ''}" if chain else None,
+        begins=_STARTS in computation.root.attributes,
     )
 
 

@@ -64,11 +64,15 @@ def _scatters(fusion: Instruction) -> bool:
 
 
 def _join_chains(found: list[Collective]) -> list[Collective]:
-    """Keep one piece of each asynchronous collective."""
+    """Keep one piece of each asynchronous collective: the one that starts it, where that is seen.
+
+    A collective that is started in front of a loop may go on in its rounds, in a piece that runs as
+    often as they do.
+    """
     chains: dict[str, Collective] = {}
     for c in found:
         if c.chain is not None:
             known = chains.get(c.chain)
-            if known is None or known.executions < c.executions:
+            if known is None or (known.begins, known.executions) < (c.begins, c.executions):
                 chains[c.chain] = c
     return [c for c in found if c.chain is None] + list(chains.values())

@@ -204,6 +204,41 @@ def test_pieces_of_one_chain_count_once():
     assert [c.bytes for c in found] == [1024, 1024]
 
 
+def test_a_collective_that_goes_on_in_a_loop_counts_as_often_as_it_is_started():
+    """One all-gather, started before four rounds of a loop whose body has a piece of it."""
+    start = (
+        piece("p0", "0", 5)
+        .replace("  ROOT %ag", "  %ag")
+        .replace(
+            "\n}",
+            '\n  ROOT %s = f32[64,4] custom-call(%ag), custom_call_target="AsyncCollectiveStart"\n}',
+        )
+    )
+    loop = """
+%body (state: (s32[], f32[64,4])) -> (s32[], f32[64,4]) {
+  %state = (s32[], f32[64,4]) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %v = f32[64,4] get-tuple-element(%state), index=1
+  %f1 = f32[64,4] fusion(%v), kind=kCustom, calls=%p1
+  ROOT %r = (s32[], f32[64,4]) tuple(%i, %f1)
+}
+
+%cond (state: (s32[], f32[64,4])) -> pred[] {
+  %state = (s32[], f32[64,4]) parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+"""
+    body = """
+  %f0 = f32[64,4] fusion(%x), kind=kCustom, calls=%p0
+  %w = (s32[], f32[64,4]) while(%t), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"4"}}
+"""
+    [found] = hlo.collectives(module(body, start + piece("p1", "0", 5) + loop))
+    assert (found.executions, found.bytes) == (1, 1024)
+    [found] = hlo.collectives(module(body, piece("p0", "0", 5) + piece("p1", "0", 5) + loop))
+    assert found.executions == 4  # where no start is seen
+
+
 LOOP = """
 %body (state: (s32[], f32[64,4])) -> (s32[], f32[64,4]) {
   %state = (s32[], f32[64,4]) parameter(0)
