@@ -197,6 +197,12 @@ MUTANTS: dict[str, Mutant] = {
         "_optimizer.py", "check_state_of(state, routes)", "pass", f"{STATE} -k state_of"
     ),
     # --- Batches and chunks
+    "tall matrices not turned back": Mutant(
+        "_newton_schulz.py",
+        "return _some_at_a_time(run, arithmetic, x.mT).mT",
+        "return _some_at_a_time(run, arithmetic, x.mT).reshape(x.shape)",
+        f"{MUON} -k ten_steps",
+    ),
     "chunks begin one too early": Mutant(
         "_common/loops.py",
         "first = start + number * length",

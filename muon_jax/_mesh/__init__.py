@@ -20,7 +20,6 @@ How it is run, inside one `shard_map`:
     distributed                   the six phases of a step, as in the paper's Algorithm 1
     run_group, part_runner        phases 3 to 6 of a group, and of one part of it
     owner_runners                 the routes on which matrices travel to owners
-    turn                          tall matrices to wide ones, and back
     collectives, gather           all_to_all and all_gather in bfloat16; AdamW's gather
 
 The mathematics of a matrix is outside: a runner calls it, and it knows of no mesh.

@@ -46,7 +46,6 @@ from muon_jax._mesh.plan import Plan, PlannedLeaf
 from muon_jax._mesh.run_group import run_group
 from muon_jax._mesh.shards import on_shards
 from muon_jax._mesh.specs import Sizes
-from muon_jax._mesh.turn import turn
 from muon_jax._mesh.zero1 import Zero1
 from muon_jax._momentum import heavy_ball
 from muon_jax._update_rule import UpdateRule
@@ -116,7 +115,7 @@ class _Step(NamedTuple):
             narrow = leaf.layout.split.gather(narrow)
         stacks = _local_views(leaf.views, leaf.layout, self.sizes, state=True).take(narrow)
         return {
-            (index, number): turn(stack) if view.is_tall else stack
+            (index, number): stack.mT if view.is_tall else stack
             for number, (view, stack) in enumerate(zip(leaf.views, stacks, strict=True))
         }
 

@@ -24,7 +24,6 @@ from muon_jax._mesh.plan import (
     runs_of_equal_parts,
 )
 from muon_jax._mesh.specs import Sizes
-from muon_jax._mesh.turn import turn
 from muon_jax._update_rule import UpdateRule
 
 RUNNERS: dict[type[Part], type[PartRunner[Any]]] = {
@@ -72,7 +71,7 @@ def run_group(
         results = _cut_out([result for result, _ in outcomes], bounds, start, stop)
         results = results.reshape(-1, member.matrices, *shape)
         where = (view, leaf.layout.of_views, group.key, sizes)
-        results = _unstacked(turn(results) if view.is_tall else results, *where)
+        results = _unstacked(results.mT if view.is_tall else results, *where)
         factors = None
         if rule.is_measured:
             factors = [factors for _, factors in outcomes if factors is not None]

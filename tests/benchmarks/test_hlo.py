@@ -206,14 +206,8 @@ def test_pieces_of_one_chain_count_once():
 
 def test_a_collective_that_goes_on_in_a_loop_counts_as_often_as_it_is_started():
     """One all-gather, started before four rounds of a loop whose body has a piece of it."""
-    start = (
-        piece("p0", "0", 5)
-        .replace("  ROOT %ag", "  %ag")
-        .replace(
-            "\n}",
-            '\n  ROOT %s = f32[64,4] custom-call(%ag), custom_call_target="AsyncCollectiveStart"\n}',
-        )
-    )
+    starts = '  ROOT %s = f32[64,4] custom-call(%ag), custom_call_target="AsyncCollectiveStart"'
+    start = piece("p0", "0", 5).replace("  ROOT %ag", "  %ag").replace("\n}", f"\n{starts}\n}}")
     loop = """
 %body (state: (s32[], f32[64,4])) -> (s32[], f32[64,4]) {
   %state = (s32[], f32[64,4]) parameter(0)

@@ -6,7 +6,6 @@ give the same bits. On Gaussians momenta and orthogonalized matrices do where a 
 
 import functools
 import math
-import re
 from typing import Any
 
 import jax
@@ -31,7 +30,6 @@ from muon_jax import (
 )
 from muon_jax._mesh.collectives import all_to_all, axes_index
 from muon_jax._mesh.owner_runners import ExchangeRunner
-from muon_jax._mesh.turn import turn
 from tests.checkers import gaussian, hadamard_rows, relative_error
 from tests.mesh.mesh_model import CHEAP_WORK, COSTLY_WORK
 from tests.reference import newton_schulz
@@ -862,12 +860,3 @@ def test_other_meshes_and_other_words_raise():
 def test_zero1_axes_are_names(untyped):
     with pytest.raises(TypeError, match="zero1_axes must name mesh axes"):
         muon(1e-3, mesh=make_mesh((8,), ("data",)), zero1_axes=3)
-
-
-def test_matrices_are_turned_where_they_are_narrow():
-    x = jnp.arange(24, dtype=jnp.bfloat16).reshape(2, 4, 3)
-    np.testing.assert_array_equal(jax.jit(turn)(x), x.mT)
-    lowered = jax.jit(turn).lower(x).as_text()
-    # One before and one after: no other operation can take the transposition over.
-    around = re.findall(r"@LayoutConstraint|stablehlo\.transpose", lowered)
-    assert around == ["@LayoutConstraint", "stablehlo.transpose", "@LayoutConstraint"]

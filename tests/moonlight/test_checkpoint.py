@@ -196,7 +196,7 @@ def test_best_last_and_steps_are_found(run: Path):
         save(checkpoints, 40, None)  # a signal came: nothing was validated
     assert read_model(run / "checkpoints", TEMPLATE, "best")[0] == 20
     for which in ("first", 15):
-        with pytest.raises(FileNotFoundError, match=rf"no checkpoint {which!r}; .* \[10, 20, 30"):
+        with pytest.raises(FileNotFoundError, match=rf"no checkpoint {which}: .* 10, 20, 30"):
             read_model(run / "checkpoints", TEMPLATE, which)
 
 

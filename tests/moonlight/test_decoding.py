@@ -207,8 +207,8 @@ def test_speed_counts_the_tokens_of_the_texts(generator):
     [
         ([], {}, "expected 1 to 3 prompts, got 0"),
         (4 * [[1]], {}, "expected 1 to 3 prompts, got 4"),
-        ([[1], []], {}, "prompt 2 has 0 tokens; it needs at least one and fewer than the cache's"),
-        ([[1] * 40], {}, "prompt 1 has 40 tokens; .* raise --max-length"),
+        ([[1], []], {}, "prompt 2 is empty: give at least a character"),
+        ([[1] * 40], {}, "prompt 1 has 40 tokens, .* texts of at most 40, .*: shorten it"),
         ([[1]], {"max_new_tokens": 0}, "--max-new-tokens must be positive, got 0"),
     ],
 )

@@ -512,7 +512,9 @@ def test_max_violation_is_the_excess_of_the_fullest_expert():
 
 
 def test_an_unknown_preset_raises_and_names_the_presets():
-    with pytest.raises(ValueError, match="'huge'; the presets are moonlight-16b-a3b, small, tiny"):
+    with pytest.raises(
+        ValueError, match="'huge'; the presets are moonlight-16b-a3b, small, mini, tiny"
+    ):
         MoonlightConfig.preset("huge")
 
 
