@@ -20,10 +20,12 @@ NEWEST_BIN := .venv-newest/bin
 train: .venv/.examples
 	$(BIN)/python -m examples.moonlight.train --preset tiny --output-dir runs/moonlight --resume
 
-# Tests that promise bits run as users do, the others with flags that save time, of those that the
-# installed jaxlib knows. With `loadfile` the tests of a file share the programs that they compile.
+# Tests that promise bits are compiled to the code that users get, the others with flags that save
+# time, of those that the installed jaxlib knows. With `loadfile` the tests of a file share the
+# programs that they compile.
 test: .venv/.test .aot/.tpu
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m bits
+	flags="$$($(BIN)/python -m tests.xla_flags bits)" && \
+	  XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist loadgroup -m bits
 	flags="$$($(BIN)/python -m tests.xla_flags)" && \
 	  XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist loadfile -m "not bits"
 
