@@ -94,6 +94,7 @@ def main(steps=300, batch=32, length=64, width=96, on_mesh=False, output=Path("r
     figure = Figure(layout="constrained")
     figure.subplots(subplot_kw={"xlabel": "step", "ylabel": "nats per character"}).plot(losses)
     figure.savefig(output)
+    print(f"drew the loss in {output}")
     predict, sample = nnx.jit(lambda model, text: model(text)[0, -1]), text[:length]
     for key in jax.random.split(jax.random.key(0), 400):
         logits = predict(model, sample[None, -length:]) / 0.7  # sharper than the model is sure
