@@ -13,7 +13,7 @@ import pytest
 from hypothesis import strategies as st
 from jax import lax
 
-import muon_jax  # noqa: F401 (registers the rules)
+import muon_jax._routing.use.program  # noqa: F401 (registers the rules)
 from muon_jax._routing.use.atoms import Digit, Gap, Part, length
 from muon_jax._routing.use.labels import Label
 from muon_jax._routing.use.reader import Reader
