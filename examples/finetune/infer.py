@@ -12,6 +12,7 @@ it is.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -33,7 +34,6 @@ from examples.moonlight.common.phases import phase
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.untrusted import is_there
 from examples.moonlight.generation.chat import Encoder
-from examples.moonlight.generation.decoding import Generator
 from examples.moonlight.generation.model_folder import OpenModel
 from examples.moonlight.generation.sampling import Sampling
 from examples.moonlight.model.execution.options import Execution
@@ -119,18 +119,9 @@ def infer(args: Args, console: Console | None = None) -> list[str]:
         opened, encode, trained_with = _open(args, execution, aside)
     system = system_text(trained_with if args.system is None else args.system)
 
-    def prepare(rows: int, length: int) -> Generator:
-        with phase(aside, f"compiling for {rows} x {length} tokens"):
-            return Generator(
-                opened.graphdef,
-                opened.params,
-                opened.bias,
-                batch=rows,
-                length=length,
-                sampling=sampling,
-                sharding=execution.sharding,
-            )
-
+    prepare = functools.partial(
+        opened.generator, aside, sampling=sampling, sharding=execution.sharding
+    )
     if args.prompt or args.val_dataset:
         questions = questions_of(args.prompt, args.val_dataset, system, args.seed)
         return answer(args, opened, encode, prepare, questions, console, aside)

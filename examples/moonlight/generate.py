@@ -9,6 +9,7 @@ output as it is drawn, what else there is to say to the standard error.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,7 +25,7 @@ from examples.moonlight.common.phases import phase
 from examples.moonlight.common.untrusted import read_text
 from examples.moonlight.data.tokenizer import encode_text
 from examples.moonlight.generation.chat import Message, load_chat_template
-from examples.moonlight.generation.decoding import Generator, check_lengths
+from examples.moonlight.generation.decoding import check_lengths
 from examples.moonlight.generation.model_folder import open_model
 from examples.moonlight.generation.sampling import Sampling
 from examples.moonlight.generation.texts import continue_texts, converse
@@ -153,19 +154,13 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
     with phase(aside, f"reading {args.model}"):
         opened = open_model(args.model, execution, checkpoint=checkpoint, console=aside)
 
-    def prepare(rows: int, length: int) -> Generator:
-        with phase(aside, f"compiling for {rows} x {length} tokens"):
-            return Generator(
-                opened.graphdef,
-                opened.params,
-                opened.bias,
-                batch=rows,
-                length=length,
-                chunk=args.prefill_chunk,
-                sampling=sampling,
-                sharding=execution.sharding,
-            )
-
+    prepare = functools.partial(
+        opened.generator,
+        aside,
+        chunk=args.prefill_chunk,
+        sampling=sampling,
+        sharding=execution.sharding,
+    )
     tokenizer, longest = opened.tokenizer, opened.config.max_position_embeddings
     if args.chat:
         generator = prepare(1, cache_length(args.max_length, min(CHAT_LENGTH, longest), longest))

@@ -65,7 +65,11 @@ def _processor() -> str:
 
 
 def _bound(folder: Path, most: int) -> None:
-    """Deletes the oldest files until the others together have at most so many bytes."""
+    """Deletes the oldest files until the others together have at most so many bytes.
+
+    JAX has a limit of its own (`jax_compilation_cache_max_size`). It keeps a second file beside
+    each entry, and writes no entry any more once a process was killed between the two (0.10.2).
+    """
     found = []
     for path in folder.iterdir():
         # Another process may delete it at the same time.

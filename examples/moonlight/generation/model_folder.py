@@ -13,10 +13,12 @@ from tokenizers import Tokenizer
 
 from examples.moonlight.common.files import read_json, write_atomically
 from examples.moonlight.common.json_text import MAX_JSON
+from examples.moonlight.common.phases import phase
 from examples.moonlight.common.untrusted import check_inside, is_there, read_bytes, shown
 from examples.moonlight.data.tokenized import END_OF_TEXT
 from examples.moonlight.data.tokenizer import CONFIG, listed_ids, load_tokenizer
 from examples.moonlight.generation.chat import END, TEMPLATE, special_token
+from examples.moonlight.generation.decoding import Generator
 from examples.moonlight.huggingface.config import CONFIG_FILE, ModelConfig
 from examples.moonlight.huggingface.names import extent
 from examples.moonlight.huggingface.pretrained import (
@@ -59,6 +61,20 @@ class OpenModel(NamedTuple):
     bias: nnx.State
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
+
+    def generator(self, console: Console, rows: int, length: int, **options: Any) -> Generator:
+        """Compiles the model for `rows` texts of `length` tokens, and says so on the console.
+
+        Args:
+            console: Where it is said.
+            rows: Texts that go through the model together.
+            length: Tokens of the longest text, prompt included.
+            **options: Others of `Generator`: the sampling, the chunk, the sharding.
+        """
+        with phase(console, f"compiling for {rows} x {length} tokens"):
+            return Generator(
+                self.graphdef, self.params, self.bias, batch=rows, length=length, **options
+            )
 
 
 def open_model(
