@@ -163,11 +163,12 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
     )
     tokenizer, longest = opened.tokenizer, opened.config.max_position_embeddings
     if args.chat:
+        encode = load_chat_template(args.model, tokenizer)
         generator = prepare(1, cache_length(args.max_length, min(CHAT_LENGTH, longest), longest))
         said = converse(
             generator,
             tokenizer,
-            load_chat_template(args.model, tokenizer),
+            encode,
             system=args.system,
             max_new_tokens=args.max_new_tokens,
             stop_ids=opened.stop_ids,
