@@ -51,11 +51,12 @@ def epochs_line(name: str, times: float, job: Job) -> str:
     if times < 1:
         return f"this run reads {times:.0%} of {name}"
     line = f"this run reads {name} {times:,.1f} times"
-    if times <= MOST_EPOCHS:
+    # "About four times" is what is known; the default text's length depends on the Python, too.
+    if round(times) <= MOST_EPOCHS:
         return line
     fewer = int(job.plan.tokens(job.plan.steps) * MOST_EPOCHS / times)
     return (
-        f"[yellow]{line}[/]; past {MOST_EPOCHS}, each time teaches less. Give more text with "
+        f"[yellow]{line}[/]; past about {MOST_EPOCHS}, each time teaches less. Give more text with "
         f"--data, or --total-tokens {fewer} or fewer"
     )
 
