@@ -180,6 +180,8 @@ def test_orbax_is_optional(checkpoints, tiny, report, refused, monkeypatch):
 
 def test_text(tiny, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["muon_jax", "report", str(tiny), "--mesh", "data=4"])
+    # runpy warns where another test has imported every module.
+    monkeypatch.delitem(sys.modules, "muon_jax.__main__", raising=False)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("muon_jax", run_name="__main__")
     assert ended.value.code == 0
