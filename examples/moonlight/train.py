@@ -40,6 +40,7 @@ from rich.console import Console
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.files import read_json, write_atomically
 from examples.moonlight.common.phases import phase
+from examples.moonlight.common.processes.start import enter
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.terminal import make_sturdy
 from examples.moonlight.data.tokenizer import TOKENIZER
@@ -310,8 +311,14 @@ def main(args: Args | None = None, config: ModelConfig | None = None) -> None:
     """
     make_sturdy()
     quieten_signals()
+
+    def program() -> None:
+        asked = args or COMMAND_LINE.parse()
+        enter(asked.processes)
+        train(asked, config)
+
     try:
-        run_program(lambda: train(args or COMMAND_LINE.parse(), config))
+        run_program(program)
     except Stopped as stopped:
         rich.print(f"{stopped}; the same command with --resume goes on")
         sys.exit(128 + stopped.signum)

@@ -1,4 +1,4 @@
-"""A program's command line, made of a flat dataclass of its options and the module's docstring.
+"""A program's command line, made of a dataclass of its options and the module's docstring.
 
 tyro reads the options and prints their help. What it does not do by itself is added here: options
 in groups though the dataclass is flat, paragraphs that break where the terminal ends, the command
@@ -16,7 +16,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
@@ -36,7 +36,8 @@ class CommandLine(Generic[Args]):
 
     Attributes:
         module: What stands behind `python -m`.
-        args: The options, a flat dataclass with a docstring below each field.
+        args: The options, a flat dataclass with a docstring below each field. A field that is a
+            dataclass itself stands for its own options, as a group.
         text: The module's docstring. Its first paragraph is what the program does, in a sentence;
             the others, with the examples, stand below the options.
         groups: The titles of groups of options, by the first option of each; a group goes on to
@@ -101,7 +102,14 @@ class CommandLine(Generic[Args]):
             raise
         groups = (getattr(read, field.name) for field in dataclasses.fields(read))
         values = [vars(group) for group in groups if dataclasses.is_dataclass(group)]
-        return self.args(**{name: value for group in values for name, value in group.items()})
+        flat = {name: value for group in values for name, value in group.items()}
+        kinds = typing.get_type_hints(self.args)
+        for field in dataclasses.fields(self.args):  # pyright: ignore[reportArgumentType]
+            if dataclasses.is_dataclass(kind := kinds[field.name]):
+                inner = [part.name for part in dataclasses.fields(kind)]
+                made: Any = kind
+                flat[field.name] = made(**{name: flat.pop(name) for name in inner})
+        return self.args(**flat)
 
     @property
     def _paragraphs(self) -> list[str]:
@@ -148,15 +156,13 @@ def documentation(args: type) -> dict[str, str]:
 
 def _grouped(line: CommandLine[Any]) -> Any:
     """A dataclass for tyro, with one of the same fields for each group inside."""
-    kinds = typing.get_type_hints(line.args, include_extras=True)
-    texts = documentation(line.args)
     groups: dict[str, list[Any]] = {}
     title = ""
-    for field in dataclasses.fields(line.args):  # pyright: ignore[reportArgumentType]
-        title = line.groups.get(field.name, title)
-        kind = kinds[field.name]
+    for owner, field, first in _options(line.args):
+        title = line.groups.get(first, title)
+        kind = typing.get_type_hints(owner, include_extras=True)[field.name]
         shown = tyro.conf.arg(
-            help=texts.get(field.name),
+            help=documentation(owner).get(field.name),
             metavar=_metavar(kind, line.underscores),
             help_behavior_hint=_hint(field, line),
         )
@@ -177,6 +183,17 @@ def _grouped(line: CommandLine[Any]) -> Any:
     made = dataclasses.make_dataclass(line.args.__name__, fields)
     made.__doc__ = ""
     return made
+
+
+def _options(args: Any) -> Iterator[tuple[Any, dataclasses.Field[Any], str]]:
+    """Each option: the dataclass that it is a field of, the field, and the outermost one's."""
+    kinds = typing.get_type_hints(args)
+    for field in dataclasses.fields(args):
+        if dataclasses.is_dataclass(kinds[field.name]):
+            for owner, inner, _ in _options(kinds[field.name]):
+                yield owner, inner, field.name
+        else:
+            yield args, field, field.name
 
 
 def _metavar(kind: Any, underscores: bool) -> str | None:

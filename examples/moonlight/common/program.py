@@ -4,6 +4,7 @@ import dis
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.start import fail
 from examples.moonlight.common.program_cache import keep_programs
 
 # A flag of every program: its errors keep their traceback.
@@ -69,8 +72,19 @@ def run_program(main: Callable[[], object]) -> None:
 
 
 def _end(error: Exception, whole: bool) -> None:
-    """Ends the process with the words of a foreseen error; raises any other."""
+    """Ends the process with the words of a foreseen error; raises any other.
+
+    One of several processes tells the others, and waits for nobody, as Python's own end would.
+    """
     words = None if whole else _words(error)
+    if group.count() > 1:
+        fail(words or repr(error))
+        if words is None:
+            traceback.print_exception(error)
+        else:
+            _tell("error", words, style="red")
+        sys.stderr.flush()
+        os._exit(1)
     if words is None:
         raise error
     _tell("error", words, style="red")

@@ -21,6 +21,25 @@ def make_sturdy() -> None:
             setattr(sys, name, _Sturdy(stream))
 
 
+def keep_stdout_from_libraries() -> None:
+    """Has only Python write to the standard output.
+
+    Libraries in C++ write to the same file, past Python and in the midst of its lines: gloo says
+    there how many others it is connected to.
+    """
+    stream = sys.stdout
+    if stream is None:
+        return
+    stream.flush()
+    if stream.fileno() != 1:
+        return
+    own = os.fdopen(os.dup(1), "w", 1, encoding=stream.encoding)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
+    sys.stdout = _Sturdy(own)
+
+
 class _Sturdy(io.TextIOBase):
     """A stream that hands everything to another one until that fails."""
 

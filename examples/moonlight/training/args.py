@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from examples.moonlight.common.processes.args import ProcessArgs
 from examples.moonlight.schedule.recipe import RECIPES, Recipe
 
 
@@ -117,6 +118,8 @@ class Args:
     steps_per_call: int | None = None
     """Optimizer steps per call into XLA, which saves dispatch time on small models; left out, up to
     20, of at most 4M tokens together."""
+    processes: ProcessArgs = dataclasses.field(default_factory=ProcessArgs)
+    """Which of several processes this one is."""
 
 
 # The titles of groups in the help, by the first field of each.
@@ -128,6 +131,7 @@ GROUPS = {
     "data": "data",
     "eval_every": "measuring and saving",
     "compute_dtype": "device",
+    "processes": "several processes",
 }
 
 # Arguments that leave the losses alone, so that a resumed run may change them. `data` counts by its
@@ -150,6 +154,7 @@ FREE = {
     "steps_per_call",
     "on_nonfinite",
     "prompt",
+    "processes",
     "resume",
     "resume_step",
 }
