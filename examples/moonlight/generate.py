@@ -18,15 +18,16 @@ import jax
 import jax.numpy as jnp
 import tyro
 from rich.console import Console
+from tokenizers import Tokenizer
 
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.json_text import read_jsonl
 from examples.moonlight.common.phases import phase
 from examples.moonlight.common.untrusted import read_text
 from examples.moonlight.data.tokenizer import encode_text
-from examples.moonlight.generation.chat import Message, load_chat_template
+from examples.moonlight.generation.chat import Encoder, Message, load_chat_template
 from examples.moonlight.generation.decoding import check_lengths
-from examples.moonlight.generation.model_folder import open_model
+from examples.moonlight.generation.model_folder import open_folder
 from examples.moonlight.generation.sampling import Sampling
 from examples.moonlight.generation.texts import continue_texts, converse
 from examples.moonlight.model.execution.dtype import compute_dtype
@@ -152,19 +153,28 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
     )
     checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
     with phase(aside, f"reading {args.model}"):
-        opened = open_model(args.model, execution, checkpoint=checkpoint, console=aside)
+        folder = open_folder(args.model, checkpoint)
+        tokenizer, longest = folder.tokenizer, folder.config.max_position_embeddings
+        # What does not fit the model is refused before its weights are read.
+        encode = encoder_of(args, tokenizer)
+        system = [] if args.system is None else [Message("system", args.system)]
+        asked = prompts or args.message  # of a conversation nothing yet
+        ids = [encode([*system, Message("user", text)]) for text in asked]
+        needed = max((len(each) + args.max_new_tokens for each in ids), default=CHAT_LENGTH)
+        length = cache_length(args.max_length, min(needed, longest), longest)
+        check_lengths(ids, length, longest)
+        opened = folder.load(execution, console=aside)
 
     prepare = functools.partial(
         opened.generator,
         aside,
+        length=length,
         chunk=args.prefill_chunk,
         sampling=sampling,
         sharding=execution.sharding,
     )
-    tokenizer, longest = opened.tokenizer, opened.config.max_position_embeddings
     if args.chat:
-        encode = load_chat_template(args.model, tokenizer)
-        generator = prepare(1, cache_length(args.max_length, min(CHAT_LENGTH, longest), longest))
+        generator = prepare(1)
         said = converse(
             generator,
             tokenizer,
@@ -178,29 +188,27 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
         )
         aside.print(str(generator.speed), soft_wrap=True)
         return [content for role, content in said if role == "assistant"]
-    if args.message:
-        encode = load_chat_template(args.model, tokenizer)
-        system = [] if args.system is None else [Message("system", args.system)]
-        ids = [encode([*system, Message("user", text)]) for text in args.message]
-    else:
-        ids = [encode_text(tokenizer, prompt) for prompt in prompts]
-    needed = max(map(len, ids)) + args.max_new_tokens
-    length = cache_length(args.max_length, needed, longest)
-    check_lengths(ids, length, longest)
     if length < needed:
         aside.print(f"texts end at {length} tokens, prompt included: that is what the cache holds")
-    generator = prepare(min(args.batch_size, len(ids)), length)
+    generator = prepare(min(args.batch_size, len(ids)))
     texts = continue_texts(
         generator,
         tokenizer,
         ids,
         max_new_tokens=args.max_new_tokens,
         stop_ids=opened.stop_ids,
-        tell=teller(console, prompts or args.message, inline=bool(prompts)),
+        tell=teller(console, asked, inline=bool(prompts)),
     )
     console.out()
     aside.print(str(generator.speed), soft_wrap=True)
     return texts
+
+
+def encoder_of(args: Args, tokenizer: Tokenizer) -> Encoder:
+    """The model's chat template; of prompts, which are continued as they are, their tokens."""
+    if args.chat or args.message:
+        return load_chat_template(args.model, tokenizer)
+    return lambda messages: encode_text(tokenizer, messages[-1].content)
 
 
 def teller(

@@ -16,7 +16,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from examples.moonlight.data.tokenizer import _byte_characters
 from examples.moonlight.generate import Args, cache_length, generate, read_prompts
 from examples.moonlight.generation.chat import Message
-from examples.moonlight.generation.model_folder import copy_companions, open_model, stop_tokens
+from examples.moonlight.generation.model_folder import (
+    ModelFolder,
+    copy_companions,
+    open_model,
+    stop_tokens,
+)
 from examples.moonlight.generation.texts import continue_texts, converse
 from examples.moonlight.huggingface.pretrained import load_pretrained
 from examples.moonlight.model.execution.options import Execution
@@ -269,7 +274,8 @@ def test_caches_have_few_lengths():
         ),
     ],
 )
-def test_wrong_arguments_are_refused(folder, changes, message):
+def test_wrong_arguments_are_refused_before_weights_are_read(folder, changes, message, monkeypatch):
+    monkeypatch.setattr(ModelFolder, "load", lambda *_, **__: pytest.fail("read the weights"))
     with pytest.raises(ValueError, match=message):
         generate(Args(folder, **changes))
 

@@ -77,23 +77,61 @@ class OpenModel(NamedTuple):
             )
 
 
-def open_model(
-    folder: Path,
-    execution: Execution,
-    *,
-    checkpoint: str | int = "last",
-    param_dtype: DTypeLike | None = None,
-    console: Console | None = None,
-) -> OpenModel:
-    """Reads a model onto the devices of an execution.
+class ModelFolder(NamedTuple):
+    """What a model's folder says of the model, before its weights are read.
+
+    Attributes:
+        path: A Hugging Face directory, or the output folder of a training run.
+        checkpoint: The checkpoint of a run: "last", "best" by validation loss, or a step.
+        config: The architecture.
+        tokenizer: Its ids are rows of the embedding.
+    """
+
+    path: Path
+    checkpoint: str | int
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+    def load(
+        self,
+        execution: Execution,
+        *,
+        param_dtype: DTypeLike | None = None,
+        console: Console | None = None,
+    ) -> OpenModel:
+        """Reads the weights onto the devices of an execution.
+
+        Args:
+            execution: How the model will be run.
+            param_dtype: The dtype of a directory's parameters; None is the execution's. Those of a
+                run are float32.
+            console: Shows progress; None shows none.
+
+        Raises:
+            FileNotFoundError: The folder lacks a file.
+            ValueError: A file is malformed.
+        """
+        folder, config = self.path, self.config
+        published = is_there(folder / CONFIG_FILE)
+        if not published:
+            _check_run(folder, config, self.checkpoint)
+        graphdef, *abstract = abstract_model(config, execution)
+        if published:
+            half = jnp.dtype(execution.dtype) == jnp.bfloat16
+            dtype = param_dtype or (jnp.bfloat16 if half else jnp.float32)
+            _, params, bias = load_pretrained(folder, execution, param_dtype=dtype, console=console)
+        else:
+            params, bias = _read_run(folder, abstract, execution, self.checkpoint)
+        stops = stop_tokens(folder, self.tokenizer)
+        return OpenModel(config, graphdef, params, bias, self.tokenizer, stops)
+
+
+def open_folder(folder: Path, checkpoint: str | int = "last") -> ModelFolder:
+    """Reads a model's configuration and tokenizer.
 
     Args:
         folder: A Hugging Face directory, or the output folder of a training run.
-        execution: How it will be run.
         checkpoint: The checkpoint of a run: "last", "best" by validation loss, or a step.
-        param_dtype: The dtype of a directory's parameters; None is the execution's. Those of a run
-            are float32.
-        console: Shows progress; None shows none.
 
     Raises:
         FileNotFoundError: The folder holds neither, or lacks a file.
@@ -123,16 +161,20 @@ def open_model(
             f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, and the model's "
             f"vocabulary {config.vocab_size}: they do not belong together"
         )
-    if not published:
-        _check_run(folder, config, checkpoint)
-    graphdef, *abstract = abstract_model(config, execution)
-    if published:
-        half = jnp.dtype(execution.dtype) == jnp.bfloat16
-        dtype = param_dtype or (jnp.bfloat16 if half else jnp.float32)
-        _, params, bias = load_pretrained(folder, execution, param_dtype=dtype, console=console)
-    else:
-        params, bias = _read_run(folder, abstract, execution, checkpoint)
-    return OpenModel(config, graphdef, params, bias, tokenizer, stop_tokens(folder, tokenizer))
+    return ModelFolder(folder, checkpoint, config, tokenizer)
+
+
+def open_model(
+    folder: Path,
+    execution: Execution,
+    *,
+    checkpoint: str | int = "last",
+    param_dtype: DTypeLike | None = None,
+    console: Console | None = None,
+) -> OpenModel:
+    """Reads a model onto the devices of an execution: `open_folder`, then `ModelFolder.load`."""
+    opened = open_folder(folder, checkpoint)
+    return opened.load(execution, param_dtype=param_dtype, console=console)
 
 
 def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
