@@ -70,6 +70,9 @@ def main(steps=300, batch=32, length=64, width=96, on_mesh=False, output=Path("r
     if min(steps, batch, length, width) < 1 or width % 4 or batch % devices:
         needs = f"--batch a multiple of {devices} (devices), --width one of 4 (heads)"
         raise ValueError(f"--steps, --batch, --length and --width must be positive, {needs}")
+    if on_mesh:
+        alone = ": nothing to share, see --help for a CPU with eight" if devices == 1 else ""
+        print(f"devices: {devices}{alone}")
     output.parent.mkdir(parents=True, exist_ok=True)
     library = b"".join(file.read_bytes() for file in sorted(Path(os.__file__).parent.glob("*.py")))
     text = np.array([character for character in library if character < 128])  # ASCII

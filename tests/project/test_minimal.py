@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import matplotlib.image
 import numpy as np
 import pytest
@@ -32,6 +33,18 @@ def test_a_mesh_has_the_same_losses_to_rounding(losses, tmp_path, capsys):
     np.testing.assert_allclose(spread, losses, rtol=0, atol=ROUNDING)
     printed = capsys.readouterr().out
     assert "head/kernel" in printed and "step  19: " in printed
+    assert printed.startswith("devices: 8\n")
+
+
+def test_a_mesh_of_one_device_is_said(monkeypatch, tmp_path, capsys):
+    def stop(*_: object) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setattr(minimal, "Model", stop)  # so that nothing is compiled
+    with pytest.raises(InterruptedError):
+        minimal.main(**TINY, on_mesh=True, output=tmp_path / "loss.png")
+    assert capsys.readouterr().out.startswith("devices: 1: nothing to share, see --help")
 
 
 def test_it_is_a_page():
