@@ -83,7 +83,8 @@ def shape_bars(axes: Axes, rows: Rows, peaks: Mapping[str, float]) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("GFLOP/s of five quintic steps")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=8)
+    # Below the axes: inside them it would lie on a bar, or on the line of a peak.
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=3)
 
 
 def step_bars(axes: Axes, cases: Mapping[str, Any]) -> None:
