@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -301,3 +303,33 @@ def test_a_completion_is_of_a_command_that_it_makes(capsys):
     said = capsys.readouterr().out
     command = f"alias moonlight-train='{sys.executable} -m examples.moonlight.train'"
     assert command in said and re.search(r"^complete .* moonlight-train$", said, re.M)
+
+
+# What a shell is asked once it has evaluated the script, and what it answers.
+ASKED = {
+    ("zsh", "-f"): (
+        "whence -w moonlight-train; print $_comps[moonlight-train]",
+        "moonlight-train: function\n_tyro_moonlight_train",
+    ),
+    ("fish",): ("complete --do-complete 'moonlight-train --preset '", "small"),
+}
+
+
+@pytest.mark.parametrize("shell", ASKED, ids=lambda shell: shell[0])
+def test_other_shells_complete_it_too(shell, capsys):
+    with pytest.raises(SystemExit):
+        train.COMMAND_LINE.parse(["--tyro-print-completion", shell[0]])
+    script = capsys.readouterr().out
+    assert '\n_tyro_moonlight_train "$@"' not in script  # else it runs before there is a word
+    if shutil.which(shell[0]) is None:
+        pytest.skip(f"{shell[0]} is not installed")
+    asks, answer = ASKED[shell]
+    ran = subprocess.run(
+        shell, input=f"{script}\n{asks}\n", capture_output=True, text=True, check=True
+    )
+    assert not ran.stderr and answer in ran.stdout
+
+
+def test_a_shell_without_completion_is_refused(capsys):
+    with pytest.raises(SystemExit, match="takes bash, fish or zsh, got csh"):
+        train.COMMAND_LINE.parse(["--tyro-print-completion", "csh"])

@@ -7,9 +7,11 @@ completion of a command that begins with `python -m`.
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
+import io
 import re
 import shutil
 import sys
@@ -77,27 +79,22 @@ class CommandLine(Generic[Args]):
             argv: The words behind the program's name; None is the process's.
 
         Raises:
-            SystemExit: The help or a completion was asked for, and is printed (code 0); or an
-                option is unknown, missing, or has a value of another type (code 2).
+            SystemExit: The help or a completion was asked for, and is printed (code 0); the
+                shell has none (code 1); or an option is unknown, missing, or has a value of
+                another type (code 2).
         """
         argv = sys.argv[1:] if argv is None else [*argv]
-        completes = bool(argv) and re.match(r"--tyro.(print|write).completion$", argv[0])
+        if argv and re.match(r"--tyro.print.completion$", argv[0]):
+            if argv[1:] not in (["bash"], ["fish"], ["zsh"]):
+                sys.exit(
+                    f"{argv[0]} takes bash, fish or zsh, got {' '.join(argv[1:]) or 'nothing'}"
+                )
+            print(self._completion(argv[1]))
+            sys.exit()
         try:
-            read = tyro.cli(
-                _grouped(self),
-                prog=self.short_name if completes else self.command,
-                # tyro joins lines, but for those that begin with a space.
-                description=_filled(self._paragraphs[0], _width(), indent="  "),
-                args=argv,
-                use_underscores=self.underscores,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
+            read = self._read(argv, self.command)
         except SystemExit as ended:
-            if not ended.code and completes:
-                # A shell completes by a command's first word, which for all modules is `python`.
-                command = f"{sys.executable} -m {self.module}"
-                print(f"alias {self.short_name}='{command}'")
-            elif not ended.code:
+            if not ended.code:
                 self._print_epilogue()
             raise
         groups = (getattr(read, field.name) for field in dataclasses.fields(read))
@@ -110,6 +107,37 @@ class CommandLine(Generic[Args]):
                 made: Any = kind
                 flat[field.name] = made(**{name: flat.pop(name) for name in inner})
         return self.args(**flat)
+
+    def _read(self, argv: Sequence[str], prog: str) -> Any:
+        return tyro.cli(
+            _grouped(self),
+            prog=prog,
+            # tyro joins lines, but for those that begin with a space.
+            description=_filled(self._paragraphs[0], _width(), indent="  "),
+            args=argv,
+            use_underscores=self.underscores,
+            config=(tyro.conf.OmitArgPrefixes,),
+        )
+
+    def _completion(self, shell: str) -> str:
+        """What a shell evaluates: tyro's script, and the command that it completes.
+
+        A shell completes by a command's first word, which for all modules is `python`.
+        """
+        asked = ["--tyro-print-completion", shell]
+        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+            self._read(asked, self.short_name)
+        script, command = printed.getvalue(), f"{sys.executable} -m {self.module}"
+        if shell != "zsh":
+            return f"{script}\nalias {self.short_name}='{command}'"
+        # tyro's is a file for zsh to load, whose last line calls its function; and zsh completes
+        # what an alias stands for, so that the command is a function.
+        function = f"_tyro_{self.short_name.replace('-', '_')}"
+        script = script.rstrip().removesuffix(f'{function} "$@"')
+        return f"""{script}
+{self.short_name}() {{ {command} "$@" }}
+(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit }}
+compdef {function} {self.short_name}"""
 
     @property
     def _paragraphs(self) -> list[str]:
