@@ -17,8 +17,9 @@ What is read how:
   does. It writes a reduce-scatter as an all-reduce inside a fusion
   called `all-reduce-scatter`.
 - Of a conditional, the branch that sends most counts.
-- A ragged product on TPU is written as if each group multiplied every row, under a mask whose empty
-  tiles are skipped: it counts once for each row, the rows that belong to no group included.
+- A ragged product on TPU counts once for each row, the rows that belong to no group included: it
+  is written as if each group multiplied every row, under a mask whose empty tiles are skipped.
+- A TPU kernel counts as what it says of itself.
 
 The modules, from the ground up: `brackets`, `shapes` and `module` make instructions of the text;
 `loops` and `calls` say what runs how often; `replica_groups`, `collective` and `sent` find what is

@@ -1,5 +1,6 @@
-"""The FLOPs of one product: a dot, a convolution, or a call of cuBLAS."""
+"""The FLOPs of one product: a dot, a convolution, a call of cuBLAS or of a TPU kernel."""
 
+import base64
 import json
 import math
 import re
@@ -86,9 +87,11 @@ def _window_positions(dim: int, settings: dict[str, str], inputs: int, outputs: 
 
 
 def _library_flops(call: Instruction, computation: Computation) -> float:
-    """A product that XLA hands to cuBLAS; other libraries' products raise."""
+    """A product that XLA hands to cuBLAS or a kernel; other libraries' products raise."""
     found = re.search(r'custom_call_target="([^"]*)"', call.attributes)
     target = found[1] if found else ""
+    if target == "tpu_custom_call":
+        return _kernel_flops(call)
     if target.startswith("__cublas$"):
         config = json.loads(
             call.attributes[call.attributes.index("backend_config=") + 15 :].split("\n")[0]
@@ -98,4 +101,20 @@ def _library_flops(call: Instruction, computation: Computation) -> float:
         return _contraction_flops(call, computation, contracted)
     if re.search("gemm|matmul|dot|conv", target, re.IGNORECASE):
         raise ValueError(f"cannot count the FLOPs of the library call {target!r} ({call.name})")
+    return 0.0
+
+
+def _kernel_flops(call: Instruction) -> float:
+    """What a Mosaic kernel's author says that it multiplies: its loops depend on what it is given.
+
+    Of `jax.lax.ragged_dot` XLA:TPU says each row once, the rows of no group included.
+
+    Raises:
+      ValueError: a kernel that multiplies says nothing of it.
+    """
+    if said := re.search(r'"cost_estimate":\{[^}]*"flops":"(\d+)"', call.attributes):
+        return float(said[1])
+    body = re.search(r'"body":"([^"]*)"', call.attributes)
+    if body and b"matmul" in base64.b64decode(body[1]):
+        raise ValueError(f"the kernel {call.name} multiplies, and has no estimate of its FLOPs")
     return 0.0

@@ -1,5 +1,7 @@
 """The counter of HLO: handwritten modules for each form, and compiled programs of known cost."""
 
+import base64
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -349,8 +351,13 @@ def test_loops_within_calls_multiply():
 
 
 def test_ragged_products_of_tpus_count_each_row_once():
-    """As XLA:TPU writes `jax.lax.ragged_dot`: four groups, each on all rows, in two fusions."""
-    ragged = 'backend_config={"is_ragged_dot":true,"num_groups_in_ragged_dot":"4"}'
+    """As libtpu 0.0.52 writes `ragged_dot`: four groups, each on all rows, in two fusions."""
+    ragged = (
+        'backend_config={"convolution_algorithm_config":{"is_ragged_dot":true,'
+        '"num_groups_in_ragged_dot":"4"},"mask_aggregator_config":{'
+        '"mask_dim_to_iteration_index":["1","2"],'
+        '"iteration_skipper_mode":"ITERATION_SKIPPER_MODE_GROUP_STARTS"}}'
+    )
     fusions = f"""
 %product (x: bf16[96,8], w: bf16[4,8,16]) -> bf16[96,16] {{
   %x = bf16[96,8] parameter(0)
@@ -371,6 +378,47 @@ metadata={{op_name="a/b"}}, {ragged}
     text = module(line, fusions)
     assert hlo.flops(text) == 2 * 96 * 8 * 16
     assert hlo.flops_by_scope(text) == {"a/b": 2 * 96 * 8 * 16}
+
+
+def test_ragged_gradients_of_older_compilers_count_each_row_once():
+    """As libtpu 0.0.42 writes the weights' gradient: the groups are only in the tiles' loop."""
+    masked = (
+        'backend_config={{"window_config":{{"iteration_bounds":["2","4","5","1"]}},'
+        '"mask_aggregator_config":{{"mask_dim_to_iteration_index":{dims},'
+        '"iteration_skipper_mode":"ITERATION_SKIPPER_MODE_GROUP_STARTS"}}}}'
+    )
+    product = """
+%product (x: bf16[96,8], y: bf16[96,16]) -> bf16[4,8,16] {
+  %x = bf16[96,8] parameter(0)
+  %y = bf16[96,16] parameter(1)
+  %xs = bf16[4,96,8] broadcast(%x), dimensions={1,2}
+  %ys = bf16[4,96,16] broadcast(%y), dimensions={1,2}
+  ROOT %c = bf16[4,8,16] convolution(%xs, %ys), window={size=4 stride=3 lhs_dilate=4}, \
+dim_labels=0fb_0io->0bf
+}
+"""
+    line = "  ROOT %f = bf16[4,8,16] fusion(%x, %x), kind=kOutput, calls=%product, "
+    text = module(line + masked.format(dims='["1","3"]'), product)
+    assert hlo.flops(text) == 2 * 96 * 8 * 16
+    # The table of the groups' starts is said to skip as well, and masks nothing.
+    assert hlo.flops(module(line + masked.format(dims="[]"), product)) == 4 * 2 * 96 * 8 * 16
+    unknown = masked.format(dims='["1","3"]').replace("iteration_bounds", "bounds")
+    with pytest.raises(ValueError, match="cannot read the groups of the ragged product f"):
+        hlo.flops(module(line + unknown, product))
+
+
+def test_kernels_of_tpus_count_what_they_say():
+    """libtpu 0.0.42 multiplies the rows of groups in a Mosaic kernel."""
+    kernel = '  ROOT %k = bf16[96,16] custom-call(%x), custom_call_target="tpu_custom_call", '
+    config = 'backend_config={{"custom_call_config":{{"body":"{}"{}}}}}'
+    multiplies, moves = (
+        base64.b64encode(body).decode() for body in (b"%1 = tpu.matmul %0", b"tpu.iota")
+    )
+    said = ',"cost_estimate":{"flops":"24576","transcendentals":"0"}'
+    assert hlo.flops(module(kernel + config.format(multiplies, said))) == 24576
+    assert hlo.flops(module(kernel + config.format(moves, ""))) == 0
+    with pytest.raises(ValueError, match="the kernel k multiplies, and has no estimate"):
+        hlo.flops(module(kernel + config.format(multiplies, "")))
 
 
 def test_conditionals_count_their_heaviest_branch():
