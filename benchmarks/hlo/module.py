@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 
 from benchmarks.hlo.brackets import closing, split
 from benchmarks.hlo.shapes import Shape, read_shape
@@ -77,8 +78,8 @@ def parse(text: str) -> Module:
       ValueError: if it has no entry computation.
     """
     entry, computations, current = None, {}, None
-    for line in text.splitlines():
-        if current is not None and line.startswith("}"):
+    for line in _whole_lines(text):
+        if current is not None and line.rstrip() == "}":
             current = None
         elif current is not None:
             instruction = _instruction(line)
@@ -94,6 +95,22 @@ def parse(text: str) -> Module:
         )
     counts = [re.search(rf"\b{key}=(\d+)", text) for key in ("replica_count", "num_partitions")]
     return Module(entry, computations, math.prod(int(found[1]) for found in counts if found))
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """The lines, with an instruction as one: a Pallas kernel's metadata is spread over several."""
+    held = ""
+    for line in text.splitlines():
+        if held and line.rstrip() != "}" and not line.startswith("  "):
+            held += line
+            continue
+        if held:
+            yield held
+        held = line if _INSTRUCTION.match(line) else ""
+        if not held:
+            yield line
+    if held:
+        yield held
 
 
 def _instruction(line: str) -> Instruction | None:

@@ -407,6 +407,16 @@ dim_labels=0fb_0io->0bf
         hlo.flops(module(line + unknown, product))
 
 
+def test_an_instruction_over_several_lines_is_one():
+    """As Pallas kernels with metadata are written: a line then begins with a closing bracket."""
+    kernel = """  %k = f32[64,4] custom-call(%x), custom_call_target="tpu_custom_call", \
+frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="a/b"}
+  ROOT %c = f32[64,4] all-reduce(%k), replica_groups={}, to_apply=%add"""
+    assert only(module(kernel)).scope == "a/b"
+
+
 def test_kernels_of_tpus_count_what_they_say():
     """libtpu 0.0.42 multiplies the rows of groups in a Mosaic kernel."""
     kernel = '  ROOT %k = bf16[96,16] custom-call(%x), custom_call_target="tpu_custom_call", '
