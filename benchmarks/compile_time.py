@@ -57,7 +57,8 @@ def main(args: Args) -> dict[str, float]:
             lengths[peer] = len(program.compiled_text())
             seconds[peer] = time.perf_counter() - start
             processor[peer] = time.process_time() - spent
-    table = Table(title=f"{case.title}, {target.name}", title_justify="left")
+    title = f"{case.title}, {target.name}, {targets.compiler(target)}"
+    table = Table(title=title, title_justify="left")
     for column in ("optimizer", "trace and compile", "processor", "to optax", "program"):
         table.add_column(column, justify="left" if column == "optimizer" else "right")
     for peer in PEERS:

@@ -107,7 +107,8 @@ def measure(args: Args) -> dict[str, Any]:
 
 
 def _target(args: Args) -> targets.Target:
-    return targets.T4 if args.target == "t4" else targets.TARGETS[args.target]
+    name = {"cpu": "cpu-8"}.get(args.target, args.target)
+    return targets.T4 if name == "t4" else targets.TARGETS[name]
 
 
 def lines(args: Args, row: dict[str, Any]) -> list[str]:
@@ -119,6 +120,7 @@ def lines(args: Args, row: dict[str, Any]) -> list[str]:
         f"{args.preset} on {args.target}, {args.compute_dtype}, {args.experts} experts: "
         f"{row['parameters']:,} parameters, "
         f"{row['active']:,} active per token beside embedding and head",
+        targets.compiler(_target(args)),
         f"memory: {sum(held.values()) / GIB:.2f} GiB ({parts})",
         f"a step: {flops['model'] / 1e12:.3f} TFLOPs of the model, "
         f"{flops['newton-schulz'] / 1e12:.3f} of Newton-Schulz",

@@ -164,6 +164,14 @@ def compiler_versions() -> dict[str, str]:
     return {name: version for name, version in found.items() if version}
 
 
+def compiler(target: Target) -> str:
+    """Whose program for the target this is, with its version: what every table says beside it."""
+    package = {"cpu": "jaxlib", "tpu": "libtpu", "cuda": "jax-cuda13-plugin"}[target.platform]
+    version = _version(package) or "missing"
+    with_jax = "" if target.platform == "cpu" else f" with jax {metadata.version('jax')}"
+    return f"compiled by {package} {version}{with_jax}"
+
+
 def environment(target: Target) -> dict[str, str]:
     """The environment variables of a process that compiles for the target.
 

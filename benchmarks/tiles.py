@@ -70,7 +70,8 @@ def main(args: Args) -> list[dict[str, Any]]:
     """Compile, print the table, write the JSON."""
     console, rows = Console(), []
     mesh = targets.make_mesh(TARGET, TARGET.mesh, ("x",))
-    table = Table(title="Bytes of a reduce-scatter, to its elements'", title_justify="left")
+    title = f"Bytes of a reduce-scatter, to its elements',\n{targets.compiler(TARGET)}"
+    table = Table(title=title, title_justify="left")
     for column in ("gradient", "cut", "a shard", "sublanes", "lanes", "the rule", ""):
         table.add_column(column, justify="right")
     for shape in args.shapes:

@@ -23,7 +23,8 @@ What is read how:
 
 The modules, from the ground up: `brackets`, `shapes` and `module` make instructions of the text;
 `loops` and `calls` say what runs how often; `replica_groups`, `collective` and `sent` find what is
-sent; `products`, `ragged` and `multiplied` what is multiplied.
+sent; `products`, `ragged` and `multiplied` what is multiplied. Beside them, `traffic` counts what
+is read and written, and `timing` adds up what a TPU's compiler expects each piece to take.
 """
 
 from benchmarks.hlo.collective import Collective

@@ -18,7 +18,7 @@ COLLECTIVES = (
 )
 
 _CHAIN = re.compile(r'chain_id="?([^",}]+)')
-_STARTS = 'custom_call_target="AsyncCollectiveStart"'
+_STARTS, _ENDS = (f'custom_call_target="AsyncCollective{end}"' for end in ("Start", "Done"))
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
@@ -36,6 +36,7 @@ class Collective:
       scope: metadata's op_name, or that of an operand where XLA dropped it.
       chain: what joins the pieces of one asynchronous collective, or None.
       begins: whether this piece is the one that starts it.
+      ends: whether this piece is the one that waits for its end.
     """
 
     opcode: str
@@ -47,6 +48,7 @@ class Collective:
     scope: str
     chain: str | None = None
     begins: bool = False
+    ends: bool = False
 
     @property
     def wire_bytes(self) -> float:
@@ -99,6 +101,7 @@ def read_collective(
         scope=instruction.scope or _scope_of_operands(instruction, computation),
         chain=f"{kind} {chain[1]} {channel[1] if channel else ''}" if chain else None,
         begins=_STARTS in computation.root.attributes,
+        ends=_ENDS in computation.root.attributes,
     )
 
 

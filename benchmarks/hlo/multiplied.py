@@ -5,7 +5,7 @@ from collections import defaultdict
 from typing import Literal
 
 from benchmarks.hlo.calls import branches_of, calls_of
-from benchmarks.hlo.module import parse
+from benchmarks.hlo.module import Computation, Instruction, Module, parse
 from benchmarks.hlo.products import product_flops
 from benchmarks.hlo.ragged import ragged_groups
 
@@ -66,3 +66,13 @@ def flops_by_scope(
         return total
 
     return dict(inside(module.entry))
+
+
+def flops_of(instruction: Instruction, computation: Computation, module: Module) -> float:
+    """FLOPs of one instruction, those of a fusion's products among them."""
+    total = product_flops(instruction, computation)
+    if instruction.opcode == "fusion":
+        inner = [module.computations[name] for name in instruction.called("calls")]
+        fused = sum(flops_of(i, one, module) for one in inner for i in one.instructions.values())
+        total += fused / ragged_groups(instruction, module)
+    return total

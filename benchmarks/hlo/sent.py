@@ -32,7 +32,7 @@ def collectives(text: str, *, assume_trip_count: int | None = None) -> list[Coll
             if branches:
                 found += max(map(inside, branches), key=total_bytes)
             for callee, times in calls_of(instruction, name, module, assume_trip_count):
-                found += [_as_called(c, instruction, times) for c in inside(callee)]
+                found += [as_called(c, instruction, times) for c in inside(callee)]
         return tuple(_join_chains(found))
 
     return list(inside(module.entry))
@@ -43,7 +43,7 @@ def total_bytes(found: "tuple[Collective, ...] | list[Collective]") -> float:
     return sum(c.wire_bytes for c in found)
 
 
-def _as_called(collective: Collective, caller: Instruction, times: int) -> Collective:
+def as_called(collective: Collective, caller: Instruction, times: int) -> Collective:
     """A collective of a called computation, as the caller sees it."""
     opcode = collective.opcode
     if caller.opcode == "fusion" and opcode == "all-reduce" and _scatters(caller):

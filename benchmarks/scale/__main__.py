@@ -10,6 +10,10 @@ recomputed layers, empty slots of the dispatch and the upper half of attention's
 difference. "Newton-Schulz" is its share of all FLOPs: of the device that XLA's program makes the
 busiest, and of an even division. Wire bytes are what one device sends in a step, as a ring does.
 
+Of a TPU's program also the time is shown that its compiler expects of each part: of the model, and
+of what the optimizer adds (`benchmarks.hlo.timing` has what is estimated, and how). What waits for
+the network makes the step longer, what is hidden does not.
+
 The program cannot say how many rounds the dispatch's loop takes: as many as the routing needs, one
 if it is balanced to a quarter. One is counted.
 """
@@ -27,6 +31,7 @@ from rich.table import Table
 from benchmarks import targets
 from benchmarks.harness import environment, write_json
 from benchmarks.scale.cases import GIB, SCALES
+from benchmarks.scale.spent import seconds
 from examples.moonlight.common.command_line import CommandLine
 
 PAPER_BATCH = 4096
@@ -50,6 +55,7 @@ class Args:
       context: tokens of a sequence.
       batch: sequences of a step; each device takes one at a time.
       output: where the JSON goes; rows of other jobs that are there stay.
+      texts: a folder where compiled programs are kept, to be read again instead of compiled.
     """
 
     targets: tuple[str, ...] = ("v5e-256", "v5e-64", "h100-8")
@@ -58,6 +64,7 @@ class Args:
     context: int = 8192
     batch: int = 2048
     output: Path = Path("runs/benchmarks/scale.json")
+    texts: Path | None = None
 
 
 class WorkerError(RuntimeError):
@@ -73,8 +80,9 @@ def measure(name: str, args: Args) -> dict[str, Any]:
     job = {"target": name} | {
         key: getattr(args, key) for key in ("preset", "layers", "context", "batch")
     }
+    command = [sys.executable, "-m", "benchmarks.scale.steps", json.dumps(job)]
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.scale.steps", json.dumps(job)],
+        command + ([str(args.texts.absolute())] if args.texts else []),
         cwd=targets.ROOT,
         env=targets.environment(SCALES[name].target),
         capture_output=True,
@@ -112,7 +120,7 @@ def shares(row: dict[str, Any]) -> dict[str, float]:
 
 
 def show(console: Console, rows: list[dict[str, Any]]) -> None:
-    """Print three tables, in 80 columns, and what had to be assumed."""
+    """Print the tables, in 80 columns, and what had to be assumed."""
     memory = Table(title="memory of one device, GiB", box=None, title_justify="left")
     for name in ("target", "mesh", "layers", "args", "temp", "code", "total", "of", ""):
         memory.add_column(name, justify="left" if name in ("target", "mesh") else "right")
@@ -129,6 +137,9 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
         mark = "[green]fits[/green]" if row["fits"] else "[red]too large[/red]"
         memory.add_row(*start, *figures, room, mark)
     console.print(memory, "")
+    for said in dict.fromkeys(targets.compiler(SCALES[row["target"]].target) for row in rows):
+        console.print(said)
+    console.print()
     for row in rows:
         if "compiler" in row:
             console.print(f"{row['target']}, its compiler: {row['compiler']}\n")
@@ -140,6 +151,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     for name in ("target", "micro", "model", "formula", "ratio", "newton-schulz", "share", "even"):
         flops.add_column(name, justify="left" if name == "target" else "right")
     wire = Table(title="GB that one device sends in a step", box=None, title_justify="left")
+    wire.padding = (0, 1, 0, 0)
     for name in ("target", *SHORT.values(), "all"):
         wire.add_column(name, justify="left" if name == "target" else "right")
     for row in rows:
@@ -160,9 +172,38 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
         wire.add_row(row["target"], *(f"{x:.2f}" if x < 10 else f"{x:.0f}" for x in gigabytes))
     console.print(flops, "", wire, "")
     for row in rows:
+        if row["seconds"]:
+            show_seconds(console, row)
+    for row in rows:
         for loop in row["assumed_once"]:
             end = "/".join(loop.split("/")[-3:])
             console.print(f"{row['target']}: length not in the program, counted once: {end}")
+
+
+def show_seconds(console: Console, row: dict[str, Any]) -> None:
+    """Print what each part of the step takes by the compiler's estimates."""
+    spent, chip = row["seconds"], SCALES[row["target"]].chip
+    assert chip is not None
+    total = seconds(spent)
+    table = Table(box=None, title_justify="left")
+    table.title = f"{row['target']}: milliseconds of a step, estimated by its compiler"
+    table.add_column("part")
+    for name in ("computes", "waits", "hidden", "of the step"):
+        table.add_column(name, justify="right")
+    optimizer = {
+        kind: sum(one[kind] for part, one in spent.items() if part != "model")
+        for kind in ("computed", "waited", "hidden")
+    }
+    for part, one in (*spent.items(), ("the optimizer", optimizer)):
+        share = (one["computed"] + one["waited"]) / total["all"]
+        table.add_row(part, *(f"{1e3 * x:,.1f}" for x in one.values()), f"{share:.3%}")
+    console.print(table)
+    at_peak = row["flops"]["model"] / chip.peak
+    least = seconds(spent, model=at_peak)
+    console.print(
+        f"a model at the chip's peak, waiting for nothing, would take {at_peak:,.1f} s: "
+        f"{1 - at_peak / least['all']:.2%} would be the optimizer's\n"
+    )
 
 
 def main(args: Args) -> dict[str, Any]:

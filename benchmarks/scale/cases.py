@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from benchmarks.hlo.timing import Chip
 from benchmarks.targets import Platform, Target
 
 GIB = 2**30
@@ -20,6 +21,7 @@ class Scale:
       memory: of one device, in bytes.
       attention_block: queries whose logits exist at a time.
       loss_block: tokens whose logits exist at a time.
+      chip: how fast its parts are, of a TPU.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Scale:
     memory: float
     attention_block: int = 1024
     loss_block: int = 512
+    chip: Chip | None = None
 
     @property
     def devices(self) -> int:
@@ -41,15 +44,22 @@ class Scale:
         return Target(self.name, self.platform, self.topology, self.mesh)
 
 
+def _v5e(side: int) -> Chip:
+    """197 TFLOP/s are four units of 128x128 at 1.5 GHz; only an axis of 16 chips is a ring."""
+    return Chip(clock=1.5e9, peak=197e12, link=45e9, side=side, wraps=side == 16)
+
+
+_V5P_4X4X4 = Chip(clock=1.75e9, peak=459e12, link=90e9, side=4, wraps=True)
+
 SCALES = {
     scale.name: scale
     for scale in (
         Scale("cpu-8", "cpu", "", (1, 4, 2, 1), 8 * GIB),
-        Scale("v5e-256", "tpu", "v5e:16x16", (1, 16, 16, 1), 16 * GIB),
-        Scale("v5e-64", "tpu", "v5e:8x8", (1, 8, 8, 1), 16 * GIB),
-        Scale("v5e-32", "tpu", "v5e:4x8", (1, 4, 8, 1), 16 * GIB),
-        Scale("v5p-64", "tpu", "v5p:4x4x4", (1, 8, 8, 1), 95 * GIB),
+        Scale("v5e-256", "tpu", "v5e:16x16", (1, 16, 16, 1), 16 * GIB, chip=_v5e(16)),
+        Scale("v5e-64", "tpu", "v5e:8x8", (1, 8, 8, 1), 16 * GIB, chip=_v5e(8)),
+        Scale("v5e-32", "tpu", "v5e:4x8", (1, 4, 8, 1), 16 * GIB, chip=_v5e(8)),
+        Scale("v5p-64", "tpu", "v5p:4x4x4", (1, 16, 4, 1), 95 * GIB, chip=_V5P_4X4X4),
         Scale("h100-8", "cuda", "1x1x8", (1, 2, 4, 1), 84_942_979_072),
-        Scale("v5e-8", "tpu", "v5e:2x4", (1, 2, 4, 1), 16 * GIB),
+        Scale("v5e-8", "tpu", "v5e:2x4", (1, 2, 4, 1), 16 * GIB, chip=_v5e(4)),
     )
 }

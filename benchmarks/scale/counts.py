@@ -5,6 +5,8 @@ from collections import defaultdict
 from typing import Any
 
 from benchmarks import hlo
+from benchmarks.hlo.timing import Chip, stretches
+from benchmarks.scale.spent import by_part
 
 SMALL_BYTES = 2**16
 """Of a reduction: a norm, a count, a maximum, a gain's gradient. Matrices are larger."""
@@ -36,8 +38,11 @@ def phase_of(collective: hlo.Collective) -> str:
     return "other"
 
 
-def count(text: str) -> dict[str, Any]:
-    """What a compiled step sends and multiplies on each device, dispatch taking one round."""
+def count(text: str, chip: Chip | None = None) -> dict[str, Any]:
+    """What a compiled step sends and multiplies on each device, dispatch taking one round.
+
+    Of a TPU's program also "seconds", by its compiler's estimates.
+    """
     loops = hlo.unknown_loops(text)
     once = 1 if loops else None
     sent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
@@ -53,12 +58,14 @@ def count(text: str) -> dict[str, Any]:
     rows = [dict(zip(keys, (*key, *entry), strict=True)) for key, entry in listed.items()]
     products = hlo.flops_by_scope(text, assume_trip_count=once)
     newton_schulz = sum(n for scope, n in products.items() if "muon.newton_schulz" in scope)
+    seconds = by_part(stretches(text, chip, assume_trip_count=once)) if chip else None
     return {
         "wire": sent,
         "flops": {
             "model": sum(products.values()) - newton_schulz,
             "newton_schulz": newton_schulz,
         },
+        "seconds": seconds,
         "assumed_once": loops,
         "listed": sorted(rows, key=lambda one: -one["bytes"])[:40],
     }

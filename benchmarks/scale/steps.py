@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from flax import nnx
 
 from benchmarks.scale.counts import count
 from benchmarks.scale.job import Job, expected
+from benchmarks.scale.kept import Kept
 from benchmarks.targets import make_mesh
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import BATCH_AXES, MESH_AXES, ModelSharding
@@ -91,44 +93,58 @@ def build(job: Job) -> Program:
     return Program(step, (state, tokens_abt), (shardings, sharding.place()), matrices)
 
 
-def row(job: Job) -> dict[str, Any]:
+def row(job: Job, texts: Path | None = None) -> dict[str, Any]:
     """Compile, and read the program.
 
     A program that does not fit has no row of bytes and FLOPs, but what the compiler says of it.
+
+    Args:
+      job: what to compile.
+      texts: a folder of programs that were compiled before, to which this one is added.
     """
-    start = time.perf_counter()
-    program = build(job)
-    lowered = program.lower()
-    traced = time.perf_counter()
     found = dataclasses.asdict(job) | {
         "layers": job.config.num_hidden_layers,
         "devices": job.scale.devices,
         "mesh": dict(zip(MESH_AXES, job.scale.mesh, strict=True)),
         "micro_batches": job.micro_batches,
         "memory": job.scale.memory,
-        "trace_s": traced - start,
     }
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if not (said := out_of_memory(str(error))):
-            raise
-        return found | {"fits": False, "compiler": said}
-    found["compile_s"] = time.perf_counter() - traced
+    start = time.perf_counter()
+    program = build(job)
+    kept = Kept.of(job, texts) if texts else None
+    if kept is None or not kept.path.exists():
+        lowered = program.lower()
+        traced = time.perf_counter()
+        found["trace_s"] = traced - start
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if not (said := out_of_memory(str(error))):
+                raise
+            return found | {"fits": False, "compiler": said}
+        found["compile_s"] = time.perf_counter() - traced
+        text, sizes = compiled.as_text() or "", sizes_of(compiled)
+        if kept:
+            kept.write(text, sizes)
+    else:
+        text, sizes = kept.read()
+    return found | {
+        "fits": sum(sizes.values()) <= job.scale.memory,
+        "bytes": sizes,
+        **count(text, job.scale.chip),
+        "expected": expected(job, parameter_counts(job.config), program.matrices),
+    }
+
+
+def sizes_of(compiled: jax.stages.Compiled) -> dict[str, int]:
+    """Bytes of one device by what holds them, by the compiler's account."""
     memory = compiled.memory_analysis()
     assert memory is not None
-    sizes = {
+    return {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
-    }
-    counted = count(compiled.as_text() or "")
-    return found | {
-        "fits": sum(sizes.values()) <= job.scale.memory,
-        "bytes": sizes,
-        **counted,
-        "expected": expected(job, parameter_counts(job.config), program.matrices),
     }
 
 
@@ -139,8 +155,9 @@ def out_of_memory(message: str) -> str | None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print the row of the job that is given as JSON."""
-    print(json.dumps(row(Job(**json.loads(arguments[0])))), flush=True)
+    """Print the row of the job that is given as JSON; behind it may stand a folder of texts."""
+    texts = Path(arguments[1]) if len(arguments) > 1 else None
+    print(json.dumps(row(Job(**json.loads(arguments[0])), texts)), flush=True)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,9 @@ def measure(name: str, cases: tuple[str, ...]) -> list[dict[str, Any]]:
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
     """The rows of a target."""
-    table = Table(title=f"{rows[0]['target']}: bytes for each element", title_justify="left")
+    target = TARGETS[rows[0]["target"]]
+    title = f"{target.name}: bytes for each element, {targets.compiler(target)}"
+    table = Table(title=title, title_justify="left")
     for column in ("leaves", "optimizer", "around", "Newton-Schulz", "temporary"):
         table.add_column(column, justify="left" if column in ("leaves", "optimizer") else "right")
     for row in rows:

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.targets import Target
+from benchmarks.targets import Target, compiler
 from benchmarks.wire.cases import CASES
 from benchmarks.wire.limits import holds_as_compiled, total_of
 
@@ -20,6 +20,7 @@ def show(console: Console, target: Target, rows: list[dict[str, Any]]) -> None:
     where = {"cpu": "CPU devices", "tpu": "TPU chips", "cuda": "H100s"}[target.platform]
     kind = f" ({target.topology})" if target.platform == "tpu" else ""
     console.print(f"[bold]{target.devices} {where}{kind}, MB per step and device[/bold]")
+    console.print(compiler(target))
     if not holds_as_compiled(target):
         console.print(NOTES[target.platform])
     console.print(_table([], header=True))

@@ -5,12 +5,15 @@ import json
 import math
 
 import pytest
+from rich.console import Console
 
 from benchmarks import hlo
 from benchmarks.scale import __main__ as scale
 from benchmarks.scale import counts, steps
 from benchmarks.scale.cases import SCALES
 from benchmarks.scale.job import Job
+from benchmarks.scale.kept import Kept
+from benchmarks.scale.spent import PARTS
 from examples.moonlight.model import config as moonlight_config
 from examples.moonlight.model.execution import grouped
 from examples.moonlight.model.execution.dispatch import SLACK
@@ -34,12 +37,17 @@ JOB = Job("cpu-8", "toy", layers=2, context=16, batch=16)
 STACKED, MICRO = 2, 2
 
 
+@pytest.fixture(scope="module", name="texts")
+def _texts(tmp_path_factory):
+    return tmp_path_factory.mktemp("texts")
+
+
 @pytest.fixture(scope="module", name="row")
-def _row():
+def _row(texts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(moonlight_config.PRESETS, "toy", TOY)
         patch.setattr(grouped, "TILE", 8)  # a tile of 512 rows is more than the toy has
-        return steps.row(JOB)
+        return steps.row(JOB, texts)
 
 
 def test_a_device_holds_its_shards_and_no_more(row):
@@ -89,6 +97,12 @@ def test_nothing_gathers_or_sums_the_embedding(row):
     assert 0 < row["wire"]["embedding"] < row["wire"]["dispatch"]
 
 
+def test_a_kept_program_is_read_again(row, texts):
+    text, sizes = Kept.of(JOB, texts).read()
+    assert sizes == row["bytes"]
+    assert counts.count(text).items() <= row.items()
+
+
 def test_phases():
     def phase(opcode, scope, size=1e6):
         return counts.phase_of(hlo.Collective(opcode, "f32", 0, size, 8, 1, scope))
@@ -126,12 +140,24 @@ def test_the_command_keeps_rows_and_names_what_failed(row, monkeypatch, tmp_path
     record = scale.main(scale.Args(targets=names, output=output))
     printed = capsys.readouterr().out
     loops = [f"counted once: {'/'.join(x.split('/')[-3:])}" for x in row["assumed_once"]]
-    for text in (said, "fits", "KeyError", *loops):
+    for text in (said, "fits", "KeyError", "compiled by libtpu", "compiled by jaxlib", *loops):
         assert text in printed
     assert list(record["left_out"]) == ["v5e-64"]
     scale.main(scale.Args(targets=("cpu-8", "h100-8"), output=output))
     kept = [one["target"] for one in json.loads(output.read_text())["rows"]]
     assert kept == ["v5e-8", "cpu-8", "h100-8"]
+
+
+def test_the_parts_of_a_tpus_step_are_shown_in_80_columns(capsys):
+    spent = {part: {"computed": 0.01, "waited": 0.005, "hidden": 0.001} for part in PARTS}
+    spent["model"] = {"computed": 100.0, "waited": 50.0, "hidden": 3.0}
+    row = {"target": "v5e-64", "seconds": spent, "flops": {"model": 197e12}}
+    scale.show_seconds(Console(width=80), row)
+    printed = capsys.readouterr().out
+    others = len(PARTS) - 1
+    assert f"{0.015 * others / (150 + 0.015 * others):.3%}" in printed
+    assert "would take 1.0 s" in printed and f"{1 - 1 / (1 + 0.015 * others):.2%}" in printed
+    assert "…" not in printed and max(map(len, printed.splitlines())) <= 80
 
 
 def test_a_worker_that_fails_says_why():
