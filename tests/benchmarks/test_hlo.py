@@ -1,6 +1,8 @@
 """The counter of HLO: handwritten modules for each form, and compiled programs of known cost."""
 
 import base64
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,9 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import hlo
+from benchmarks import hlo, targets
+
+TPU = targets.TARGETS["v5e-8"]
 
 ADD = """
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -405,6 +409,31 @@ dim_labels=0fb_0io->0bf
     unknown = masked.format(dims='["1","3"]').replace("iteration_bounds", "bounds")
     with pytest.raises(ValueError, match="cannot read the groups of the ragged product f"):
         hlo.flops(module(line + unknown, product))
+
+
+RAGGED = """
+import jax, jax.numpy as jnp
+from benchmarks import hlo, targets
+
+place = jax.sharding.SingleDeviceSharding(targets.devices(targets.TARGETS["v5e-8"])[0])
+shapes = ((4096, 256), jnp.bfloat16), ((4, 256, 512), jnp.bfloat16), ((4,), jnp.int32)
+described = [jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes]
+dot = jax.lax.ragged_dot
+square = lambda x, w, groups: jnp.square(dot(x, w, groups).astype(jnp.float32)).sum()
+step = lambda *args: (dot(*args), jax.grad(square, argnums=(0, 1))(*args))
+print(hlo.flops(jax.jit(step).lower(*described).compile().as_text()))
+"""
+
+
+@pytest.mark.one_stack
+@pytest.mark.skipif(targets.missing(TPU) is not None, reason=f"{targets.missing(TPU)}")
+def test_ragged_products_of_the_installed_compiler():
+    """A product of rows, and both of its gradients."""
+    command = [sys.executable, "-c", RAGGED]
+    done = subprocess.run(
+        command, env=targets.environment(TPU), cwd=targets.ROOT, stdout=subprocess.PIPE
+    )
+    assert float(done.stdout.split()[-1]) == 3 * 2 * 4096 * 256 * 512
 
 
 def test_an_instruction_over_several_lines_is_one():
