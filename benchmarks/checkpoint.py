@@ -18,7 +18,7 @@ from rich.table import Table
 
 from benchmarks.harness import environment, median, time_interleaved, write_json
 from examples.moonlight.common.command_line import CommandLine
-from examples.moonlight.run_folder import checkpoint
+from examples.moonlight.run_folder import engine
 from examples.moonlight.run_folder.checkpoint import Checkpoints
 from examples.moonlight.run_folder.retention import Retention
 
@@ -47,20 +47,22 @@ def main(args: Args) -> dict[str, float]:
     )
     with tempfile.TemporaryDirectory() as folder:
         kept = Checkpoints(Path(folder) / "sealed", Retention(1))
-        with contextlib.closing(kept), checkpoint.make_checkpointer() as orbax:
+        with contextlib.closing(kept), engine.make_checkpointer() as orbax:
             plain = Path(folder) / "plain"
-            items = checkpoint.save_args(model, state, {"at": 1})
-            targets = checkpoint.restore_args(model, state)
+            items = engine.save_args(model, state, {"at": 1})
+            targets = engine.restore_args(model, state)
             steps = iter(range(1, 10**6))
 
             def save_plain() -> None:
                 shutil.rmtree(plain, ignore_errors=True)
                 orbax.save(plain, args=items)
+                orbax.wait_until_finished()
 
             def save_sealed() -> None:
                 kept.save(
                     next(steps), model=model, optimizer=state, progress={"at": 1}, val_loss=None
                 )
+                kept.wait()
 
             calls = {
                 "save, Orbax": save_plain,

@@ -14,7 +14,7 @@ from benchmarks.endurance.damage import DAMAGE
 from benchmarks.endurance.disk import bind_read_only, small_disk, unmount
 from benchmarks.endurance.report import Report
 from benchmarks.endurance.trial import EVERY, Trial, outcome, whole_steps
-from examples.moonlight.run_folder.checkpoint import kept_steps
+from examples.moonlight.run_folder.storage import kept_steps
 
 # How a process is ended: each signal in its turn, with seconds between.
 ENDINGS = {

@@ -16,7 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from examples.moonlight.run_folder import metrics, seal
-from examples.moonlight.run_folder.checkpoint import CHECKPOINTS, kept_steps
+from examples.moonlight.run_folder.folder import CHECKPOINTS
+from examples.moonlight.run_folder.storage import kept_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, EVERY = 60, 10

@@ -15,8 +15,8 @@ from examples.moonlight.generation.model_folder import OpenModel, open_model, ru
 from examples.moonlight.huggingface.config import CONFIG_FILE, ModelConfig
 from examples.moonlight.huggingface.pretrained import check_pretrained
 from examples.moonlight.model.execution.options import Execution
-from examples.moonlight.run_folder.checkpoint import CHECKPOINTS, kept_steps
-from examples.moonlight.run_folder.folder import SETTINGS
+from examples.moonlight.run_folder.folder import SETTINGS, checkpoints_of
+from examples.moonlight.run_folder.storage import kept_steps
 
 # What `make train` makes.
 DEFAULT = Path("runs/moonlight")
@@ -102,7 +102,7 @@ def find_base(model: str | None, checkpoint: int | None = None) -> Base:
             f"--model {folder}: found neither {CONFIG_FILE}, of a Hugging Face directory, nor "
             f"{SETTINGS}, of a run of examples.moonlight.train"
         )
-    kept = kept_steps(folder / CHECKPOINTS)
+    kept = kept_steps(checkpoints_of(folder))
     if not kept or (checkpoint is not None and checkpoint not in kept):
         wanted = "no checkpoint" if checkpoint is None else f"no checkpoint of step {checkpoint}"
         raise FileNotFoundError(

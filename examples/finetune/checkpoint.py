@@ -11,7 +11,7 @@ from examples.moonlight.common.untrusted import is_there, shown
 from examples.moonlight.data.tokenizer import TOKENIZER
 from examples.moonlight.generation.model_folder import config_of
 from examples.moonlight.huggingface.config import ModelConfig
-from examples.moonlight.run_folder.checkpoint import kept_steps
+from examples.moonlight.run_folder.storage import kept_steps
 
 
 class Checkpoint(NamedTuple):

@@ -27,7 +27,7 @@ from examples.moonlight.huggingface.config import ModelConfig
 from examples.moonlight.huggingface.pretrained import abstract_model
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.experts import RouterBias
-from examples.moonlight.run_folder.checkpoint import read_folder
+from examples.moonlight.run_folder.reading import read_folder
 
 
 def open_checkpoint(

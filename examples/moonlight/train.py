@@ -51,9 +51,16 @@ from examples.moonlight.generation.texts import continue_texts
 from examples.moonlight.huggingface.config import ModelConfig
 from examples.moonlight.run_folder import metrics
 from examples.moonlight.run_folder.branching import copy_branch, find_branch, go_back
-from examples.moonlight.run_folder.checkpoint import CHECKPOINTS, Checkpoints
-from examples.moonlight.run_folder.folder import RESULTS, check_run_folder, open_run_folder
+from examples.moonlight.run_folder.checkpoint import Checkpoints
+from examples.moonlight.run_folder.folder import (
+    CHECKPOINTS,
+    RESULTS,
+    check_run_folder,
+    claim_checkpoints,
+    open_run_folder,
+)
 from examples.moonlight.run_folder.lock import RunLock
+from examples.moonlight.run_folder.storage import folder_at
 from examples.moonlight.schedule.stages import plan_table
 from examples.moonlight.training.args import GROUPS, Args
 from examples.moonlight.training.job import Job, make_job
@@ -182,19 +189,24 @@ def _enter_folder(
 ) -> tuple[RunLock, Checkpoints]:
     """The run's folder, locked, with all that a new run begins with; and its checkpoints."""
     args, folder = job.args, job.folder
-    branch = find_branch(args.branch_from, folder, settings, texts.spans)
+    directory = folder / CHECKPOINTS
+    if args.checkpoint_dir is not None:
+        directory = folder_at(args.checkpoint_dir)
+    branch = find_branch(args.branch_from, directory, settings, texts.spans)
     goes_back = args.resume_step is not None
     stop.check("stopped before the first step: nothing was written")
     lock = held.enter_context(
         open_run_folder(folder, settings, resume=args.resume or goes_back, must_exist=goes_back)
     )
+    if args.checkpoint_dir is not None:
+        claim_checkpoints(directory, settings, resume=args.resume or goes_back)
     write_atomically(folder / TOKENIZER, texts.tokenizer.to_str(pretty=True).encode())
     if job.pretrained is not None:
         copy_companions(job.pretrained, folder)
     if branch is not None:
-        copy_branch(branch, folder, console)
+        copy_branch(branch, folder, directory, console)
     checkpoints = held.enter_context(
-        contextlib.closing(Checkpoints(folder / CHECKPOINTS, job.retention, console))
+        contextlib.closing(Checkpoints(directory, job.retention, console, guard=lock.check))
     )
     if args.resume_step is not None:
         go_back(folder, checkpoints, args.resume_step, console)

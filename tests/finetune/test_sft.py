@@ -34,7 +34,8 @@ from examples.finetune.tuned import open_checkpoint, read_adapters
 from examples.moonlight.huggingface.pretrained import load_pretrained
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.run_folder import metrics
-from examples.moonlight.run_folder.checkpoint import kept_steps, read_folder
+from examples.moonlight.run_folder.reading import read_folder
+from examples.moonlight.run_folder.storage import kept_steps
 from examples.moonlight.training.stopping import Stopped
 from muon_jax import routing_report
 from tests.finetune import sft_toy

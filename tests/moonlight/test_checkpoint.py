@@ -16,17 +16,18 @@ from rich.console import Console
 
 from benchmarks.endurance.damage import DAMAGE
 from examples.moonlight.common.program import ThreadsLeft
-from examples.moonlight.run_folder import seal
-from examples.moonlight.run_folder.checkpoint import (
-    Checkpoints,
+from examples.moonlight.run_folder import seal, storage
+from examples.moonlight.run_folder.checkpoint import Checkpoints
+from examples.moonlight.run_folder.lock import FolderLost
+from examples.moonlight.run_folder.reading import (
     check_checkpoint,
     copy_checkpoint,
-    kept_steps,
     read_model,
     read_progress,
 )
 from examples.moonlight.run_folder.retention import EveryTokens, Retention
 from examples.moonlight.run_folder.seal import Damaged
+from examples.moonlight.run_folder.storage import kept_steps
 
 
 def test_checkpoints_are_kept_by_every_policy(tmp_path: Path):
@@ -87,6 +88,7 @@ def opened(folder: Path, latest: int = 9) -> Iterator[tuple[Checkpoints, io.Stri
 def save(checkpoints: Checkpoints, step: int, val_loss: float | None = 1.0) -> None:
     value = tree(step)
     checkpoints.save(step, model=value, optimizer=value, progress={"at": step}, val_loss=val_loss)
+    checkpoints.wait()
 
 
 @pytest.fixture(scope="module", name="whole")
@@ -214,6 +216,36 @@ def test_a_save_that_fails_deletes_nothing(run: Path, monkeypatch):
         assert kept_steps(run / "checkpoints") == [30]
 
 
+def test_a_folder_that_is_lost_during_a_save_gets_no_checkpoint(run: Path):
+    asked = []
+
+    def guard() -> None:
+        asked.append(True)
+        if len(asked) > 1:  # the first is asked before anything is written
+            raise FolderLost("was taken over")
+
+    checkpoints = Checkpoints(run / "checkpoints", Retention(1), guard=guard)
+    with contextlib.closing(checkpoints):
+        with pytest.raises(FolderLost, match="was taken over"):
+            save(checkpoints, 30)
+        assert checkpoints.all_steps() == [10, 20]
+    assert kept_steps(run / "checkpoints") == [10, 20]
+
+
+def test_what_fails_behind_a_run_is_raised_at_its_next_call(run: Path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(seal, "seal", full)
+    with opened(run / "checkpoints") as (checkpoints, _):
+        checkpoints.save(30, model=TEMPLATE, optimizer=TEMPLATE, progress={}, val_loss=None)
+        while not checkpoints.is_idle:
+            time.sleep(0.01)
+        with pytest.raises(ThreadsLeft, match=r"step 30 could not.*No space left"):
+            checkpoints.check()
+        checkpoints.check()  # it was told
+
+
 def test_a_save_that_fails_raises_one_error_and_logs_no_others(run: Path, monkeypatch, caplog):
     """As Orbax fails: a thread of it goes on, fails too, and logs pages."""
     threads = []
@@ -251,8 +283,10 @@ def test_a_checkpoint_has_its_name_once_it_is_sealed_and_on_disk(tmp_path: Path,
             return call
 
         monkeypatch.setattr(seal, "seal", record("seal", seal.seal))
-        monkeypatch.setattr(seal, "sync", record("sync", seal.sync))
-        monkeypatch.setattr(Checkpoints, "delete", record("delete", Checkpoints.delete))
+        sync = record("sync", storage.sync)
+        for module in (seal, storage):
+            monkeypatch.setattr(module, "sync", sync)
+        monkeypatch.setattr(storage, "delete", record("delete", storage.delete))
         save(checkpoints, 2, 0.5)
     assert order[0] == ("seal", 1)
     assert order[-2:] == [("sync", 1, 2), ("delete", 1, 2)]

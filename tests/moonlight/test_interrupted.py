@@ -15,8 +15,8 @@ from rich.console import Console
 
 from examples.moonlight import train as program
 from examples.moonlight.run_folder import metrics
-from examples.moonlight.run_folder.checkpoint import kept_steps
 from examples.moonlight.run_folder.lock import FolderInUse, FolderLost, RunLock
+from examples.moonlight.run_folder.storage import kept_steps
 from examples.moonlight.train import train
 from examples.moonlight.training import loop
 from examples.moonlight.training.stopping import SIGNALS, Stopped
@@ -42,13 +42,14 @@ def _said(monkeypatch) -> io.StringIO:
 
 @pytest.fixture(name="during")
 def _during(monkeypatch) -> Callable[[int, Callable[[], object]], None]:
-    """Has something happen while a run takes a step."""
+    """Has something happen while a run takes a step, and saves nothing."""
     events: dict[int, Callable[[], object]] = {}
     real = loop.Run._call
 
     def call(self, state, step, count, buffer_sabt):
         for taken in range(step + 1, step + count + 1):
             if taken in events:
+                self.checkpoints.wait()
                 events.pop(taken)()
         return real(self, state, step, count, buffer_sabt)
 

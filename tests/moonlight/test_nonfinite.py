@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from examples.moonlight.run_folder import metrics
-from examples.moonlight.run_folder.checkpoint import kept_steps
+from examples.moonlight.run_folder.storage import kept_steps
 from examples.moonlight.train import train
 from examples.moonlight.training import loop, steps
 from examples.moonlight.training.nonfinite import Skipped, guard, unwrap, wrap

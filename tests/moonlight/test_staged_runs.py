@@ -10,7 +10,8 @@ import pytest
 
 from examples.moonlight.data import batches
 from examples.moonlight.data.sources import parse_mixes
-from examples.moonlight.run_folder import branching, checkpoint, metrics
+from examples.moonlight.run_folder import branching, metrics, reading, storage
+from examples.moonlight.run_folder.folder import CHECKPOINTS
 from examples.moonlight.schedule.stages import make_plan
 from examples.moonlight.train import train
 from examples.moonlight.training import args, loop
@@ -56,7 +57,7 @@ def lines(folder: Path) -> list[dict]:
 
 
 def checkpoints(folder: Path) -> list[int]:
-    return checkpoint.kept_steps(folder / "run" / checkpoint.CHECKPOINTS)
+    return storage.kept_steps(folder / "run" / CHECKPOINTS)
 
 
 @pytest.fixture(scope="module", name="whole")
@@ -87,8 +88,8 @@ def test_a_run_follows_its_plan(whole: Path):
 
 
 def test_every_source_goes_on_through_the_stages(whole: Path):
-    folder = whole / "run" / checkpoint.CHECKPOINTS
-    progress = checkpoint.read_progress(folder, STAGES["decay"])
+    folder = whole / "run" / CHECKPOINTS
+    progress = reading.read_progress(folder, STAGES["decay"])
     # Batches of two; the first stage reads one source only.
     assert progress["data"] == {"next_index": 4 + 2 * 53}
     assert progress["read"] == {"general": 6 + 161, "quality": 53}

@@ -25,7 +25,7 @@ from examples.moonlight import generate
 from examples.moonlight.common.files import write_atomically
 from examples.moonlight.model.language_model import ModelStats, merge_stats
 from examples.moonlight.run_folder import metrics
-from examples.moonlight.run_folder.checkpoint import kept_steps
+from examples.moonlight.run_folder.storage import kept_steps
 from examples.moonlight.train import train
 from examples.moonlight.training.steps import StepMetrics, make_train_steps
 from tests.moonlight import toy

@@ -13,7 +13,7 @@ from examples.moonlight.common.files import write_atomically
 from examples.moonlight.data.tokenizer import TOKENIZER
 from examples.moonlight.generation.chat import TEMPLATE
 from examples.moonlight.generation.model_folder import copy_companions
-from examples.moonlight.run_folder.checkpoint import DAMAGED, Checkpoints, check_folder
+from examples.moonlight.run_folder.checkpoint import DAMAGED, Checkpoints
 from examples.moonlight.run_folder.folder import RESULTS, open_run_folder
 from examples.moonlight.run_folder.lock import RunLock
 from examples.moonlight.run_folder.seal import Damaged
@@ -46,6 +46,7 @@ def enter_folder(
                 prefix=PREFIX,
                 damaged=folder / DAMAGED,
                 flags=FLAGS,
+                guard=lock.check,
             )
         )
     )
@@ -56,11 +57,10 @@ def enter_folder(
 
 def _go_back(job: Job, checkpoints: Checkpoints, step: int, console: Console) -> None:
     """Deletes what a run has done after a step, and says what."""
-    folder = checkpoints.path(step)
-    try:
-        check_folder(folder, step)
-    except Damaged as error:
-        raise Damaged(f"{folder}: this checkpoint is damaged: {error}; give another") from error
+    if (damage := checkpoints.damage(step)) is not None:
+        raise Damaged(
+            f"{checkpoints.path(step)}: this checkpoint is damaged: {damage}; give another"
+        )
     later = [str(other) for other in checkpoints.all_steps() if other > step]
     if later:
         console.print(

@@ -78,6 +78,7 @@ class Run:
             while step < steps:
                 state, values = self._step(state, step)
                 step += 1
+                self.checkpoints.check()
                 last = step == steps
                 saves = last or self.saves.includes(step)
                 # A checkpoint without a loss could never be the best.
@@ -137,7 +138,7 @@ class Run:
         )
 
     def _save(self, state: TrainState, step: int) -> None:
-        """Saves: first the checkpoint is on disk, then the log."""
+        """Saves: the checkpoint behind the next steps, and the log, of which it needs nothing."""
         self.lock.check()
         last = self.history.validation
         val_loss = last["val_loss"] if last is not None and last["step"] == step else None

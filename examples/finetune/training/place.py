@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from examples.finetune.args import Args
-from examples.moonlight.run_folder.checkpoint import kept_steps
 from examples.moonlight.run_folder.flags import Flags
 from examples.moonlight.run_folder.folder import SETTINGS
+from examples.moonlight.run_folder.storage import kept_steps
 
 # ms-swift's names: output/checkpoint-20.
 PREFIX = "checkpoint-"

@@ -29,8 +29,9 @@ from examples.moonlight.huggingface.pretrained import (
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.dense import DenseConfig
 from examples.moonlight.model.execution.options import Execution
-from examples.moonlight.run_folder.checkpoint import CHECKPOINTS, read_model
-from examples.moonlight.run_folder.folder import SETTINGS
+from examples.moonlight.run_folder import storage
+from examples.moonlight.run_folder.folder import SETTINGS, checkpoints_of
+from examples.moonlight.run_folder.reading import read_model
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -238,18 +239,19 @@ def config_of(settings: Mapping[str, Any], path: Path) -> ModelConfig:
 def _check_run(folder: Path, config: ModelConfig, checkpoint: str | int) -> None:
     """Compares a run's configuration with its checkpoints, before anything of its size is built."""
     numbers = extent(config).numbers
-    files = (path for path in (folder / CHECKPOINTS).rglob("*") if path.is_file())
-    size = sum(path.stat().st_size for path in files)
+    directory = checkpoints_of(folder)
+    there = storage.files(directory) if directory.is_dir() else []
+    size = sum(storage.size(directory / name) for name in there)
     if not size:
         raise FileNotFoundError(
-            f"{folder / CHECKPOINTS} has no checkpoint {checkpoint}: the run has saved none yet; "
+            f"{directory} has no checkpoint {checkpoint}: the run has saved none yet; "
             "train on, with --resume"
         )
     # Weights hardly compress; to a thousandth they don't.
     if numbers > 1000 * size:
         raise ValueError(
             f"{folder / SETTINGS}: its config describes a model of {numbers:,} numbers, and "
-            f"{CHECKPOINTS} has {size:,} bytes: the file is damaged, or of another run"
+            f"{directory} has {size:,} bytes: the file is damaged, or of another run"
         )
 
 
@@ -265,5 +267,5 @@ def _read_run(folder: Path, abstract: Any, execution: Execution, checkpoint: str
         shardings,
     )
     target = {"params": params, "router_bias": bias}
-    _, model = read_model(folder / CHECKPOINTS, target, checkpoint)
+    _, model = read_model(checkpoints_of(folder), target, checkpoint)
     return model["params"], model["router_bias"]

@@ -10,15 +10,11 @@ from rich.console import Console
 from examples.moonlight.common.files import read_json
 from examples.moonlight.data.batches import Span, windows_read
 from examples.moonlight.run_folder import metrics
-from examples.moonlight.run_folder.checkpoint import (
-    CHECKPOINTS,
-    Checkpoints,
-    check_checkpoint,
-    copy_checkpoint,
-    kept_steps,
-    read_progress,
-)
-from examples.moonlight.run_folder.folder import RESULTS, SETTINGS
+from examples.moonlight.run_folder.agreement import of_first
+from examples.moonlight.run_folder.checkpoint import Checkpoints
+from examples.moonlight.run_folder.folder import RESULTS, SETTINGS, checkpoints_of
+from examples.moonlight.run_folder.reading import check_checkpoint, copy_checkpoint, read_progress
+from examples.moonlight.run_folder.storage import Folder, kept_steps
 
 # What the weights, the optimizer's state and the place in the data mean something under.
 _SHARED_SETTINGS = (
@@ -60,18 +56,18 @@ def go_back(folder: Path, checkpoints: Checkpoints, step: int, console: Console)
             f"going back to step {step}: deleting the checkpoints "
             f"{', '.join(later) or '(none)'}, all metrics after step {step}, and the results"
         )
-    (folder / RESULTS).unlink(missing_ok=True)
+    of_first(lambda: (folder / RESULTS).unlink(missing_ok=True))
     checkpoints.delete_after(step)
 
 
 def find_branch(
-    text: str | None, folder: Path, settings: Mapping[str, Any], spans: Sequence[Span]
+    text: str | None, checkpoints: Folder, settings: Mapping[str, Any], spans: Sequence[Span]
 ) -> Branch | None:
     """Where a new run is to begin; None if that is not asked for, or done already.
 
     Args:
         text: RUN@STEP, or None.
-        folder: The new run's folder.
+        checkpoints: Where the new run's checkpoints will be.
         settings: The new run's settings.
         spans: Its mixes of the data.
 
@@ -79,12 +75,12 @@ def find_branch(
         FileNotFoundError: There is no such run.
         ValueError: The text cannot be read; there is no such checkpoint, or it does not fit.
     """
-    if text is None or kept_steps(folder / CHECKPOINTS):
+    if text is None or of_first(lambda: bool(kept_steps(checkpoints))):
         return None
     branch = Branch(*parse_branch(text))
     if not (branch.folder / SETTINGS).is_file():
         raise FileNotFoundError(f"--branch-from {text}: {branch.folder} holds no run")
-    kept = kept_steps(branch.folder / CHECKPOINTS)
+    kept = of_first(lambda: kept_steps(checkpoints_of(branch.folder)))
     if branch.step not in kept:
         raise ValueError(
             f"--branch-from {text}: that run keeps no checkpoint of step {branch.step}; it keeps "
@@ -107,7 +103,7 @@ def find_branch(
             f"--branch-from {text}: a branch keeps model, optimizer, data and batches: "
             f"{'; '.join(changed)}"
         )
-    read = read_progress(branch.folder / CHECKPOINTS, branch.step)["read"]
+    read = read_progress(checkpoints_of(branch.folder), branch.step)["read"]
     ours = windows_read(spans, sum(read.values()))
     if ours != read:
         raise ValueError(
@@ -129,8 +125,12 @@ def parse_branch(text: str) -> tuple[Path, int]:
     return Path(folder), int(step)
 
 
-def copy_branch(branch: Branch, folder: Path, console: Console) -> None:
+def copy_branch(branch: Branch, folder: Path, checkpoints: Folder, console: Console) -> None:
     """Copies a run's metrics and checkpoint of a step; the checkpoint last, whole or not at all."""
-    records = metrics.records_until(branch.folder / metrics.FILE, branch.step, console)
-    metrics.write_records(folder / metrics.FILE, records)
-    copy_checkpoint(branch.folder / CHECKPOINTS, branch.step, folder / CHECKPOINTS)
+
+    def copy_records() -> None:
+        records = metrics.records_until(branch.folder / metrics.FILE, branch.step, console)
+        metrics.write_records(folder / metrics.FILE, records)
+
+    of_first(copy_records)
+    copy_checkpoint(checkpoints_of(branch.folder), branch.step, checkpoints)

@@ -10,7 +10,10 @@ lock file in its place, which a killed process leaves behind: it says so, and na
 For file systems that grant the lock to two machines without a word there is a second guard: each
 process writes its own mark into the folder when it enters, and looks for it before whatever it
 saves. Who finds another's mark, or none, stops and writes nothing more. So of two processes that
-were let in the one that came last goes on, and the other ends at its next save.
+were let in the one that came last goes on, and the other ends at its next save. In an object store,
+which has no locks, the mark is the only guard.
+
+Of the processes of one run the first holds the folder, for all.
 """
 
 import json
@@ -25,6 +28,7 @@ import filelock
 
 from examples.moonlight.common.files import write_atomically
 from examples.moonlight.run_folder.flags import PRETRAINING, Flags
+from examples.moonlight.run_folder.storage import Folder
 
 # Hidden, as is all that is no result of a run.
 LOCK, MARK = ".lock", ".owner.json"
@@ -38,43 +42,29 @@ class FolderLost(RuntimeError):
     """The folder that a process worked in was deleted, or taken over by another."""
 
 
-class RunLock:
-    """Holds a folder that exists, from entering the context to leaving it.
+class Mark:
+    """A process's mark in a folder: whoever came last has his there.
 
     Args:
-        folder: The run's folder.
-        flags: What the program calls its flags.
-
-    Raises:
-        FolderInUse: On entering: another process holds it. Nothing was changed.
+        folder: It exists.
     """
 
-    def __init__(self, folder: Path, flags: Flags = PRETRAINING):
-        self._folder, self._flags = folder, flags
-        self._mark = uuid.uuid4().hex
-        self._lock = filelock.FileLock(folder / LOCK, thread_local=False)
+    def __init__(self, folder: Folder):
+        self._folder, self._mark = folder, uuid.uuid4().hex
 
-    def __enter__(self) -> "RunLock":
-        try:
-            self._lock.acquire(blocking=False)
-        except filelock.Timeout as error:
-            raise FolderInUse(
-                f"{self._folder} is in use by {_described(_read(self._folder))}: wait until that "
-                f"run ends, stop it, or choose another {self._flags.output}; nothing was changed. "
-                f"(Locked by {self._folder / LOCK})"
-            ) from error
+    def write(self) -> None:
+        """Takes the folder over."""
         owner = {
             "mark": self._mark,
             "host": platform.node(),
             "process": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        try:
-            write_atomically(self._folder / MARK, json.dumps(owner).encode())
-        except BaseException:
-            self._lock.release()
-            raise
-        return self
+        text = json.dumps(owner).encode()
+        if isinstance(self._folder, Path):
+            write_atomically(self._folder / MARK, text)
+        else:
+            (self._folder / MARK).write_bytes(text)
 
     def check(self) -> None:
         """Makes sure that the folder is still this process's own.
@@ -96,18 +86,66 @@ class RunLock:
             "nothing more"
         )
 
+    def remove(self) -> None:
+        """Takes the mark away, unless it is another's."""
+        if _read(self._folder).get("mark") == self._mark:
+            (self._folder / MARK).unlink(missing_ok=True)
+
+
+class RunLock:
+    """Holds a folder that exists, from entering the context to leaving it.
+
+    Args:
+        folder: The run's folder.
+        flags: What the program calls its flags.
+
+    Raises:
+        FolderInUse: On entering: another process holds it. Nothing was changed.
+    """
+
+    def __init__(self, folder: Path, flags: Flags = PRETRAINING):
+        self._folder, self._flags = folder, flags
+        self._mark = Mark(folder)
+        self._lock = filelock.FileLock(folder / LOCK, thread_local=False)
+        self._entered = False
+
+    def __enter__(self) -> "RunLock":
+        try:
+            self._lock.acquire(blocking=False)
+        except filelock.Timeout as error:
+            raise FolderInUse(
+                f"{self._folder} is in use by {_described(_read(self._folder))}: wait until that "
+                f"run ends, stop it, or choose another {self._flags.output}; nothing was changed. "
+                f"(Locked by {self._folder / LOCK})"
+            ) from error
+        try:
+            self._mark.write()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._entered = True
+        return self
+
+    def check(self) -> None:
+        """Makes sure that the folder is still this process's own; where another holds it, nothing.
+
+        Raises:
+            FolderLost: It is not.
+        """
+        if self._entered:
+            self._mark.check()
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if _read(self._folder).get("mark") == self._mark:
-            (self._folder / MARK).unlink(missing_ok=True)
+        self._mark.remove()
         self._lock.release()
 
 
-def _read(folder: Path) -> dict[str, object]:
+def _read(folder: Folder) -> dict[str, object]:
     """What the mark of a folder says; nothing where there is none."""
     try:
         owner = json.loads((folder / MARK).read_bytes())

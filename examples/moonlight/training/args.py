@@ -86,6 +86,9 @@ class Args:
     checkpoint_every: int = 200
     """Optimizer steps between checkpoints, which are validated; the last step of every stage is
     always saved, and kept."""
+    checkpoint_dir: str | None = None
+    """Where the checkpoints are, if not in the output folder: a path, or gs://bucket/prefix. Every
+    host has to see it."""
     max_to_keep: int = 2
     """Most recent checkpoints to keep; the best by validation loss is kept besides."""
     keep_every_tokens: int | None = None

@@ -217,6 +217,7 @@ class Run:
                     fit = CALL_SECONDS * count / (time.perf_counter() - called)
                     most = min(max(1, int(fit)), len(buffer_sabt))
                 self._check_finite(state, step - count, columns)
+                self.checkpoints.check()
                 recent.extend(columns["loss"])
                 loss = np.mean(recent)
 
@@ -322,7 +323,7 @@ class Run:
         return float("nan") if validation is None else validation["val_loss"]
 
     def _save(self, state: TrainState, step: int) -> None:
-        """Saves: first the checkpoint is on disk, then the log."""
+        """Saves: the checkpoint behind the next steps, and the log, of which it needs nothing."""
         self.lock.check()
         optimizer, _ = unwrap(state.opt_state)
         last = self.history.validation
