@@ -55,7 +55,7 @@ def measure(args: Args) -> dict[str, Any]:
     from examples.moonlight.training import args as training
     from examples.moonlight.training.job import make_job
     from examples.moonlight.training.learner import make_learner
-    from examples.moonlight.training.loop import token_buffer
+    from examples.moonlight.training.loop import buffer_shape
     from examples.moonlight.training.steps import make_train_steps
 
     asked = training.Args(
@@ -78,7 +78,7 @@ def measure(args: Args) -> dict[str, Any]:
     )
     device = jax.devices()[0] if args.target == "cpu" else targets.devices(_target(args))[0]
     place = SingleDeviceSharding(device)
-    tokens = token_buffer(asked, job.recipe, job.plan)
+    tokens = np.zeros(buffer_shape(asked, job.recipe, job.plan), np.int32)
     arguments = (learner.abstract, tokens, np.int32(0), np.int32(1), np.zeros(len(tokens), int))
     described = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(

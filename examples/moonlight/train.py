@@ -27,10 +27,18 @@ Qwen2 or Llama (`huggingface/pretrained.py`).
 trains on a mesh (see `model/execution/sharding.py`), here of eight virtual CPU devices. Its losses
 are those of one device to rounding, and a run may change its mesh, or leave it, each time it is
 resumed.
+
+    python -m examples.moonlight.train --local-processes 4 --output-dir runs/four --resume
+
+trains as four processes, here on this machine; on a cluster, the command without that flag is
+started once for each (see `common/processes/`). Each reads its own rows of every batch, the first
+writes and speaks, and if one is lost, all end: the same command goes on, with as many processes or
+with fewer.
 """
 
 import contextlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,6 +48,7 @@ from rich.console import Console
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.files import read_json, write_atomically
 from examples.moonlight.common.phases import phase
+from examples.moonlight.common.processes import group
 from examples.moonlight.common.processes.start import enter
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.terminal import make_sturdy
@@ -70,8 +79,8 @@ from examples.moonlight.training.loop import (
     History,
     Programs,
     Run,
+    buffer_shape,
     compile_programs,
-    token_buffer,
 )
 from examples.moonlight.training.nonfinite import guard, wrap
 from examples.moonlight.training.presets import LEFT_OUT, preset_table
@@ -127,31 +136,35 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
         learner = make_learner(job, settings["qk_clip_threshold"])
     with contextlib.ExitStack() as held:
         lock, checkpoints = _enter_folder(job, texts, settings, stop, console, held)
-        if (job.folder / RESULTS).exists():
+        if group.of_first((job.folder / RESULTS).exists()):
             console.print(f"{job.folder} holds a finished run: nothing left to train")
-            return present(job.folder, read_json(job.folder / RESULTS))
-        _show_plan(job, console)
-
+            return _finish(job, lambda: read_json(job.folder / RESULTS))
+        if group.is_first():
+            _show_plan(job, console)
         learner.describe(console)
-        if (report := learner.sharding_report()) is not None:
+        if group.is_first() and (report := learner.sharding_report()) is not None:
             write_atomically(job.folder / SHARDING, f"{report}\n".encode())
 
         state, step, history = _restore_or_start(learner, texts, checkpoints, clock, console)
         state = state._replace(opt_state=wrap(state.opt_state, args.on_nonfinite, history.skipped))
-        log = held.enter_context(
-            contextlib.closing(metrics.MetricsLog(job.folder, after_step=step, console=console))
-        )
+        log = metrics.NoLog()
+        if group.is_first():
+            log = metrics.MetricsLog(job.folder, after_step=step, console=console)
+        held.enter_context(contextlib.closing(log))
         stop.check(f"stopped after step {step}")
 
         if step < job.plan.steps:
             with phase(console, "compiling the training step and the validation"):
                 programs = _compile(learner, texts, state, history)
+                # A collective waits less long for a process that compiles than one may take.
+                group.barrier()
             stop.check(f"stopped after step {step}")
             run = Run(
                 args=args,
                 recipe=job.recipe,
                 plan=job.plan,
                 programs=programs,
+                sharding=job.sharding,
                 batches=texts.batches,
                 spans=texts.spans,
                 validation=texts.validation,
@@ -176,7 +189,17 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
         lock.check()
         last, best = history.validation, history.best
         assert last is not None and best is not None  # the last step is validated
-        return present(job.folder, write_results(job.folder, last, best, results))
+        return _finish(job, lambda: write_results(job.folder, last, best, results))
+
+
+def _finish(job: Job, make_results: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The results, which process 0 writes and shows."""
+    if group.is_first():
+        results = present(job.folder, make_results())
+        group.barrier()
+        return results
+    group.barrier()
+    return read_json(job.folder / RESULTS)
 
 
 def _enter_folder(
@@ -200,9 +223,11 @@ def _enter_folder(
     )
     if args.checkpoint_dir is not None:
         claim_checkpoints(directory, settings, resume=args.resume or goes_back)
-    write_atomically(folder / TOKENIZER, texts.tokenizer.to_str(pretty=True).encode())
-    if job.pretrained is not None:
-        copy_companions(job.pretrained, folder)
+    if group.is_first():
+        write_atomically(folder / TOKENIZER, texts.tokenizer.to_str(pretty=True).encode())
+        if job.pretrained is not None:
+            copy_companions(job.pretrained, folder)
+    group.barrier()
     if branch is not None:
         copy_branch(branch, folder, directory, console)
     checkpoints = held.enter_context(
@@ -266,7 +291,7 @@ def _compile(learner: Learner, texts: Texts, state: TrainState, history: History
         state=state,
         shardings=learner.shardings._replace(opt_state=opt_state),
         sharding=job.sharding,
-        buffer_sabt=token_buffer(args, job.recipe, job.plan),
+        buffer_shape=buffer_shape(args, job.recipe, job.plan),
         windows_kbt=texts.validation.windows_kbt,
     )
 

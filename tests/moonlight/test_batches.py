@@ -38,6 +38,18 @@ def test_batches_of_one_have_the_same_windows_in_the_same_order():
         np.testing.assert_array_equal(three, next(threes))
 
 
+@pytest.mark.parametrize("rows", [[0], [0, 2], [1, 2], [0, 1, 2]])
+def test_rows_of_every_batch_are_those_of_the_whole_and_so_is_the_position(rows: list[int]):
+    whole, part = windows_of(GENERAL), windows_of(GENERAL, rows=rows)
+    for _ in range(6):  # an epoch has four
+        np.testing.assert_array_equal(next(part), next(whole)[rows])
+    # A run may go on with other processes, whose rows are others.
+    other = windows_of(GENERAL, rows=[2])
+    other.set_state(part.get_state())
+    assert part.get_state() == whole.get_state()
+    np.testing.assert_array_equal(next(other), next(whole)[[2]])
+
+
 def mixed(seed: int = 0) -> grain.DatasetIterator:
     """12 windows of one source, 12 of both at 3:1, then of the second alone."""
     spans = [

@@ -137,6 +137,19 @@ def test_a_vocabulary_that_does_not_divide_is_replicated():
     )
 
 
+def test_rows_of_a_batch_lie_where_the_mesh_has_them(monkeypatch):
+    where = ModelSharding(make_mesh(CUBE))
+    assert where.local_rows(8) == [*range(8)]  # of one process, all
+    tokens = np.arange(2 * 8 * 3, dtype=np.int32).reshape(2, 8, 3)
+    assert where.spread_rows(tokens, 8, axis=1) is tokens
+    assert ModelSharding().local_rows(4) == [0, 1, 2, 3]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    spread = where.spread_rows(tokens, 8, axis=1)
+    assert spread.sharding.spec == P(None, BATCH_AXES)
+    np.testing.assert_array_equal(spread, tokens)
+    np.testing.assert_array_equal(where.spread(tokens, None, BATCH_AXES), tokens)
+
+
 def test_an_unknown_parameter_is_refused():
     with pytest.raises(ValueError, match="how mtp/kernel lies on a mesh: add it there"):
         ModelSharding().param_shardings({"mtp": {"kernel": jnp.ones(2)}})

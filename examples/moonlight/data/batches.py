@@ -65,6 +65,7 @@ def train_batches(
     sequence_length: int,
     batch_size: int,
     seed: int,
+    rows: Sequence[int] | None = None,
 ) -> grain.DatasetIterator:
     """An endless iterator of int32 [batch_size, sequence_length + 1].
 
@@ -79,6 +80,8 @@ def train_batches(
         sequence_length: Predicted tokens per window.
         batch_size: Windows per batch.
         seed: The seed of every order.
+        rows: Which rows of every batch are read, in order: [len(rows), sequence_length + 1]. The
+            position is that of the whole batches. Left out, all.
 
     Raises:
         ValueError: A source is shorter than one window.
@@ -95,6 +98,9 @@ def train_batches(
     else:
         chosen = StagedMix(spans, list(sources))
         dataset = grain.MapDataset.select_from_datasets(datasets, chosen)
+    if rows is not None and len(rows) < batch_size:
+        dataset = grain.MapDataset.source(_Rows(dataset, batch_size, rows))
+        batch_size = len(rows)
     # A window is a copy of half a kilobyte. One thread keeps ahead of any model; processes would
     # only cost start-up time.
     return iter(
@@ -103,6 +109,21 @@ def train_batches(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
         )
     )
+
+
+class _Rows:
+    """Some rows of every batch, one after the other, of a dataset that never ends."""
+
+    def __init__(self, dataset: grain.MapDataset, batch_size: int, rows: Sequence[int]):
+        self._dataset, self._batch, self._rows = dataset, batch_size, tuple(rows)
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._batch * len(self._rows)
+
+    # grain asks for the index by SupportsIndex.
+    def __getitem__(self, index: Any) -> Any:
+        batch, row = divmod(int(index), len(self._rows))
+        return self._dataset[batch * self._batch + self._rows[row]]
 
 
 class StagedMix(grain.transforms.DatasetSelectionMap):

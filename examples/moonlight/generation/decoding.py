@@ -7,6 +7,9 @@ end, where the row's own next tokens replace it before anything reads it.
 
 The token of a call is an argument of the next one before the host has seen it, so that the device
 need not wait for the host to print it.
+
+Of several processes each calls the same with the same prompts, and each gets the tokens of all: so
+they end at the same one.
 """
 
 import dataclasses
@@ -18,7 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
+from examples.moonlight.common.processes.group import barrier
 from examples.moonlight.generation.sampling import Sampling, draw
 from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelSharding
 
@@ -82,6 +87,7 @@ class Generator:
         self.speed, self.length, self.batch = Speed(), length, batch
         self._padded = -(-batch // sharding.batch_shards) * sharding.batch_shards
         self._chunk = min(chunk, length)
+        self._sharding = sharding
         self._state = (params, bias)
         # Of each row: the tokens that the cache holds, from the first on.
         self._held: list[list[int]] = [[] for _ in range(batch)]
@@ -114,6 +120,7 @@ class Generator:
         self._make_cache = jax.jit(make_cache, out_shardings=caches).lower().compile()
         self._decode = compiled(1)
         self._prefill = self._decode if self._chunk == 1 else compiled(self._chunk)
+        barrier()  # all have compiled before the first of them waits for another in a collective
         self.speed.compile_seconds = time.perf_counter() - started
 
     def stream(
@@ -158,7 +165,7 @@ class Generator:
                     self._decode, drawn_b1, length_b, length_b + 1, drawn_b1, row_b
                 )
             length_b = length_b + 1
-            drawn = np.asarray(drawn_b1)[:count, 0].tolist()  # waits for it
+            drawn = _on_host(drawn_b1)[:count, 0].tolist()  # waits for it
             tokens: list[int | None] = []
             for row, token in enumerate(drawn):
                 if reads_on:
@@ -206,7 +213,10 @@ class Generator:
     def _call(self, program: Any, *inputs: Any) -> Any:
         cache = self._make_cache() if self._cache is None else self._cache
         self._cache = None  # donated; if the call is interrupted, there is none
-        token_b1, self._cache = program(self._state, cache, *inputs)
+        spread = [
+            x if isinstance(x, jax.Array) else self._sharding.spread(x, BATCH_AXES) for x in inputs
+        ]
+        token_b1, self._cache = program(self._state, cache, *spread)
         return token_b1
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -244,6 +254,13 @@ def check_lengths(
                 f"prompt {number} has {len(prompt)} tokens, and --max-length {length} leaves no "
                 f"room behind it: shorten it, or give up to --max-length {longest}"
             )
+
+
+def _on_host(rows: jax.Array) -> np.ndarray:
+    """All rows of a batch, also those on the devices of other processes."""
+    if rows.is_fully_addressable:
+        return np.asarray(rows)
+    return multihost_utils.process_allgather(rows, tiled=True)
 
 
 def _common(held: Sequence[int], prompt: Sequence[int]) -> int:

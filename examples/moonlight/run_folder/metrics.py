@@ -141,6 +141,19 @@ class MetricsLog:
             _warn(self._console, f"TensorBoard's file is no longer written: {error}")
 
 
+class NoLog:
+    """A log of a process that writes none, since process 0 does."""
+
+    def losses(self, _: int) -> list[float]:
+        """None."""
+        return []
+
+    def write(self, *_: Any) -> None:
+        """Nothing; so do the others."""
+
+    flush = sync = close = write
+
+
 def records_until(path: Path, step: int, console: Console) -> list[dict[str, Any]]:
     """The records up to a step, of all kinds, in order, each step once; says what is missing."""
     kept, seen = [], set()

@@ -108,7 +108,7 @@ class Args:
     each device, drop the rest and show how many; left out, none is dropped, as in validation."""
     mesh: str | None = None
     """Sizes of the mesh axes data, fsdp, expert and tensor, such as data=2,expert=2,tensor=2; left
-    out, one device. A resumed run may change it."""
+    out, one device, or data=all of several processes. A resumed run may change it."""
     remat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compute each layer's inside again in the backward pass: less memory, a third more time."""
     attention_block: int | None = None

@@ -122,7 +122,10 @@ def make_job(args: Args, config: ModelConfig | None = None) -> Job:
     if pretrained is not None:
         config = check_pretrained(pretrained)
     config = config or MoonlightConfig.preset(args.preset)
-    sharding = ModelSharding(None if args.mesh is None else make_mesh(args.mesh))
+    mesh = args.mesh
+    if mesh is None and jax.process_count() > 1:
+        mesh = f"data={jax.device_count()}"
+    sharding = ModelSharding(None if mesh is None else make_mesh(mesh))
     sharding.check_divides(("batch", "--batch-size", recipe.batch_size))
     on_cpu = jax.default_backend() == "cpu"
     experts = args.experts or ("dense" if on_cpu else "ragged")

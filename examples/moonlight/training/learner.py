@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 from rich.console import Console
 
+from examples.moonlight.common.processes.group import barrier
 from examples.moonlight.huggingface.pretrained import abstract_model, load_pretrained, make_model
 from examples.moonlight.model.execution.dtype import compute_dtype
 from examples.moonlight.model.execution.sharding import bytes_per_device
@@ -98,7 +99,9 @@ class Learner:
         job = self.job
         if job.pretrained is None and job.sharding.mesh is not None:
             draw = jax.jit(lambda: _draw(job, self.optimizer), out_shardings=self.shardings)
-            return draw()
+            program = draw.lower().compile()
+            barrier()
+            return program()
         if job.pretrained is not None:
             _, params, bias = load_pretrained(job.pretrained, job.execution, console=console)
         else:

@@ -12,6 +12,7 @@ import numpy as np
 from rich import progress
 from rich.console import Console
 
+from examples.moonlight.common.processes.group import of_first
 from examples.moonlight.data.batches import Span, windows_read
 from examples.moonlight.data.validation import Validation
 from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelSharding
@@ -54,7 +55,7 @@ def compile_programs(
     state: TrainState,
     shardings: TrainState,
     sharding: ModelSharding,
-    buffer_sabt: np.ndarray,
+    buffer_shape: tuple[int, ...],
     windows_kbt: np.ndarray,
 ) -> Programs:
     """Compiles both programs ahead of the loop.
@@ -65,10 +66,16 @@ def compile_programs(
         state: The training's state; abstract or not.
         shardings: Where it lies.
         sharding: The devices.
-        buffer_sabt: The tokens of a call, see `token_buffer`.
+        buffer_shape: Of the tokens of a call, see `buffer_shape`.
         windows_kbt: The held-out windows.
     """
     one = sharding.place()
+    # Abstract: host data cannot be lowered for the devices of several processes.
+    sabt, micro_s, number, kbt = (
+        jax.ShapeDtypeStruct(shape, np.int32)
+        for shape in (buffer_shape, buffer_shape[:1], (), windows_kbt.shape)
+    )
+    state = jax.tree.map(_abstract, state)
     steps = jax.jit(
         train_steps,
         donate_argnums=0,
@@ -78,12 +85,16 @@ def compile_programs(
     losses = jax.jit(
         validate,
         in_shardings=(shardings.params, shardings.bias, sharding.place(None, BATCH_AXES)),
+        out_shardings=one,
     )
-    micro_s = np.zeros(len(buffer_sabt), np.int32)
     return Programs(
-        steps.lower(state, buffer_sabt, 0, 0, micro_s).compile(),
-        losses.lower(state.params, state.bias, windows_kbt).compile(),
+        steps.lower(state, sabt, number, number, micro_s).compile(),
+        losses.lower(state.params, state.bias, kbt).compile(),
     )
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 class Clock:
@@ -112,12 +123,11 @@ class Clock:
         return {"wall_seconds": self.wall_seconds, "step_seconds": self.step_seconds}
 
 
-def token_buffer(args: Args, recipe: Recipe, plan: Plan) -> np.ndarray:
-    """Zeros, int32 [steps, micro-batches, batch, time + 1], for the most that a call takes."""
+def buffer_shape(args: Args, recipe: Recipe, plan: Plan) -> tuple[int, ...]:
+    """The most tokens that a call takes: [steps, micro-batches, batch, time + 1]."""
     micro_batches = plan.max_batch // recipe.batch_size
     steps = steps_per_call(args, recipe)
-    shape = (steps, micro_batches, recipe.batch_size, recipe.sequence_length + 1)
-    return np.zeros(shape, np.int32)
+    return steps, micro_batches, recipe.batch_size, recipe.sequence_length + 1
 
 
 @dataclasses.dataclass
@@ -163,7 +173,9 @@ class Run:
         recipe: The sizes of a batch.
         plan: What each step trains with.
         programs: The compiled steps and validation.
-        batches: The training batches, from the first that is not behind the state.
+        sharding: The devices.
+        batches: This process's rows of the training batches, from the first that is not behind the
+            state.
         spans: The mixes that they are read in.
         validation: The held-out windows.
         checkpoints: Where the state is saved.
@@ -179,13 +191,14 @@ class Run:
     recipe: Recipe
     plan: Plan
     programs: Programs
+    sharding: ModelSharding
     batches: grain.DatasetIterator
     spans: Sequence[Span]
     validation: Validation
     checkpoints: Checkpoints
     lock: RunLock
     stop: StopRequest
-    log: metrics.MetricsLog
+    log: metrics.MetricsLog | metrics.NoLog
     history: History
     clock: Clock
     console: Console
@@ -200,7 +213,10 @@ class Run:
             Stopped: A signal came; the state is saved.
         """
         args, plan = self.args, self.plan
-        buffer_sabt = token_buffer(args, self.recipe, plan)
+        # This process's rows of the tokens of a call.
+        steps, micro_batches, batch, time_1 = buffer_shape(args, self.recipe, plan)
+        rows = len(self.sharding.local_rows(batch))
+        buffer_sabt = np.zeros((steps, micro_batches, rows, time_1), np.int32)
         stage_ends = {*plan.stage_ends().values()}
         # The first call is short: it shows that the run has begun, and how long a step takes.
         most, told = args.steps_per_call or 1, float("-inf")
@@ -215,7 +231,7 @@ class Run:
                 step += count
                 if args.steps_per_call is None:
                     fit = CALL_SECONDS * count / (time.perf_counter() - called)
-                    most = min(max(1, int(fit)), len(buffer_sabt))
+                    most = of_first(min(max(1, int(fit)), len(buffer_sabt)))
                 self._check_finite(state, step - count, columns)
                 self.checkpoints.check()
                 recent.extend(columns["loss"])
@@ -244,7 +260,7 @@ class Run:
                 self.log.flush()
                 if saves:
                     self._save(state, step)
-                if self.stop.signum is not None:
+                if self.stop.asked():
                     if not saves:
                         self._save(state, step)
                     self.stop.check(f"stopped after step {step}")
@@ -262,8 +278,11 @@ class Run:
             micro_s[i] = self.plan.segment(step + i).batch // self.recipe.batch_size
             for j in range(micro_s[i]):
                 buffer_sabt[i, j] = next(self.batches)
+        spread = self.sharding.spread
+        tokens_sabt = self.sharding.spread_rows(buffer_sabt, self.recipe.batch_size, axis=2)
+        numbers = (spread(np.int32(step)), spread(np.int32(count)), spread(micro_s))
         state, measured, watched = jax.block_until_ready(
-            self.programs.train_steps(state, buffer_sabt, step, count, micro_s)
+            self.programs.train_steps(state, tokens_sabt, *numbers)
         )
         seconds = time.perf_counter() - called
         self.clock.step_seconds += seconds
@@ -310,7 +329,8 @@ class Run:
         raise FloatingPointError(what + remedy(newest, self.args))
 
     def _validate(self, state: TrainState, step: int) -> None:
-        losses_k = self.programs.validate(state.params, state.bias, self.validation.windows_kbt)
+        windows_kbt = self.sharding.spread(self.validation.windows_kbt, None, BATCH_AXES)
+        losses_k = self.programs.validate(state.params, state.bias, windows_kbt)
         record = self.validation.record(np.asarray(losses_k))
         self.log.write(metrics.VALIDATION, step, record)
         if not np.isfinite(record["val_loss"]):

@@ -9,6 +9,9 @@ that the run is to stop, at the second it ends the process. The loop asks, betwe
 Example: Ctrl-C in the middle of a call of 20 steps. The thread says that the run will stop, the
 call ends, the loop saves a checkpoint and raises `Stopped`. Ctrl-C again while it saves: the
 process ends there, and goes on from the checkpoint before.
+
+Of several processes a signal to one stops all, after the same step: to ask whether to go on is to
+ask the others. A machine that is to be taken away sends SIGTERM as well.
 """
 
 import contextlib
@@ -17,6 +20,8 @@ import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
+
+from examples.moonlight.common.processes.group import exchange
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
@@ -55,9 +60,22 @@ class StopRequest:
         self._lock = threading.Lock()
         self._seen = {"pipe": 0, "handler": 0}
 
+    def asked(self) -> bool:
+        """Whether a signal came, to this process or another: the same answer in all that ask now.
+
+        All of them ask, or none.
+        """
+        mine = self.signum or 0
+        came = [number for text in exchange(str(mine)) if (number := int(text))]
+        if not came:
+            return False
+        self.signum = self.signum or came[0]
+        return True
+
     def check(self, message: str) -> None:
-        """Raises `Stopped` with the message if a signal came."""
-        if self.signum is not None:
+        """Raises `Stopped` with the message if a signal came; see `asked`."""
+        if self.asked():
+            assert self.signum is not None
             raise Stopped(self.signum, message)
 
     def __enter__(self) -> "StopRequest":

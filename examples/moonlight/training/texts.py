@@ -7,6 +7,7 @@ import grain
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from examples.moonlight.common.processes import group
 from examples.moonlight.data.batches import Span, plan_spans, train_batches, windows_read
 from examples.moonlight.data.tokenized import load_sources, token_byte_lengths
 from examples.moonlight.data.validation import Validation, make_validation
@@ -25,7 +26,7 @@ class Texts(NamedTuple):
         corpus_hash: 16 hexadecimal digits over all documents and the tokenizer's settings.
         tokenizer: The corpus' own, or that of the model to begin with.
         spans: The mixes that the batches are read in, one after the other.
-        batches: The training batches, from the first.
+        batches: This process's rows of the training batches, from the first.
         validation: The held-out windows.
         prompt: The token ids that the sample begins with.
     """
@@ -70,6 +71,10 @@ def load_texts(job: Job, console: Console) -> Texts:
             the devices do not divide the held-out windows.
     """
     args, recipe = job.args, job.recipe
+    # Process 0 builds what is not in the cache; the others find it there, or build their own where
+    # they have a file system of their own.
+    if not group.is_first():
+        group.barrier()
     corpus = load_sources(
         job.sources,
         vocab_size=job.config.vocab_size,
@@ -77,6 +82,9 @@ def load_texts(job: Job, console: Console) -> Texts:
         pretrained=job.pretrained,
         tell=lambda words: console.print(words, markup=False, highlight=False, soft_wrap=True),
     )
+    if group.is_first():
+        group.barrier()
+    group.everywhere_equal(corpus.corpus_hash, "the corpus")
     sizes = {name: len(tokens) for name, tokens in corpus.train.items()}
     console.print(
         f"corpus {corpus.corpus_hash}: {sum(sizes.values()):,} training tokens, "
@@ -92,6 +100,7 @@ def load_texts(job: Job, console: Console) -> Texts:
         sequence_length=recipe.sequence_length,
         batch_size=recipe.batch_size,
         seed=args.data_seed,
+        rows=job.sharding.local_rows(recipe.batch_size),
     )
     validation = make_validation(
         corpus,

@@ -45,7 +45,11 @@ def is_first() -> bool:
 
 
 def barrier() -> None:
-    """Waits until every process is here."""
+    """Waits until every process is here.
+
+    It belongs between a compilation, for which one may need a minute more than another, and the
+    first call of what was compiled: on CPU, processes wait for each other half a minute there.
+    """
     if count() > 1:
         _client().wait_at_barrier(f"barrier/{next(_counter)}", _PATIENCE)
 

@@ -112,6 +112,7 @@ def _wait(
             for teller in tellers:
                 teller.tell(time.monotonic() - _HELD)
         time.sleep(0.02)
+    stuck = [i for i, process in enumerate(processes) if process.poll() is None]
     for process in processes:
         process.kill()
     for process in processes:
@@ -126,7 +127,10 @@ def _wait(
     code = processes[failed].returncode
     if code < 0:
         name = signal.Signals(-code).name
-        print(f"error: process {failed} was ended by {name}", file=sys.stderr, flush=True)
+        words = f"process {failed} was ended by {name}"
+        if code == -signal.SIGABRT and stuck:  # JAX gave up the one that did not end by itself
+            words = f"process {stuck[0]} gave no sign of life any more, and was ended"
+        print(f"error: {words}", file=sys.stderr, flush=True)
     return code if code >= 0 else 128 - code
 
 

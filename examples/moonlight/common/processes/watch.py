@@ -20,7 +20,6 @@ import json
 import os
 import selectors
 import socket
-import sys
 import threading
 import time
 from typing import Any
@@ -92,8 +91,10 @@ class Watch:
                         names[connection] = message["index"]
                         with self._mutex:
                             self._peers[message["index"]] = connection
-                if not data:
+                stranger = connection not in names and len(texts[connection]) > _MOST_WORDS
+                if not data or stranger:
                     selector.unregister(connection)
+                    connection.close()
                     if (gone := names.get(connection)) is not None and gone not in self._left:
                         self._end(gone, None)
 
@@ -176,8 +177,7 @@ class Watch:
             with contextlib.suppress(OSError):
                 # A bar of progress hides the cursor.
                 shown = b"\x1b[?25h" if os.isatty(2) else b""
-                hint = "; the same command with --resume goes on" if "--resume" in sys.argv else ""
-                os.write(2, shown + f"{words}: all processes end{hint}\n".encode())
+                os.write(2, shown + f"{words}: all processes end\n".encode())
         os._exit(LOST)
 
     def _start(self, run: Any) -> None:

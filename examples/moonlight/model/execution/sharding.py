@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -121,6 +122,51 @@ class ModelSharding:
         if self.mesh is None:
             return SingleDeviceSharding(jax.devices()[0])
         return NamedSharding(self.mesh, P(*spec))
+
+    def spread(self, x: Any, *spec: Any) -> Any:
+        """Host data that every process has, as an argument of a program compiled for the mesh.
+
+        Of one process, a compiled program takes it as it is. Of several, each puts up the parts of
+        its own devices.
+
+        Args:
+            x: A NumPy array or a number, the same in all processes.
+            *spec: How the program has it; see `place`.
+        """
+        if jax.process_count() == 1:
+            return x
+        array = np.asarray(x, jax.dtypes.canonicalize_dtype(np.asarray(x).dtype))
+        return jax.make_array_from_callback(array.shape, self.place(*spec), lambda at: array[at])
+
+    def local_rows(self, batch: int) -> list[int]:
+        """Which rows of a batch lie on this process's devices, in order."""
+        rows: set[int] = set()
+        places = self.place(BATCH_AXES) if self.mesh is not None else self.place()
+        for index in places.addressable_devices_indices_map((batch,)).values():
+            rows |= {*range(batch)[index[0] if index else slice(None)]}
+        return sorted(rows)
+
+    def spread_rows(self, local: np.ndarray, batch: int, axis: int) -> Any:
+        """Rows that each process has of its own, as an array of the whole batch; see `spread`.
+
+        Args:
+            local: This process's `local_rows`, along an axis; nothing else need be read.
+            batch: Rows of all.
+            axis: Which axis the rows are.
+        """
+        if jax.process_count() == 1:
+            return local
+        place = {row: i for i, row in enumerate(self.local_rows(batch))}
+        shape = (*local.shape[:axis], batch, *local.shape[axis + 1 :])
+        spec = (*(None,) * axis, BATCH_AXES)
+
+        def part(at: Any) -> np.ndarray:
+            # One device's rows follow each other in the batch, and so they do here.
+            first, last, _ = at[axis].indices(batch)
+            rows = slice(place[first], place[first] + last - first)
+            return local[(*at[:axis], rows, *at[axis + 1 :])]
+
+        return jax.make_array_from_callback(shape, self.place(*spec), part)
 
     def constrain(self, x: jax.Array, *spec: Any) -> jax.Array:
         """`x`, laid out by a PartitionSpec's entries; on one device as it is."""

@@ -1,0 +1,146 @@
+"""Training as several processes: one's losses, whoever dies in between, and however many go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from examples.moonlight.common.processes.launcher import _free_port
+from examples.moonlight.common.processes.watch import LOST
+from examples.moonlight.run_folder import metrics
+from examples.moonlight.run_folder.folder import CHECKPOINTS
+from examples.moonlight.run_folder.storage import kept_steps
+from examples.moonlight.train import train
+from tests.checkers import relative_error
+from tests.moonlight import toy
+
+pytestmark = [pytest.mark.one_stack, pytest.mark.xdist_group("processes")]
+
+ROOT = Path(__file__).parents[2]
+STEPS = 12
+
+# Sums in another order, after twelve steps of Muon, which rounds its momentum to bfloat16: of the
+# losses, and of each weight's norm.
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-4, 5e-3
+
+SETTINGS = {
+    "steps": STEPS,
+    "batch_size": 8,
+    "eval_windows": 8,
+    "steps_per_call": 2,
+    "max_to_keep": 10,
+}
+
+
+def processes(
+    folder: Path, count: int, mesh: str, *, hurt: str = "", devices: int = 1
+) -> list[subprocess.Popen[str]]:
+    """Starts `--resume` as so many processes."""
+    args = toy.arguments(folder, **SETTINGS)
+    flags = {
+        "--output-dir": args.output_dir,
+        "--data": args.data[0],
+        "--cache-dir": args.cache_dir,
+        "--prompt": args.prompt,
+        "--mesh": mesh,
+        "--coordinator": f"localhost:{_free_port()}",
+        "--processes": count,
+    }
+    for name in (*SETTINGS, "sequence_length", "eval_every", "checkpoint_every"):
+        flags[f"--{name.replace('_', '-')}"] = getattr(args, name)
+    command = [sys.executable, "-m", "tests.moonlight.toy_processes", "--resume"]
+    command += [str(word) for pair in flags.items() for word in pair]
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "1000",
+        "HURT": hurt,
+        # The time-out is asked for here: else each process finds out whether it may be.
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}")
+        + " --xla_cpu_collective_timeout_seconds=60",
+    }
+    return [
+        subprocess.Popen(
+            [*command, "--process", str(i)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(count)
+    ]
+
+
+def finish(started: Sequence[subprocess.Popen[str]]) -> tuple[list[int], list[str], list[str]]:
+    """The exit codes, what each printed, and their errors."""
+    try:
+        texts = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [p.returncode for p in started], [text[0] for text in texts], [text[1] for text in texts]
+
+
+def records(folder: Path) -> list[dict]:
+    lines = (folder / "run" / metrics.FILE).read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if name != "tokens_per_second"}
+        for line in lines
+    ]
+
+
+def assert_close(ours: Path, theirs: Path) -> None:
+    """Checks that two runs have the same losses and weights, to rounding."""
+    for mine, other in zip(records(ours), records(theirs), strict=True):
+        assert (mine["kind"], mine["step"]) == (other["kind"], other["step"])
+        name = "loss" if "loss" in mine else "val_loss"
+        assert abs(mine[name] - other[name]) < LOSS_TOLERANCE
+    models = [toy.restore(folder / "run").model for folder in (ours, theirs)]
+    for a, b in zip(*map(jax.tree.leaves, models), strict=True):
+        assert relative_error(np.asarray(a), np.asarray(b)) < WEIGHT_TOLERANCE
+
+
+def test_one_of_four_dies_in_a_save_and_two_go_on_to_where_one_would_be(tmp_path: Path):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for folder in (alone, together):
+        folder.mkdir()
+    codes, texts, errors = finish(processes(together, 4, "data=2,tensor=2", hurt="2:SIGKILL:save"))
+    assert codes[2] == -signal.SIGKILL
+    assert [codes[i] for i in (0, 1, 3)] == [LOST] * 3, errors
+    assert errors[0].splitlines()[-1] == "process 2 was lost: all processes end"
+    assert [*texts[1:], *errors[1:]] == [""] * 6
+    assert kept_steps(together / "run" / CHECKPOINTS) == [4]
+
+    codes, texts, errors = finish(processes(together, 2, "data=4", devices=2))
+    assert codes == [0, 0], errors
+    assert "continuing after step 4" in texts[0] and texts[1] == ""
+
+    results = train(toy.arguments(alone, **SETTINGS), toy.CONFIG)
+    assert_close(together, alone)
+    [mesh] = results["meshes"].values()
+    ours = json.loads((together / "run" / "results.json").read_text())
+    assert (mesh, ours["meshes"]) == ("one device", {"1": "data=2,tensor=2", "5": "data=4"})
+
+
+def test_a_signal_to_one_saves_on_all_and_the_same_go_on_bit_for_bit(tmp_path: Path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    assert finish(processes(whole, 2, "data=2"))[0] == [0, 0]
+    codes, texts, errors = finish(processes(stopped, 2, "data=2", hurt="1:SIGTERM:5"))
+    assert codes == [128 + signal.SIGTERM] * 2, errors
+    assert texts[0].splitlines()[-1] == (
+        "stopped after step 6; the same command with --resume goes on"
+    )
+    assert kept_steps(stopped / "run" / CHECKPOINTS) == [4, 6]
+    assert finish(processes(stopped, 2, "data=2"))[0] == [0, 0]
+    assert records(stopped) == records(whole)
+    toy.assert_same_state(stopped / "run", whole / "run")
