@@ -34,8 +34,9 @@ def main(args: Args) -> int:
         text = "".join(f"line {i} holds {i * i % 101}\n" for i in range(20_000))
         (folder / "text.txt").write_text(text)
         with console.status("a run that nothing happens to"):
-            Trial(folder / "first", folder).finish(10 * args.patience)  # fills the caches
-            trial = Trial(folder / "reference", folder)
+            first = Trial(folder / "first", folder, args.processes)
+            first.finish(10 * args.patience)  # fills the caches
+            trial = Trial(folder / "reference", folder, args.processes)
             started = time.monotonic()
             process = trial.finish(args.patience)
             life = time.monotonic() - started
@@ -45,13 +46,22 @@ def main(args: Args) -> int:
         reference = outcome(trial)
         console.print(f"its whole life takes {life:.1f} s")
         record = {"environment": environment("jax", "orbax-checkpoint"), "life_seconds": life}
-        record |= {"args": {"kills": args.kills, "seed": args.seed, "steps": STEPS, "every": EVERY}}
-        trials = [
-            lambda: ordeals.kill(args, folder, reference, life, report),
-            lambda: ordeals.start_twice(args, folder, reference, report),
-            lambda: ordeals.damage(args, folder, reference, report),
-        ]
-        if args.disk:
+        record |= {
+            "args": {
+                "kills": args.kills,
+                "processes": args.processes,
+                "seed": args.seed,
+                "steps": STEPS,
+                "every": EVERY,
+            }
+        }
+        trials = [lambda: ordeals.kill(args, folder, reference, life, report)]
+        if args.processes == 1:
+            trials += [
+                lambda: ordeals.start_twice(args, folder, reference, report),
+                lambda: ordeals.damage(args, folder, reference, report),
+            ]
+        if args.disk and args.processes == 1:
             last = trial.checkpoints / str(STEPS)
             trials.append(lambda: ordeals.starve(args, folder, reference, last, report))
         for hurt in trials:

@@ -1,5 +1,7 @@
 """What a run is put through: kills, damage, a second process, a disk that fills up."""
 
+import contextlib
+import os
 import random
 import shutil
 import signal
@@ -28,19 +30,25 @@ ENDINGS = {
 def kill(args: Args, folder: Path, reference: tuple[Any, ...], life: float, report: Report) -> None:
     """Ends processes at random moments; each run that comes to its end is compared."""
     draw = random.Random(args.seed)
-    trial, runs = Trial(folder / "killed-0", folder), 0
+    trial, runs = Trial(folder / "killed-0", folder, args.processes), 0
     for i in track(range(args.kills), description="killing"):
         name = [*ENDINGS][i % len(ENDINGS)]
         moment = draw.uniform(0, life)
         process = trial.start()
         process.wait_until(lambda p=process, m=moment: time.monotonic() - p.started > m, life)
         before = process.text.rstrip().splitlines()[-1:] or ["(nothing printed yet)"]
-        ended = process.ended
+        ended, sent, children = process.ended, time.monotonic(), process.children
+        victim = draw.choice(children) if children and name == "SIGKILL" else None
         for number in [] if ended else ENDINGS[name]:
-            process.send(number)
+            if victim is None:
+                process.send(number)
+            else:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(victim, number)
             time.sleep(draw.uniform(0, 0.5) if len(ENDINGS[name]) > 1 else 0)
         code = process.wait(args.patience)
-        faults = ["hung"] if code is None else []
+        took = time.monotonic() - sent
+        faults = ["hung"] if code is None or _left(children) else []
         if max(whole_steps(trial), default=0) < trial.newest:
             faults.append("lost")
         # Before the program's first line it has begun nothing, and has no handlers either.
@@ -53,13 +61,26 @@ def kill(args: Args, folder: Path, reference: tuple[Any, ...], life: float, repo
             said = int(process.last_line.split("step ")[1].split(";")[0].split(",")[0])
             faults += ["lost"] if max(whole_steps(trial), default=0) < said else []
         note = f"{moment:.1f} s, step {trial.newest}, exit {code}; {before[0].strip()[:60]}"
+        if children:
+            who = "all" if victim is None else children.index(victim)
+            note = f"process {who}, ended after {took:.1f} s; {note}"
         report.add(f"ended by {name}", name, faults, note)
         if done:
             _compare(trial, reference, report, "runs that were killed until their end")
             runs += 1
-            trial = Trial(folder / f"killed-{runs}", folder)
+            trial = Trial(folder / f"killed-{runs}", folder, args.processes)
     trial.finish(args.patience)
     _compare(trial, reference, report, "runs that were killed until their end")
+
+
+def _left(children: list[int]) -> bool:
+    """Whether one of a run's processes outlives the one that started them, by a second and more."""
+    deadline = time.monotonic() + 5.0
+    while any(Path(f"/proc/{child}").exists() for child in children):
+        if time.monotonic() > deadline:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 def damage(args: Args, folder: Path, reference: tuple[Any, ...], report: Report) -> None:

@@ -29,13 +29,14 @@ class Trial:
     Args:
       folder: made.
       shared: where the text and the caches lie that all runs share.
+      processes: as how many it works.
     """
 
-    def __init__(self, folder: Path, shared: Path):
+    def __init__(self, folder: Path, shared: Path, processes: int = 1):
         folder.mkdir(parents=True, exist_ok=True)
         self.run = folder / "run"
         self.checkpoints = self.run / CHECKPOINTS
-        self.shared = shared
+        self.shared, self.processes = shared, processes
         self.newest = 0  # the newest step that was ever seen to be there, whole
 
     def start(self) -> "Process":
@@ -46,6 +47,7 @@ class Trial:
             *("--cache-dir", self.shared / "corpus", "--steps", STEPS, "--batch-size", 2),
             *("--sequence-length", 32, "--eval-windows", 8, "--eval-every", EVERY),
             *("--checkpoint-every", EVERY, "--steps-per-call", 3),
+            *(("--local-processes", self.processes) if self.processes > 1 else ()),
         ]
         return Process([str(part) for part in command], self)
 
@@ -117,6 +119,12 @@ class Process:
     def send(self, number: int) -> None:
         """Sends a signal."""
         self._process.send_signal(number)
+
+    @property
+    def children(self) -> list[int]:
+        """The processes that it started and that run, by their numbers at the system; on Linux."""
+        listed = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
+        return [*map(int, listed.read_text().split())] if listed.exists() else []
 
 
 def whole_steps(trial: Trial) -> list[int]:
