@@ -66,7 +66,7 @@ def compile_programs(
         state: The training's state; abstract or not.
         shardings: Where it lies.
         sharding: The devices.
-        buffer_shape: Of the tokens of a call, see `buffer_shape`.
+        buffer_shape: The shape of the tokens of a call, see `buffer_shape`.
         windows_kbt: The held-out windows.
     """
     one = sharding.place()
