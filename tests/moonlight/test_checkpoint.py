@@ -1,7 +1,9 @@
 """Checkpoints: which are kept, what damage is noticed, and that nothing is lost for it."""
 
 import contextlib
+import importlib.util
 import io
+import json
 import logging
 import shutil
 import threading
@@ -12,13 +14,15 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from rich.console import Console
 
 from benchmarks.endurance.damage import DAMAGE
 from examples.moonlight.common.program import ThreadsLeft
 from examples.moonlight.run_folder import seal, storage
 from examples.moonlight.run_folder.checkpoint import Checkpoints
-from examples.moonlight.run_folder.lock import FolderLost
+from examples.moonlight.run_folder.folder import checkpoints_of, claim_checkpoints
+from examples.moonlight.run_folder.lock import MARK, FolderLost
 from examples.moonlight.run_folder.reading import (
     check_checkpoint,
     copy_checkpoint,
@@ -27,7 +31,7 @@ from examples.moonlight.run_folder.reading import (
 )
 from examples.moonlight.run_folder.retention import EveryTokens, Retention
 from examples.moonlight.run_folder.seal import Damaged
-from examples.moonlight.run_folder.storage import kept_steps
+from examples.moonlight.run_folder.storage import folder_at, kept_steps
 
 
 def test_checkpoints_are_kept_by_every_policy(tmp_path: Path):
@@ -309,3 +313,76 @@ def test_a_deleted_folder_is_made_again(run: Path):
         shutil.rmtree(run / "checkpoints")
         save(checkpoints, 30)
     assert kept_steps(run / "checkpoints") == [30]
+
+
+@pytest.fixture(name="store")
+def _store(tmp_path: Path, monkeypatch) -> epath.Path:
+    """A prefix of an object store, as far as a folder can be one: nothing in it is renamed."""
+    monkeypatch.setattr(storage, "is_remote", lambda path: isinstance(path, epath.Path))
+    return epath.Path(tmp_path) / "checkpoints"
+
+
+def test_in_an_object_store_the_seal_is_what_makes_a_checkpoint(store: epath.Path):
+    with opened(store, latest=1) as (checkpoints, _):
+        for step, loss in {1: 2.0, 2: 1.0, 3: 3.0}.items():
+            save(checkpoints, step, loss)
+        assert checkpoints.all_steps() == kept_steps(store) == [2, 3]
+    # A kill before the seal leaves what is no checkpoint, and is removed.
+    (store / "3" / storage.SEAL).unlink()
+    assert kept_steps(store) == [2]
+    with opened(store) as (checkpoints, said):
+        assert {path.name for path in store.iterdir()} == {"2", MARK}
+        save(checkpoints, 4)
+        damaged = store / "4" / "progress" / "metadata"
+        damaged.write_text("{}")
+        restored = checkpoints.restore(model=TEMPLATE, optimizer=TEMPLATE)
+        assert (restored.step, restored.progress) == (2, {"at": 2})
+        assert "The checkpoint of step 4 is damaged" in said.getvalue()
+    assert read_model(store, TEMPLATE)[0] == 2
+
+
+def test_in_an_object_store_who_came_last_goes_on(store: epath.Path):
+    with opened(store) as (first, _):
+        save(first, 1)
+        with opened(store) as (second, _):
+            save(second, 2)
+            with pytest.raises(FolderLost, match="was taken over by process"):
+                save(first, 3)
+            assert kept_steps(store) == [1, 2]
+
+
+def test_a_place_for_checkpoints_is_read(tmp_path: Path, monkeypatch):
+    assert folder_at("runs/a") == Path("runs/a")
+    assert folder_at(tmp_path) == tmp_path
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for text, message in {
+        "s3://bucket/a": "expected a path or gs://bucket/prefix, got s3://",
+        "gs://": "names no bucket",
+        "gs://bucket/a": r"needs gcsfs: pip install gcsfs",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            folder_at(text)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    for text in ("gs://bucket/a", Path("gs://bucket/a")):
+        assert str(folder_at(text)) == "gs://bucket/a"
+
+
+def test_a_place_for_checkpoints_is_one_run_s(tmp_path: Path):
+    place, settings = tmp_path / "elsewhere", {"steps": 3, "checkpoint_dir": "x"}
+    claim_checkpoints(place, settings, resume=False)
+    with pytest.raises(FileExistsError, match="continue it with --resume, or"):
+        claim_checkpoints(place, settings, resume=False)
+    with pytest.raises(ValueError, match="steps was 3 and is now 4"):
+        claim_checkpoints(place, settings | {"steps": 4}, resume=True)
+    claim_checkpoints(place, settings, resume=True)
+    (place / "settings.json").write_text("[1]")
+    with pytest.raises(ValueError, match="expected the settings of a run"):
+        claim_checkpoints(place, settings, resume=True)
+    run = tmp_path / "run"
+    run.mkdir()
+    assert checkpoints_of(run) == run / "checkpoints"
+    (run / "settings.json").write_text(json.dumps({"checkpoint_dir": str(place)}))
+    assert checkpoints_of(run) == place
+    (run / "settings.json").write_text(json.dumps({"checkpoint_dir": 1}))
+    with pytest.raises(ValueError, match="checkpoint_dir: expected a path, got 1"):
+        checkpoints_of(run)

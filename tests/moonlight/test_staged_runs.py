@@ -168,7 +168,7 @@ def test_a_branch_may_cool_down_from_the_middle_of_a_run(whole: Path, tmp_path: 
     spans = batches.plan_spans(
         make_plan(recipe, bias_rate=1e-3, mixes=mixes), dict.fromkeys(SOURCES, 1)
     )
-    branch = branching.find_branch(f"{whole / 'run'}@24", tmp_path, settings, spans)
+    branch = branching.find_branch(f"{whole / 'run'}@24", tmp_path / "none", settings, spans)
     assert branch == (whole / "run", 24)
 
 

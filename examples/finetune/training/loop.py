@@ -95,6 +95,8 @@ class Run:
                     self._save(state, step)
                 self.stop.check(f"stopped after step {step}")
                 bar.update(task, completed=step, status=status)
+        # Results say that a run is finished: not before its last checkpoint is there.
+        self.checkpoints.wait()
         return state
 
     def _step(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other, from their main threads.
+"""What the processes of a run tell each other of the run's folder.
 
 A network file system may show its files late, and not to all hosts at once: what a folder holds is
 looked up by the first process, and told to the others. Every function here is called by all
@@ -9,14 +9,9 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from examples.moonlight.common.processes import group
 
 T = TypeVar("T")
-
-# Messages are padded to a power of two of at least so many bytes: each length is another program.
-_LEAST = 1024
 
 
 class ElsewhereFailed(RuntimeError):
@@ -29,16 +24,9 @@ def gather(value: T) -> list[T]:
     Args:
         value: As JSON can hold it.
     """
-    if jax.process_count() == 1:
+    if group.count() == 1:
         return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.int32(text.size))
-    room = max(_LEAST, 1 << (int(np.max(lengths)) - 1).bit_length())
-    rows = multihost_utils.process_allgather(np.pad(text, (0, room - text.size)))
-    return [
-        json.loads(np.asarray(row[:length], np.uint8).tobytes())
-        for row, length in zip(rows, np.ravel(lengths), strict=True)
-    ]
+    return [json.loads(text) for text in group.exchange(json.dumps(value))]
 
 
 def of_first(function: Callable[[], T]) -> T:
@@ -50,11 +38,11 @@ def of_first(function: Callable[[], T]) -> T:
     Raises:
         ElsewhereFailed: In the others, where it raised in the first.
     """
-    if jax.process_count() == 1:
+    if group.count() == 1:
         return function()
     told: dict[str, Any] = {"failed": ""}
     try:
-        if jax.process_index() == 0:
+        if group.is_first():
             told["value"] = function()
     except Exception as error:
         told["failed"] = str(error) or type(error).__name__

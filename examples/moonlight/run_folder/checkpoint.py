@@ -24,10 +24,10 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import rich
 from rich.console import Console
 
+from examples.moonlight.common.processes import group
 from examples.moonlight.common.program import ThreadsLeft
 from examples.moonlight.run_folder import engine, seal, storage
 from examples.moonlight.run_folder.agreement import of_first, together
@@ -65,7 +65,8 @@ class Checkpoints:
         retention: Which checkpoints are kept.
         console: Told of damage; left out, the terminal.
         prefix: What a checkpoint's name has before its step.
-        damaged: Where damaged checkpoints go; left out, into a folder beside `directory`.
+        damaged: Where damaged checkpoints go; left out, into a folder beside `directory`. In an
+            object store they stay in `directory`, under another name.
         flags: What the program calls its flags.
         guard: Raises where the run's folder is no longer this run's: nothing is saved then.
 
@@ -107,7 +108,7 @@ class Checkpoints:
         self._remove_unfinished()
         if self._mark is not None:
             self._mark.write()
-        if jax.process_count() == 1:
+        if group.count() == 1:
             return ""
         token = f".saving-{uuid.uuid4().hex}"
         (self.directory / token).write_bytes(b"")
@@ -116,7 +117,7 @@ class Checkpoints:
     def _check_shared(self, token: str) -> None:
         if token and not storage.is_shown((self.directory / token).exists):
             raise RuntimeError(
-                f"process {jax.process_index()} does not see what process 0 wrote into "
+                f"process {group.index()} does not see what process 0 wrote into "
                 f"{self.directory}: the checkpoints have to lie where all hosts see the same folder"
             )
 
@@ -162,9 +163,8 @@ class Checkpoints:
         self.wait()
         self._check_owner()
         draft = storage.draft(self.path(step), step)
-        first = jax.process_index() == 0
         try:
-            if first:
+            if group.is_first():
                 self._prepare(step)
             with contextlib.ExitStack() as quiet:
                 quiet.enter_context(engine.one_error())
@@ -178,11 +178,10 @@ class Checkpoints:
             try:
                 with behind:
                     self._orbax.wait_until_finished()
-                for name, content in (files or {}).items() if first else ():
-                    (draft / name).write_bytes(content)
-                self._check_owner()
                 facts = {"step": step, "val_loss": val_loss}
-                seal_and_publish(draft, self.path(step), facts)
+                seal_and_publish(
+                    draft, self.path(step), facts, files or {}, may_publish=self._check_owner
+                )
             except FolderLost:
                 raise
             except Exception as error:
@@ -220,7 +219,7 @@ class Checkpoints:
 
     def _check_owner(self) -> None:
         """Of several processes the first knows whose the folder is."""
-        if jax.process_index() == 0:
+        if group.is_first():
             self._guard()
             if self._mark is not None:
                 self._mark.check()
@@ -232,7 +231,7 @@ class Checkpoints:
         self._remove_unfinished()
 
     def _failed(self, step: int, error: Exception) -> ThreadsLeft:
-        if jax.process_index() == 0:
+        if group.is_first():
             with contextlib.suppress(OSError):
                 self._remove_unfinished()
         kept = max(self._losses, default=None)
@@ -267,7 +266,7 @@ class Checkpoints:
     def _delete(self, step: int) -> None:
         self._losses.pop(step, None)
         self._unsealed.discard(step)
-        if jax.process_index() == 0 and self.path(step).exists():
+        if group.is_first() and self.path(step).exists():
             storage.delete(self.path(step), step)
 
     def delete_after(self, step: int) -> list[int]:
@@ -314,8 +313,13 @@ class Checkpoints:
 
     def _move_aside(self, wrong: Mapping[int, str]) -> None:
         for step, reason in wrong.items():
-            aside = self._damaged / f"{step}-{uuid.uuid4().hex[:8]}"
-            aside.parent.mkdir(exist_ok=True)
+            name = f"{step}-{uuid.uuid4().hex[:8]}"
+            if storage.is_remote(self.directory):
+                # There a folder is there only if something is in it, and nothing moves into others.
+                aside = self.directory / f"{DAMAGED}-{name}"
+            else:
+                aside = self._damaged / name
+                aside.parent.mkdir(exist_ok=True)
             self.path(step).rename(aside)
             self._warn(
                 f"The checkpoint of step {step} is damaged: {reason}. It is not used, and lies in "
@@ -323,7 +327,7 @@ class Checkpoints:
             )
 
     def _warn(self, message: str) -> None:
-        if jax.process_index() == 0:
+        if group.is_first():
             self._console.print(
                 message, style="bold red", markup=False, highlight=False, soft_wrap=True
             )

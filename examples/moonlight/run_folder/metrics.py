@@ -1,8 +1,8 @@
 """The record of a run: a JSON line per optimizer step and per validation, also for TensorBoard.
 
 Nothing that a run computes depends on it: a checkpoint holds all that the run goes on from. Lines
-reach the operating system after every call, and the disk after the checkpoint of their step, so
-that a loss of power may cost lines of steps that a checkpoint has, and never a checkpoint. On
+reach the operating system after every call, and the disk when a checkpoint of their step is begun,
+so that a loss of power may cost lines, and never a checkpoint. On
 resume, lines after the checkpoint's step are cut off, so each step appears exactly once; lines that
 are missing or unreadable are told, and stay missing.
 """

@@ -6,9 +6,9 @@ shards. All call these functions, in the same order.
 
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
+from examples.moonlight.common.processes import group
 from examples.moonlight.run_folder import seal, storage
 from examples.moonlight.run_folder.agreement import gather, of_first
 from examples.moonlight.run_folder.engine import MODEL, PROGRESS, restore_arrays, restore_item
@@ -155,7 +155,7 @@ def agreed_damage(folder: Folder, step: int | None, only: str = "") -> str | Non
     Raises:
         OSError: Others than the first cannot read what that reads well.
     """
-    found = gather(_damage(folder, step, only, jax.process_index(), jax.process_count()))
+    found = gather(_damage(folder, step, only, group.index(), group.count()))
     accused = [process for process, damage in enumerate(found) if damage is not None]
     if not accused or 0 in accused:
         return found[0]

@@ -13,9 +13,9 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
+from examples.moonlight.common.processes import group
 from examples.moonlight.run_folder import seal, storage
 from examples.moonlight.run_folder.engine import PATIENCE
 from examples.moonlight.run_folder.seal import Digests
@@ -59,31 +59,43 @@ class Behind(threading.Thread):
             raise error
 
 
-def seal_and_publish(draft: Folder, final: Folder, facts: Mapping[str, Any]) -> None:
+def seal_and_publish(
+    draft: Folder,
+    final: Folder,
+    facts: Mapping[str, Any],
+    files: Mapping[str, bytes],
+    *,
+    may_publish: Callable[[], None],
+) -> None:
     """Seals what all processes have written into a folder, and gives it its name.
 
     Args:
         draft: Where it lies; its files are complete.
         final: The folder's name.
         facts: What the seal says besides.
+        files: What the first process adds, by their names.
+        may_publish: Raises in the first process where the folder is another's meanwhile.
 
     Raises:
         OSError: A file cannot be read or written.
         RuntimeError: Another process failed, or the processes don't see the same folder.
     """
-    if jax.process_count() == 1:
+    if group.count() == 1:
+        _add(draft, files)
+        may_publish()  # the seal alone publishes in an object store
         seal.seal(draft, facts)
         storage.publish(draft, final)
         return
     meet = _meeting()
-    failure = _leave_digests(draft)
+    failure = _leave_digests(draft, files if group.is_first() else {})
     meet("digests")
     try:
         if failure is not None:
             raise failure
-        if jax.process_index() == 0:
+        if group.is_first():
             digests = _collect_digests(draft)
             storage.remove(draft / _DIGESTS)
+            may_publish()
             seal.seal(draft, facts, digests)
             storage.publish(draft, final)
     finally:
@@ -99,9 +111,14 @@ def _meeting() -> Callable[[str], None]:
     )
 
 
-def _leave_digests(draft: Folder) -> Exception | None:
+def _add(draft: Folder, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        (draft / name).write_bytes(content)
+
+
+def _leave_digests(draft: Folder, files: Mapping[str, bytes]) -> Exception | None:
     """Digests what this process wrote, for the first to find; or says what hindered it."""
-    mine, count = jax.process_index(), jax.process_count()
+    mine, count = group.index(), group.count()
 
     def wanted(name: str) -> bool:
         writer = _WRITER.search(name)
@@ -115,6 +132,7 @@ def _leave_digests(draft: Folder) -> Exception | None:
 
     failure, left = None, {}
     try:
+        _add(draft, files)
         left = {"files": seal.digest(draft, entered)}
     except Exception as error:
         failure, left = error, {"failed": str(error) or type(error).__name__}
@@ -130,7 +148,7 @@ def _leave_digests(draft: Folder) -> Exception | None:
 
 def _collect_digests(draft: Folder) -> Digests:
     digests: Digests = {}
-    for process in range(jax.process_count()):
+    for process in range(group.count()):
         path = draft / _DIGESTS / f"{process}.json"
         if not storage.is_shown(path.exists):
             raise RuntimeError(

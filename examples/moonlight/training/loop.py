@@ -266,6 +266,8 @@ class Run:
                     self.stop.check(f"stopped after step {step}")
                 losses = f"training {loss:.3f}  validation {self._val_loss:.3f}"
                 bar.update(task, completed=step, status=f"{losses}  {rate:,.0f} tokens/s")
+        # Results say that a run is finished: not before its last checkpoint is there.
+        self.checkpoints.wait()
         return state
 
     def _call(
