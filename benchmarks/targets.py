@@ -11,6 +11,10 @@ The wheels belong in a folder of their own, `.aot`, beside the environment:
 In the environment itself they work as well, but on a machine without the device JAX then tries it
 whenever it starts: libtpu writes logs, a lock file and five lines of warnings, the CUDA plugin a
 traceback. `python -m benchmarks.targets tpu` names the TPU's wheel alone.
+
+It is the libtpu that `pip install jax[tpu]` installs: JAX 0.10.2 asks for 0.0.42.*, 0.12 for
+0.0.50.*. Others compile as well (both with 0.0.42.1, 0.0.50.1 and 0.0.52), to programs that send
+and multiply the same and take other memory; so every table says which it was.
 """
 
 import dataclasses
