@@ -2,6 +2,7 @@
 
 import functools
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Literal
 
 from benchmarks.hlo.calls import branches_of, calls_of
@@ -36,10 +37,12 @@ def flops_by_scope(
     *,
     assume_trip_count: int | None = None,
     branches: Literal["heaviest", "mean"] = "heaviest",
+    kernels: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """The same, apart for each `jax.named_scope` path; "" where XLA dropped it.
 
-    Args and errors are those of `flops`.
+    Args and errors are those of `flops`; `kernels` has the FLOPs of a call of each TPU kernel whose
+    name begins so, instead of what it says of itself.
     """
     module = parse(text)
 
@@ -53,7 +56,7 @@ def flops_by_scope(
 
         for instruction in computation.instructions.values():
             scope = instruction.scope
-            if own := product_flops(instruction, computation):
+            if own := product_flops(instruction, computation, kernels):
                 total[scope] += own
             options = [inside(branch) for branch in branches_of(instruction)]
             if options and branches == "heaviest":
