@@ -1,6 +1,7 @@
 """The first example: it learns, also on a mesh, and it is short."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import matplotlib.image
@@ -9,7 +10,7 @@ import pytest
 
 from examples import minimal
 
-TINY = {"steps": 20, "batch": 8, "length": 16, "width": 32}
+TINY: dict[str, Any] = {"steps": 20, "batch": 8, "length": 16, "width": 32}
 
 # Between losses on eight devices and on one, in nats: 1.8e-4 measured, Newton-Schulz in bfloat16.
 ROUNDING = 2e-3
