@@ -20,7 +20,7 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import environment, write_json
+from benchmarks.harness import check_known, environment, write_json
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.execution.options import Execution
@@ -172,8 +172,7 @@ def differences(losses: dict[str, list[list[float]]]) -> dict[str, dict[str, flo
 
 def main(args: Args) -> dict[str, Any]:
     """Train with every optimizer on every mesh, print the differences, write the JSON."""
-    if unknown := set(args.optimizers) - set(OPTIMIZERS):
-        raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(OPTIMIZERS)}")
+    check_known(args.optimizers, OPTIMIZERS)
     console = Console()
     config = dataclasses.replace(MoonlightConfig.preset(args.preset), vocab_size=256)
     batches = [
