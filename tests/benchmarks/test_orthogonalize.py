@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import harness, model_shapes
+from benchmarks import harness, model_shapes, peaks
 from benchmarks.model_shapes import MatrixShape, matrices_of
 from benchmarks.orthogonalize import __main__ as orthogonalize_main
 from benchmarks.orthogonalize import measure, sides
@@ -132,6 +132,7 @@ def test_passes_in_one_dispatch_repeat_the_work(peer, gaussian):
 @pytest.mark.one_stack
 def test_the_benchmark_measures_every_shape_and_peer(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sides, "available_cores", lambda: 1)
+    monkeypatch.setattr(peaks, "CPU_SIZES", (256,))
     args = orthogonalize_main.Args(
         models=("moonlight-tiny",), repeats=2, scale=8, output=tmp_path / "shapes.json"
     )

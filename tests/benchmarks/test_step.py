@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from benchmarks import step
+from benchmarks import peaks, step
 
 pytestmark = pytest.mark.one_stack
 
 
-def test_step_benchmark_measures_every_case_and_peer(tmp_path, capsys):
+def test_step_benchmark_measures_every_case_and_peer(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(peaks, "CPU_SIZES", (256,))
     output = tmp_path / "step.json"
     record = step.main(step.Args(scale=16, repeats=2, output=output))
     assert json.loads(output.read_text()) == record
