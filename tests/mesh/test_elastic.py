@@ -97,6 +97,12 @@ class Run:
         updates, state = self.update(gradients, state, self.place(params))
         return jax.tree.map(np.asarray, updates), state
 
+    @functools.cached_property
+    def fresh(self) -> Any:
+        """A state just made."""
+        return self.tx.init(self.place(self.make_params()))
+
+    @functools.cached_property
     def abstract_state(self) -> Any:
         """What to restore: shapes, dtypes, and where everything is to lie."""
         params = self.place(self.make_params())
@@ -162,12 +168,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def restore(run: Run, folder: Any) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(folder, run.abstract_state())
+        return checkpointer.restore(folder, run.abstract_state)
 
 
 def assert_lies_as_in_a_fresh_state(restored: Any, run: Run) -> None:
     """Each device holds of the restored state what it holds of a state just made."""
-    fresh = run.tx.init(run.place(run.make_params()))
+    fresh = run.fresh
     devices = {jax.devices()[0]} if run.mesh is None else {*run.mesh.devices.flat}
     assert jax.tree.structure(restored) == jax.tree.structure(fresh)
     for actual, expected in zip(jax.tree.leaves(restored), jax.tree.leaves(fresh), strict=True):
@@ -236,11 +242,10 @@ def test_the_next_update_is_the_same(old, new, saved):
             assert errors[1] <= UPDATE_TOLERANCE
         # It goes on with the same program, which also takes a state that was never saved. (Without
         # a mesh that one is not committed to its device, and JAX compiles again.)
-        fresh = run.tx.init(run.place(before.params))
         with compilations() as compiled:
             run.step(after, before.params, kind, STEPS + 1)
             if run.mesh is not None:
-                run.step(fresh, before.params, kind, 0)
+                run.step(run.fresh, before.params, kind, 0)
         assert not compiled
 
 
@@ -259,7 +264,7 @@ def test_gradients_accumulate_across_a_restart(tmp_path):
 
     run = Run(Place((2, 4)), every_k=2, only=few)
     with ocp.CheckpointManager(tmp_path) as manager:
-        arguments = ocp.args.StandardRestore(run.abstract_state())
+        arguments = ocp.args.StandardRestore(run.abstract_state)
         restored = manager.restore(manager.latest_step(), args=arguments)
     assert_equal(restored, jax.tree.map(np.asarray, state))
     assert int(restored.mini_step) == 1
