@@ -39,11 +39,14 @@ ORDER_OF_SUMS = 1e-3
 def started(commands: Sequence[list[str]], folder: Path) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Start the commands, their output in files; end whatever still runs when the block ends."""
     library = Path(muon_jax.__file__).parents[1]  # the one that this process tests
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(library), *sys.path]),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // PROCESSES}",
+        "XLA_FLAGS": " ".join(
+            [*flags, f"--xla_force_host_platform_device_count={DEVICES // PROCESSES}"]
+        ),
     }
     processes: list[subprocess.Popen[bytes]] = []
     try:
