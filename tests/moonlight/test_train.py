@@ -251,7 +251,6 @@ def test_accumulated_micro_batches_equal_one_batch(program):
     assert 0 < jnp.abs(bias).max() <= 2 * 2e-3
 
 
-@pytest.mark.bits
 def test_calls_of_any_length_and_batch_compute_the_same_bits(program):
     take, steps = program
     micro = np.array([4, 2, 4], np.int32)
