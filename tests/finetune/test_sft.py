@@ -225,8 +225,13 @@ def test_a_killed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, who
         *("--max_steps", "6", "--save_steps", "2", "--save_total_limit", "2", "--unroll", "false"),
         *("--eval_steps", "3"),
     ]
+    # What the first process compiled the second one loads.
+    environment = ENVIRONMENT | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     process = subprocess.Popen(
-        [*map(str, command)], env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [*map(str, command)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     try:
         # While the second checkpoint is written: steps are recorded that none has yet.
@@ -239,7 +244,7 @@ def test_a_killed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, who
     assert process.returncode == -signal.SIGKILL
     assert not (run / "results.json").exists()
     again = [*map(str, command), "--resume_from_checkpoint", str(run)]
-    subprocess.run(again, env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(again, env=environment, check=True, stdout=subprocess.DEVNULL)
     assert kept_steps(run, "checkpoint-") == kept_steps(whole / "run", "checkpoint-")
     np.testing.assert_array_equal(losses_of(run), losses_of(whole / "run"))
 

@@ -101,11 +101,11 @@ def assert_same_state(ours: Path, theirs: Path) -> None:
         np.testing.assert_array_equal(a, b)
 
 
+def to_be_killed(folder: Path, steps: int) -> Args:
+    """Arguments of a run that is resumed wherever it was killed."""
+    settings = {"checkpoint_every": 7, "gradient_accumulation": 2, "resume": True}
+    return arguments(folder, steps=steps, **settings)
+
+
 if __name__ == "__main__":
-    run_folder, steps = Path(sys.argv[1]), int(sys.argv[2])
-    main(
-        arguments(
-            run_folder, steps=steps, checkpoint_every=7, gradient_accumulation=2, resume=True
-        ),
-        CONFIG,
-    )
+    main(to_be_killed(Path(sys.argv[1]), int(sys.argv[2])), CONFIG)
