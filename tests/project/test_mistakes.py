@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import pytest
 import tyro
+from tokenizers import Tokenizer, models
 
 from examples import minimal
 from examples.finetune import export, infer, sft
@@ -23,6 +24,7 @@ from examples.finetune.study import __main__ as study
 from examples.moonlight import generate, hf_check, hf_export, stages, train
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.program import run_program
+from examples.moonlight.data.prepare import __main__ as prepare
 from examples.scaling_law import __main__ as scaling_law
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +38,7 @@ PROGRAMS: dict[str, Callable[[], object]] = {
     "hf_export": hf_export.main,
     "hf_check": hf_check.main,
     "stages": stages.main,
+    "prepare": prepare.main,
     "infer": infer.main,
     "export": export.main,
     "study": study.main,
@@ -71,6 +74,15 @@ MISTAKES = {
     "train --output-dir new --expert-capacity 2": "--expert-capacity 2.0 limits the tokens that ar",
     "train --output-dir new --init-from nowhere": "nowhere has no config.json: give the folder of",
     "train --output-dir new --init-from gpt2": "gpt2/config.json: model_type is 'gpt2'; supported",
+    "train --output-dir new --data begun": "begun is unfinished: the command that began it goes on",
+    "train --output-dir new --data a=begun --data b=a.txt": "--data a.txt: its texts are no tokens",
+    "prepare --output new": "give texts with --input and a tokenizer with --tokenizer, or --check",
+    "prepare --output new --input nowhere --tokenizer bpe": "--input nowhere: no such file or folder",
+    "prepare --output new --input a.txt --tokenizer some": "some has no tokenizer: neither tokenize",
+    "prepare --output some --input a.txt --tokenizer bpe": "--output some is not empty: choose ano",
+    "prepare --output new --input a.txt --tokenizer bpe --held-out 1": "--held-out must be between",
+    "prepare --output new --input a.txt --tokenizer bpe --jobs 0": "--jobs must be at least 1, got",
+    "prepare --output nowhere --check": "--output nowhere: there is no such folder",
     "generate --model nowhere --prompt a": "nowhere: there is no such folder; give a Hugging Face",
     "generate --model some --prompt a": "some is no model: found neither config.json, of a Hugging",
     "generate --model run": "give one of --prompt (or --prompts-file), --message and --chat",
@@ -123,11 +135,14 @@ MISSPELLED = {
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with a run, a folder of something else, and texts of several kinds."""
-    for name in ("run", "some", "empty", "gpt2"):
+    for name in ("run", "some", "empty", "gpt2", "begun", "bpe"):
         (tmp_path / name).mkdir()
     (tmp_path / "run/settings.json").write_text("{}")
     (tmp_path / "some/readme.txt").write_text("no model\n")
     (tmp_path / "gpt2/config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    (tmp_path / "begun/unfinished.json").write_text("{}")
+    bpe = Tokenizer(models.BPE({"<|endoftext|>": 0, "a": 1}, []))
+    (tmp_path / "bpe/tokenizer.json").write_text(bpe.to_str())
     (tmp_path / "a.txt").write_text("hello world\n" * 100)
     (tmp_path / "line.txt").write_text("one line")
     (tmp_path / "blank.txt").write_text("\n")
@@ -253,7 +268,7 @@ LINES: list[CommandLine] = [
         *(f"examples.moonlight.{name}" for name in ("train", "generate", "hf_export", "hf_check")),
         *("examples.moonlight.stages", "examples.finetune.sft", "examples.finetune.infer"),
         *("examples.finetune.export", "examples.finetune.study.__main__"),
-        "examples.scaling_law.__main__",
+        *("examples.scaling_law.__main__", "examples.moonlight.data.prepare.__main__"),
     )
 ]
 of_each_program = pytest.mark.parametrize("line", LINES, ids=lambda line: line.module)

@@ -102,19 +102,20 @@ def read_jsonl(path: Path, field: str) -> Iterator[tuple[int, str]]:
     return parse_jsonl(read_text(path), path, field)
 
 
-def parse_jsonl(text: str, path: Path, field: str) -> Iterator[tuple[int, str]]:
+def parse_jsonl(text: str, path: Path, field: str, *, start: int = 1) -> Iterator[tuple[int, str]]:
     """The same, of a text that was read already.
 
     Args:
         text: The file's content.
         path: The file, for messages.
         field: What is read of each line's object.
+        start: The number of the text's first line.
 
     Raises:
         ValueError: A line does not hold such an object, or half a character in its text; the
             message names file and line.
     """
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start):
         if not line.strip():
             continue
         record = parse_json(line, path, line=number)

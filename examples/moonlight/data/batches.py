@@ -10,7 +10,7 @@ import bisect
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
@@ -19,6 +19,18 @@ from examples.moonlight.schedule.plan import Plan
 
 # Weights become integers of this sum, so that counts are exact however long the run.
 _SHARES = 1_000_000
+
+
+class Tokens(Protocol):
+    """A source's token ids: an array, or what reads them from the disk where they are asked for."""
+
+    def __len__(self) -> int:
+        """How many."""
+        ...
+
+    def __getitem__(self, where: slice, /) -> np.ndarray:
+        """Those from one to another."""
+        ...
 
 
 class Span(NamedTuple):
@@ -59,7 +71,7 @@ def windows_read(spans: Sequence[Span], windows: int) -> dict[str, int]:
 
 
 def train_batches(
-    sources: Mapping[str, np.ndarray],
+    sources: Mapping[str, Tokens],
     spans: Sequence[Span],
     *,
     sequence_length: int,
@@ -101,12 +113,15 @@ def train_batches(
     if rows is not None and len(rows) < batch_size:
         dataset = grain.MapDataset.source(_Rows(dataset, batch_size, rows))
         batch_size = len(rows)
-    # A window is a copy of half a kilobyte. One thread keeps ahead of any model; processes would
-    # only cost start-up time.
+    # From memory a window is a copy of some kilobytes: one thread keeps ahead of any model. From a
+    # disk, or from one behind a network, several windows are waited for at a time. Processes would
+    # only cost start-up time. The order is of numbers alone (`shuffle` permutes an index): nothing
+    # here is as long as the tokens are many.
+    in_memory = all(isinstance(tokens, np.ndarray) for tokens in sources.values())
     return iter(
         # There is no remainder; but grain counts it as a float, and batches of one overflow.
         dataset.batch(batch_size, drop_remainder=True).to_iter_dataset(
-            grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
+            grain.ReadOptions(num_threads=1 if in_memory else 16, prefetch_buffer_size=64)
         )
     )
 
@@ -191,7 +206,7 @@ def _counts(windows: int, shares: Sequence[int]) -> list[int]:
 
 
 def validation_windows(
-    sources: Mapping[str, np.ndarray], *, sequence_length: int, batch_size: int, count: int
+    sources: Mapping[str, Tokens], *, sequence_length: int, batch_size: int, count: int
 ) -> dict[str, np.ndarray]:
     """The fixed validation set of each source: windows spread evenly over its held-out text.
 
@@ -220,12 +235,17 @@ def validation_windows(
 class _Windows:
     """Window i holds tokens [i * T, i * T + T]: T inputs and, shifted by one, T targets."""
 
-    def __init__(self, name: str, tokens: np.ndarray, sequence_length: int, what: str = ""):
+    def __init__(self, name: str, tokens: Tokens, sequence_length: int, what: str = ""):
         if len(tokens) < sequence_length + 1:
             of = f" of the source {name!r}" if name else ""
             raise ValueError(
                 f"{len(tokens)} {what}tokens{of} are fewer than one window of {sequence_length} + "
                 "1; give more data or a smaller --sequence-length"
+            )
+        if len(tokens) // sequence_length >= 2**32:
+            raise ValueError(
+                f"{len(tokens)} tokens are more windows of {sequence_length} than can be put into "
+                "an order (2**32): give a larger --sequence-length, or divide the source"
             )
         self._tokens = tokens
         self._length = sequence_length

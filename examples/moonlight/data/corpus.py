@@ -13,9 +13,9 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from examples.moonlight.common.json_text import parse_jsonl
 from examples.moonlight.common.untrusted import check_file, check_inside, lone_surrogate, shown_name
@@ -61,6 +61,34 @@ class LeftOut(NamedTuple):
     kind: str
 
 
+class Tally:
+    """How much is left out, of each kind, and the names of the first.
+
+    Args:
+        counts: What `counts` was, to go on from there.
+
+    Attributes:
+        counts: How many there are of each kind, and the names of some, as JSON can hold them.
+    """
+
+    def __init__(self, counts: Mapping[str, Sequence[Any]] | None = None):
+        self.counts = {kind: [count, [*names]] for kind, (count, names) in (counts or {}).items()}
+
+    def add(self, left_out: Iterable[LeftOut]) -> None:
+        """Counts some more."""
+        for name, kind in left_out:
+            counted = self.counts.setdefault(kind, [0, []])
+            counted[0] += 1
+            if len(counted[1]) < _NAMED:
+                counted[1].append(shown_name(name))
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{count:,} {kind} ({'; '.join(names)}{'; ...' * (count > len(names))})"
+            for kind, (count, names) in sorted(self.counts.items())
+        )
+
+
 def load_documents(path: Path | None, *, tell: Callable[[str], object] = print) -> list[Document]:
     """Reads the corpus, in an order that does not depend on the file system.
 
@@ -90,8 +118,10 @@ def load_documents(path: Path | None, *, tell: Callable[[str], object] = print) 
             f"--data {shown_name(path)}: no such file or folder; give a text file, a .jsonl file "
             "or a folder"
         )
-    documents, left_out = _read_files(path, _files(path) if path.is_dir() else [path])
-    words = _in_words(left_out)
+    documents, left_out = _read_files(path, list_files(path) if path.is_dir() else [path])
+    tally = Tally()
+    tally.add(left_out)
+    words = str(tally)
     if not documents:
         found = f", only {words}" if path.is_dir() and words else ""
         raise ValueError(f"--data {shown_name(path)}: no text in it{found}; give a file with text")
@@ -142,12 +172,18 @@ def is_table(source: str) -> bool:
     return 2 * literals > sum(map(len, lines))
 
 
-def split_documents(documents: list[Document]) -> tuple[list[Document], list[Document]]:
+def split_documents(
+    documents: list[Document], fraction: float = VALIDATION_FRACTION
+) -> tuple[list[Document], list[Document]]:
     """Holds out the documents whose names hash lowest; a lone document gives up its tail.
 
     A document's side depends on the names only, so it is the same on every machine and in every
     run. Documents of one name fall on the same side: a jsonl line is named by its content, so a
     repeated line can't be trained on and validated on.
+
+    Args:
+        documents: At least one.
+        fraction: The share of documents, or of a lone one's lines, to hold out.
 
     Returns:
         (training, validation), disjoint and together all documents.
@@ -156,9 +192,9 @@ def split_documents(documents: list[Document]) -> tuple[list[Document], list[Doc
         ValueError: the documents leave one side empty.
     """
     if len(documents) == 1:
-        return _split_tail(documents[0])
-    keys = [hashlib.sha256(document.name.encode()).digest() for document in documents]
-    held_out_count = max(1, round(VALIDATION_FRACTION * len(documents)))
+        return _split_tail(documents[0], fraction)
+    keys = [_key(document.name) for document in documents]
+    held_out_count = max(1, round(fraction * len(documents)))
     cutoff = sorted(keys)[held_out_count - 1]
     train = [document for document, key in zip(documents, keys, strict=True) if key > cutoff]
     validation = [document for document, key in zip(documents, keys, strict=True) if key <= cutoff]
@@ -168,6 +204,19 @@ def split_documents(documents: list[Document]) -> tuple[list[Document], list[Doc
             "held out; give more data"
         )
     return train, validation
+
+
+def is_held_out(document: Document, fraction: float) -> bool:
+    """Whether a document is held out where all together are too many to be counted first.
+
+    Its text alone decides: of texts that repeat, in one source or in several, none is trained on
+    and held out.
+
+    Args:
+        document: The document.
+        fraction: The share of documents to hold out.
+    """
+    return int.from_bytes(_key(_digest(document.text))[:8]) < fraction * 2**64
 
 
 def has_few_lines(text: str) -> bool:
@@ -185,7 +234,7 @@ def hash_documents(documents: Iterable[Document]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _files(root: Path) -> list[Path]:
+def list_files(root: Path) -> list[Path]:
     """The files under a folder, but for hidden ones; what is neither file nor folder is refused."""
     files, folders = [], [root]
     while folders:
@@ -234,32 +283,63 @@ def _read_files(path: Path, files: Sequence[Path]) -> tuple[list[Document], list
             raise _too_large(path, f"more than {error.limit:,}") from error
         if left is not None:
             left -= len(text)
-        if is_jsonl(file) and (lone or _begins_with_a_text(text)):
-            found = [
-                (
-                    f"{name}, line {number}",
-                    Document(hashlib.sha256(line.encode()).hexdigest(), line),
-                )
-                for number, line in parse_jsonl(text, file, "text")
-            ]
+        if is_jsonl(file) and (lone or begins_with_a_text(text)):
+            found = line_documents(text, file, name)
         else:
             found = [(name, Document(name, text))]
-        documents += [document for _, document in found if document.text.strip()]
-        left_out += [LeftOut(where, "empty") for where, each in found if not each.text.strip()]
+        parted = part_empty(found)
+        documents += parted[0]
+        left_out += parted[1]
     return documents, left_out
+
+
+def line_documents(
+    text: str, path: Path, name: str, *, field: str = "text", start: int = 1
+) -> Iterator[tuple[str, Document]]:
+    """The documents of a text that has a JSON object a line, each with where it stands.
+
+    A document is named by its content.
+
+    Args:
+        text: The lines.
+        path: Their file, for messages.
+        name: What the file is called in its folder.
+        field: What holds each object's text.
+        start: The number of the first line.
+
+    Raises:
+        ValueError: A line does not hold such an object; the message names file and line.
+    """
+    for number, line in parse_jsonl(text, path, field, start=start):
+        yield f"{name}, line {number}", Document(_digest(line), line)
+
+
+def part_empty(found: Iterable[tuple[str, Document]]) -> tuple[list[Document], list[LeftOut]]:
+    """The documents that have a text, and where those stand that have none."""
+    documents, left_out = [], []
+    for where, document in found:
+        if document.text.strip():
+            documents.append(document)
+        else:
+            left_out.append(LeftOut(where, "empty"))
+    return documents, left_out
+
+
+def _key(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _begins_with_a_text(text: str) -> bool:
+def begins_with_a_text(text: str, field: str = "text") -> bool:
     """Whether the first line is an object with a text, by the looks of it."""
     try:
         first = json.loads(text.lstrip().split("\n", 1)[0])
     except (ValueError, RecursionError):
         return False
-    return isinstance(first, dict) and isinstance(first.get("text"), str)
+    return isinstance(first, dict) and isinstance(first.get(field), str)
 
 
 def _most_text(path: Path, files: Sequence[Path]) -> int | None:
@@ -294,26 +374,15 @@ def _too_large(path: Path, size: str) -> ValueError:
     )
 
 
-def _in_words(left_out: Iterable[LeftOut]) -> str:
-    """How many there are of each kind, and the names of some."""
-    kinds: dict[str, list[str]] = {}
-    for name, kind in left_out:
-        kinds.setdefault(kind, []).append(shown_name(name))
-    return ", ".join(
-        f"{len(names):,} {kind} ({'; '.join(names[:_NAMED])}{'; ...' * (len(names) > _NAMED)})"
-        for kind, names in sorted(kinds.items())
-    )
-
-
-def _split_tail(document: Document) -> tuple[list[Document], list[Document]]:
+def _split_tail(document: Document, fraction: float) -> tuple[list[Document], list[Document]]:
     text = document.text
     if not has_few_lines(text):
         lines = text.splitlines(keepends=True)
-        cut = len("".join(lines[: round((1 - VALIDATION_FRACTION) * len(lines))]))
+        cut = len("".join(lines[: round((1 - fraction) * len(lines))]))
     else:
         # Between two words, if there are any in the last tenth.
-        most = round((1 - VALIDATION_FRACTION) * len(text))
-        least = round((1 - 2 * VALIDATION_FRACTION) * len(text))
+        most = round((1 - fraction) * len(text))
+        least = round((1 - 2 * fraction) * len(text))
         cut = next((i for i in range(most, least, -1) if text[i - 1].isspace()), most)
     head, tail = text[:cut], text[cut:]
     if not head.strip() or not tail.strip():

@@ -24,7 +24,12 @@ from examples.moonlight.data.corpus import (
     load_documents,
     split_documents,
 )
-from examples.moonlight.data.tokenizer import listed_ids, load_tokenizer, tokenizers_errors
+from examples.moonlight.data.tokenizer import (
+    listed_ids,
+    load_tokenizer,
+    read_tokenizer,
+    tokenizers_errors,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -121,7 +126,7 @@ def load_sources(
     """
     if vocab_size < 257 and pretrained is None:
         raise ValueError(f"vocab_size must be at least 257 (256 bytes + 1), got {vocab_size}")
-    given = None if pretrained is None else _read_vocabulary(pretrained)
+    given = None if pretrained is None else read_vocabulary(pretrained)
     documents = {name: load_documents(path, tell=tell) for name, path in paths.items()}
     settings: list[Any] = [_FORMAT, vocab_size, *_exceptions(documents, given)]
     if list(paths) != [""]:
@@ -140,6 +145,17 @@ def load_sources(
         {name: np.load(folder / _file(_TRAIN, name)) for name in documents},
         {name: np.load(folder / _file(_VALIDATION, name)) for name in documents},
     )
+
+
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """The token ids of each text, uint32 [N], without special tokens.
+
+    Raises:
+        ValueError: The tokenizer fails at one.
+    """
+    with tokenizers_errors("the model's tokenizer cannot encode the texts"):
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(encoding.ids, np.uint32) for encoding in encodings]
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
@@ -173,16 +189,27 @@ def _exceptions(documents: Mapping[str, list[Document]], given: Any) -> list[str
     return ["few lines"] * few_lines + ["long words"] * long_words
 
 
-class _Vocabulary(NamedTuple):
+class Vocabulary(NamedTuple):
     """A tokenizer, and the token that it has behind every document."""
 
     tokenizer: Tokenizer
     end: int
 
 
-def _read_vocabulary(folder: Path) -> _Vocabulary:
-    """A model's tokenizer; a text ends in ``END_OF_TEXT``, or in what its config names."""
-    tokenizer = load_tokenizer(folder)
+def read_vocabulary(place: Path) -> Vocabulary:
+    """A model's tokenizer; a text ends in ``END_OF_TEXT``, or in what its config names.
+
+    Args:
+        place: The folder of a model or of a run, or its `tokenizer.json`.
+
+    Raises:
+        FileNotFoundError: There is no tokenizer.
+        ValueError: It is malformed, or has no token that ends a text; the message says which.
+    """
+    if place.is_file():
+        tokenizer, folder = read_tokenizer(place), place.parent
+    else:
+        tokenizer, folder = load_tokenizer(place), place
     end: Any = tokenizer.token_to_id(END_OF_TEXT)
     if end is None:
         path = folder / "config.json"
@@ -193,11 +220,11 @@ def _read_vocabulary(folder: Path) -> _Vocabulary:
             f"{folder}: its tokenizer has no {END_OF_TEXT}, and its config.json names no token of "
             f"it as eos_token_id (got {end!r}): say there which token ends a text"
         )
-    return _Vocabulary(tokenizer, end)
+    return Vocabulary(tokenizer, end)
 
 
 def _build(
-    folder: Path, documents: Mapping[str, list[Document]], vocabulary: int | _Vocabulary
+    folder: Path, documents: Mapping[str, list[Document]], vocabulary: int | Vocabulary
 ) -> None:
     """Tokenizes; a vocabulary that is a size is trained first."""
     train, validation = {}, {}
@@ -211,7 +238,7 @@ def _build(
         tokenizer = _train_tokenizer(texts, vocabulary)
         end = tokenizer.token_to_id(END_OF_TEXT)
         assert end is not None
-        vocabulary = _Vocabulary(tokenizer, end)
+        vocabulary = Vocabulary(tokenizer, end)
     contents = {_TOKENIZER: vocabulary.tokenizer.to_str().encode()}
     for kind, sources in ((_TRAIN, train), (_VALIDATION, validation)):
         for name, chosen in sources.items():
@@ -277,14 +304,9 @@ def _cut_words(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _encode(vocabulary: _Vocabulary, documents: list[Document]) -> np.ndarray:
-    with tokenizers_errors("the model's tokenizer cannot encode the texts"):
-        encodings = vocabulary.tokenizer.encode_batch_fast(
-            [document.text for document in documents], add_special_tokens=False
-        )
-    return np.concatenate(
-        [np.array([*encoding.ids, vocabulary.end], np.uint32) for encoding in encodings]
-    )
+def _encode(vocabulary: Vocabulary, documents: list[Document]) -> np.ndarray:
+    encoded = encode_texts(vocabulary.tokenizer, [document.text for document in documents])
+    return np.concatenate([np.append(ids, np.uint32(vocabulary.end)) for ids in encoded])
 
 
 def _npy(array: np.ndarray) -> bytes:

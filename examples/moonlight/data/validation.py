@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from examples.moonlight.data.batches import validation_windows
+from examples.moonlight.data.prepared import PreparedSources
 from examples.moonlight.data.tokenized import TokenizedSources
 
 
@@ -41,7 +42,7 @@ class Validation(NamedTuple):
 
 
 def make_validation(
-    corpus: TokenizedSources,
+    corpus: TokenizedSources | PreparedSources,
     byte_lengths: np.ndarray,
     *,
     sequence_length: int,

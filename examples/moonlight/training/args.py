@@ -70,8 +70,9 @@ class Args:
     cooldown_at: int | None = None
     """Begin the schedule's last stage after this many optimizer steps, earlier than planned."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Text file, .jsonl file or folder; left out, the Python standard library's own source. Several
-    sources have names: --data general=texts/ --data quality=best.jsonl."""
+    """Text file, .jsonl file or folder, or a folder of tokens that data.prepare made; left out, the
+    Python standard library's own source. Several have names: --data general=texts/ --data
+    quality=best.jsonl."""
     mix: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Weights of named sources, such as general=9,quality=1: once for the whole run, or once for
     each stage in order; left out, by their sizes."""

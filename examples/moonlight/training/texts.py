@@ -9,7 +9,12 @@ from tokenizers import Tokenizer
 
 from examples.moonlight.common.processes import group
 from examples.moonlight.data.batches import Span, plan_spans, train_batches, windows_read
-from examples.moonlight.data.tokenized import load_sources, token_byte_lengths
+from examples.moonlight.data.prepared import PreparedSources, is_prepared, open_sources
+from examples.moonlight.data.tokenized import (
+    TokenizedSources,
+    load_sources,
+    token_byte_lengths,
+)
 from examples.moonlight.data.validation import Validation, make_validation
 from examples.moonlight.generation.texts import encode_prompt
 from examples.moonlight.training.job import Job
@@ -62,15 +67,10 @@ def epochs_line(name: str, times: float, job: Job) -> str:
     )
 
 
-def load_texts(job: Job, console: Console) -> Texts:
-    """Reads and tokenizes the texts, or takes them from the cache, and says how large they are.
-
-    Raises:
-        FileNotFoundError: A text is not there.
-        ValueError: A text cannot be read or is too short, or the prompt does not fit a window, or
-            the devices do not divide the held-out windows.
-    """
-    args, recipe = job.args, job.recipe
+def _read(job: Job, console: Console) -> TokenizedSources | PreparedSources:
+    """The tokens: prepared ones where they lie, or those of texts, from the cache or made."""
+    if any(map(is_prepared, job.sources.values())):
+        return open_sources(job.sources, pretrained=job.pretrained)
     # Process 0 builds what is not in the cache; the others find it there, or build their own where
     # they have a file system of their own.
     if not group.is_first():
@@ -78,12 +78,25 @@ def load_texts(job: Job, console: Console) -> Texts:
     corpus = load_sources(
         job.sources,
         vocab_size=job.config.vocab_size,
-        cache_dir=args.cache_dir,
+        cache_dir=job.args.cache_dir,
         pretrained=job.pretrained,
         tell=lambda words: console.print(words, markup=False, highlight=False, soft_wrap=True),
     )
     if group.is_first():
         group.barrier()
+    return corpus
+
+
+def load_texts(job: Job, console: Console) -> Texts:
+    """Reads and tokenizes the texts, or takes them from the cache, and says how large they are.
+
+    Raises:
+        FileNotFoundError: A text is not there.
+        ValueError: A text, or a prepared corpus, cannot be read or is too short, or the prompt does
+            not fit a window, or the devices do not divide the held-out windows.
+    """
+    args, recipe = job.args, job.recipe
+    corpus = _read(job, console)
     group.everywhere_equal(corpus.corpus_hash, "the corpus")
     sizes = {name: len(tokens) for name, tokens in corpus.train.items()}
     console.print(
