@@ -164,7 +164,7 @@ def _mapped(path: Path, count: int, length: int) -> Callable[[int], np.ndarray]:
 def _array_record(path: Path, count: int, length: int) -> Callable[[int], np.ndarray]:
     import grain
 
-    source = grain.sources.ArrayRecordDataSource([str(path.with_name("tokens.array_record"))])
+    source: Any = grain.sources.ArrayRecordDataSource([str(path.with_name("tokens.array_record"))])
 
     def window(start: int) -> np.ndarray:
         first, last = start // RECORD, (start + length) // RECORD

@@ -124,6 +124,11 @@ class Output:
         if folder.exists() and not folder.is_dir():
             raise FileExistsError(f"--output {shown_name(folder)} is a file: choose a folder")
         folder.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in folder.iterdir()}
+        if names - {LOCK} and not names & {MANIFEST, UNFINISHED}:
+            raise FileExistsError(
+                f"--output {shown_name(folder)} is not empty: choose another folder"
+            )
         self._lock = filelock.FileLock(folder / LOCK, thread_local=False)
         try:
             self._lock.acquire(blocking=False)
@@ -146,28 +151,22 @@ class Output:
         self._lock.release()
 
     def _open(self) -> None:
-        names = {path.name for path in self._folder.iterdir()} - {LOCK}
-        for name in (MANIFEST, UNFINISHED):
-            if name in names:
-                found = read_json(self._folder / name)
-                self._check(found.get("settings", {}))
-                if name == MANIFEST:
-                    self.finished = found
-                else:
-                    self.progress = Progress.read_from(found["progress"])
-                break
+        manifest, note = self._folder / MANIFEST, self._folder / UNFINISHED
+        if manifest.exists():
+            self.finished = read_json(manifest)
+            self._compare(self.finished.get("settings", {}))
+        elif note.exists():
+            found = read_json(note)
+            self._compare(found.get("settings", {}))
+            self.progress = Progress.read_from(found["progress"])
         else:
-            if names:
-                raise FileExistsError(
-                    f"--output {shown_name(self._folder)} is not empty: choose another folder"
-                )
-            write_atomically(self._folder / TOKENIZER, self._tokenizer.to_str().encode())
             self._write_note()
         if self.finished is None:
+            write_atomically(self._folder / TOKENIZER, self._tokenizer.to_str().encode())
             for shards in self._written.values():
                 shards.open()
 
-    def _check(self, there: Mapping[str, Any]) -> None:
+    def _compare(self, there: Mapping[str, Any]) -> None:
         changed = [
             f"{name} was {there.get(name)} and is now {value}"
             for name, value in self._settings.items()
