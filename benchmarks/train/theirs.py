@@ -15,10 +15,10 @@ import transformers
 from flax import nnx
 
 from benchmarks.train.ours import LEARNING_RATE, WEIGHT_DECAY, Calls, Optimizer
-from examples.moonlight import hf_export
 from examples.moonlight.huggingface import names as hf_names
 from examples.moonlight.huggingface import pretrained as hf_import
 from examples.moonlight.huggingface.config import ModelConfig, config_fields
+from examples.moonlight.huggingface.fetching import fetch
 from examples.one_thread import available_cores
 
 # What transformers offers for the same result. The fastest is timed, so that the peer is at its
@@ -177,7 +177,5 @@ def _theirs(config: ModelConfig, params: nnx.State, bias: nnx.State) -> dict[str
     for row in hf_names.table(config, fused=True):
         tensor = tensors.setdefault(row.name, np.empty(row.shape, np.float32))
         rows = slice(row.first, row.first + row.rows) if row.rows else slice(None)
-        tensor[(..., rows, slice(None)) if row.transposed else ...] = hf_export.fetch(
-            row, leaves[row.path]
-        )
+        tensor[(..., rows, slice(None)) if row.transposed else ...] = fetch(row, leaves[row.path])
     return {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}

@@ -6,6 +6,11 @@
 
 A model is a Hugging Face directory or the folder of a training run. The text goes to the standard
 output as it is drawn, what else there is to say to the standard error.
+
+    python -m examples.moonlight.generate --model hf/ --mesh tensor=4 --local-processes 4 --chat
+
+As several processes, each reads its own parts of the weights, and the first reads the prompts and
+the terminal and prints; the texts are those of one process, to rounding.
 """
 
 import dataclasses
@@ -23,16 +28,19 @@ from tokenizers import Tokenizer
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.json_text import read_jsonl
 from examples.moonlight.common.phases import phase
+from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.args import ProcessArgs
+from examples.moonlight.common.processes.together import work_together
 from examples.moonlight.common.untrusted import read_text
 from examples.moonlight.data.tokenizer import encode_text
 from examples.moonlight.generation.chat import Encoder, Message, load_chat_template
 from examples.moonlight.generation.decoding import check_lengths
 from examples.moonlight.generation.model_folder import open_folder
 from examples.moonlight.generation.sampling import Sampling
-from examples.moonlight.generation.texts import continue_texts, converse
+from examples.moonlight.generation.texts import continue_texts, converse, encoder_of_first
 from examples.moonlight.model.execution.dtype import compute_dtype
 from examples.moonlight.model.execution.options import Execution
-from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
+from examples.moonlight.model.execution.sharding import make_sharding
 
 # A conversation's cache where --max-length is silent: more would be memory that few of them use.
 CHAT_LENGTH = 8192
@@ -83,7 +91,10 @@ class Args:
     experts: Literal["dense", "ragged"] | None = None
     """How routed experts are computed; left out, dense on CPU, else ragged."""
     mesh: str | None = None
-    """Sizes of the mesh axes, such as data=2,tensor=4, as in training; left out, one device."""
+    """Sizes of the mesh axes, such as data=2,tensor=4, as in training; left out, one device, or
+    data=all of several processes."""
+    processes: ProcessArgs = dataclasses.field(default_factory=ProcessArgs)
+    """Which of several processes this one is."""
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -131,7 +142,9 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
         ValueError: An argument is out of its range, or does not fit the others or the model.
     """
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    prompts = list(args.prompt) + (read_prompts(args.prompts_file) if args.prompts_file else [])
+    prompts = list(args.prompt)
+    if args.prompts_file is not None:
+        prompts += group.of_first(read_prompts(args.prompts_file) if group.is_first() else None)
     if [bool(prompts), bool(args.message), args.chat].count(True) != 1:
         raise ValueError("give one of --prompt (or --prompts-file), --message and --chat")
     if prompts and args.system is not None:
@@ -144,12 +157,14 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
         if value < 1:
             raise ValueError(f"{flag} must be positive, got {value}")
 
-    console, aside = console or Console(highlight=False), Console(stderr=True, highlight=False)
+    quiet = not group.is_first()
+    console = console or Console(highlight=False, quiet=quiet)
+    aside = Console(stderr=True, highlight=False, quiet=quiet)
     on_cpu = jax.default_backend() == "cpu"
     execution = Execution(
         dtype=jnp.dtype(compute_dtype(args.compute_dtype)[0]),
         experts=args.experts or ("dense" if on_cpu else "ragged"),
-        sharding=ModelSharding(None if args.mesh is None else make_mesh(args.mesh)),
+        sharding=make_sharding(args.mesh),
     )
     checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
     with phase(aside, f"reading {args.model}"):
@@ -207,7 +222,7 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
 def encoder_of(args: Args, tokenizer: Tokenizer) -> Encoder:
     """The model's chat template; of prompts, which are continued as they are, their tokens."""
     if args.chat or args.message:
-        return load_chat_template(args.model, tokenizer)
+        return encoder_of_first(lambda: load_chat_template(args.model, tokenizer))
     return lambda messages: encode_text(tokenizer, messages[-1].content)
 
 
@@ -242,14 +257,21 @@ GROUPS = {
     "max_new_tokens": "length",
     "temperature": "sampling",
     "batch_size": "device",
+    "processes": "several processes",
 }
+
+# What may lie elsewhere on each host; process 0 alone reads the prompts.
+OWN_PATHS = ("model", "prompts_file")
 
 COMMAND_LINE = CommandLine("examples.moonlight.generate", Args, __doc__, groups=GROUPS)
 
 
 def main() -> None:
     """The program."""
-    COMMAND_LINE.run(generate)
+    aside = Console(stderr=True, highlight=False)
+    COMMAND_LINE.run(
+        lambda args: work_together(generate, args, own=OWN_PATHS, reads=args.chat, console=aside)
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Weights into a Hugging Face directory that transformers loads without any code of ours.
+r"""Weights into a Hugging Face directory that transformers loads without any code of ours.
 
     python -m examples.moonlight.hf_export --run runs/moonlight --output hf/
     python -m examples.moonlight.hf_export --run runs/moonlight --output best/ --checkpoint best
@@ -8,14 +8,20 @@
 Written are the layout and the keys of the published weights: one tensor per expert, `rope_theta`,
 `torch_dtype`. Tensors are fetched one by one from the devices on which they lie, and only one
 shard's are on the host at a time. The directory gets its name when everything in it is written.
+
+    python -m examples.moonlight.hf_export --run runs/moonlight --output hf/ --mesh fsdp=8 \
+        --coordinator host0:1234 --processes 8 --process 0
+
+As several processes, each reads its own parts of the weights, and the first writes them.
 """
 
 import dataclasses
 import math
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import ml_dtypes
@@ -28,11 +34,15 @@ from safetensors.numpy import save_file
 
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.phases import phase
+from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.args import ProcessArgs
+from examples.moonlight.common.processes.together import work_together
 from examples.moonlight.generation.model_folder import open_model
 from examples.moonlight.huggingface import names as hf_names
 from examples.moonlight.huggingface.config import CONFIG_FILE, ModelConfig, config_fields
+from examples.moonlight.huggingface.fetching import fetch
 from examples.moonlight.huggingface.files import INDEX_FILE, SINGLE_FILE
-from examples.moonlight.huggingface.pretrained import bounds_of, byte_bar, path_names
+from examples.moonlight.huggingface.pretrained import byte_bar, path_names
 from examples.moonlight.huggingface.tokenizer import (
     GENERATION_CONFIG_FILE,
     token_ids,
@@ -40,7 +50,7 @@ from examples.moonlight.huggingface.tokenizer import (
     write_tokenizer,
 )
 from examples.moonlight.model.execution.options import Execution
-from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
+from examples.moonlight.model.execution.sharding import make_sharding
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -61,10 +71,12 @@ def export_pretrained(
 ) -> None:
     """Writes a model as a Hugging Face directory, whole or not at all.
 
+    Of several processes all call it, and the first writes; it returns when all is written.
+
     Args:
         folder: Where to; it must not exist, or be empty.
         config: The architecture.
-        params: The parameters, on any devices of this process.
+        params: The parameters, on any devices, of this process or of all.
         bias: The routers' biases.
         tokenizer: A `tokenizer.json`, or the folder of a model or run that has one, from which
             chat template, token ids and defaults of generation come along. None writes none.
@@ -77,28 +89,39 @@ def export_pretrained(
         FileExistsError: The folder is in use.
         FileNotFoundError: There is no such tokenizer.
         ValueError: The dtype or the shard size is none, the tokenizer has more tokens than the
-            model, parts of the parameters lie in other processes, or one has no place in such a
-            directory, as an adapter.
+            model, or a parameter has no place in such a directory, as an adapter.
     """
     folder = folder.absolute()
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size must be positive, got {max_shard_size}")
-    check_unused(folder)
     leaves = {
         path_names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path((params, bias))
     }
-    if not all(leaf.is_fully_addressable for leaf in leaves.values()):
-        raise ValueError(
-            "parts of the parameters lie in other processes: export from a checkpoint, in one "
-            "process"
-        )
     if extra := leaves.keys() - {row.path for row in hf_names.rows(config)}:
         raise ValueError(
             f"{'/'.join(map(str, min(extra, key=str)))} has no place in the directory of such a "
             "model: merge adapters into the weights first"
         )
+    tensors = _fetch_shards(config, leaves, DTYPES[dtype], max_shard_size, console)
+    if group.is_first():
+        _write(folder, config, tensors, tokenizer, dtype)
+    else:
+        for _ in tensors:
+            pass
+    group.barrier()
+
+
+def _write(
+    folder: Path,
+    config: ModelConfig,
+    shards: Iterator["Shard"],
+    tokenizer: Path | None,
+    dtype: str,
+) -> None:
+    """Writes the directory, whole or not at all."""
+    check_unused(folder)
     ids = token_ids(tokenizer, config)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     try:
@@ -108,7 +131,7 @@ def export_pretrained(
             f"{folder} cannot be written ({error.strerror}); choose another folder"
         ) from error
     try:
-        _write_weights(temporary, config, leaves, DTYPES[dtype], max_shard_size, console)
+        _write_weights(temporary, shards)
         if tokenizer is not None:
             write_tokenizer(temporary, tokenizer, config)
         write_json(temporary / GENERATION_CONFIG_FILE, ids.generation)
@@ -152,49 +175,32 @@ def plan_shards(
     return shards
 
 
-def fetch(row: hf_names.Row, leaf: jax.Array) -> np.ndarray:
-    """Copies one tensor to the host, as it is on disk, from the devices that hold its parts.
+class Shard(NamedTuple):
+    """A file of weights.
 
-    Indexing the sharded array would gather it on every device first.
+    Attributes:
+        file: Its name.
+        tensors: What it holds.
     """
-    tensor = np.empty(row.param_shape, leaf.dtype)
-    for shard in leaf.addressable_shards:
-        bounds = bounds_of(shard.index, leaf.shape)
-        stack, inner = bounds[: len(row.at)], bounds[len(row.at) :]
-        here = all(a <= i < b for i, (a, b) in zip(row.at, stack, strict=True))
-        if shard.replica_id == 0 and here:
-            local = tuple(np.int32(i - a) for i, (a, _) in zip(row.at, stack, strict=True))
-            # Memory of a CPU device is the host's: NumPy looks into it without a copy.
-            on_host = shard.device.platform == "cpu"
-            part = np.asarray(shard.data)[local] if on_host else _take(shard.data, local)
-            tensor[tuple(slice(*axis) for axis in inner)] = part
-    return np.swapaxes(tensor, -1, -2) if row.transposed else tensor
+
+    file: str
+    tensors: dict[str, np.ndarray]
 
 
-@jax.jit
-def _take(stack: jax.Array, index: tuple[np.int32, ...]) -> jax.Array:
-    """One matrix of a stack, compiled once for all: indexing with numbers compiles for each."""
-    for i in index:
-        stack = jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
-    return stack
-
-
-def _write_weights(
-    folder: Path,
+def _fetch_shards(
     config: ModelConfig,
     leaves: dict[hf_names.Path, jax.Array],
     dtype: np.dtype,
     max_shard_size: int,
     console: Console | None,
-) -> None:
+) -> Iterator[Shard]:
+    """The files, one after the other; those of other processes than the first are empty."""
     rows = hf_names.table(config)
     shards = plan_shards(rows, dtype, max_shard_size)
-    total = sum(_size(row, dtype) for row in rows)
-    weight_map = {}
     # Of no bytes; transformers would say that they are missing.
     empty = hf_names.empty_tensors(config)
     with byte_bar(console) as bar:
-        task = bar.add_task("writing", total=total)
+        task = bar.add_task("writing", total=sum(_size(row, dtype) for row in rows))
         for i, shard in enumerate(shards):
             file = SINGLE_FILE
             if len(shards) > 1:
@@ -202,14 +208,22 @@ def _write_weights(
             tensors = {}
             if i == 0:
                 tensors = {name: np.empty(shape, dtype) for name, shape in empty.items()}
-                weight_map |= dict.fromkeys(empty, file)
             for row in shard:
-                tensor = fetch(row, leaves[row.path]).astype(_dtype(row, dtype))
-                tensors[row.name] = np.ascontiguousarray(tensor)
-                weight_map[row.name] = file
-                bar.advance(task, tensor.nbytes)
-            save_tensors(tensors, folder / file)
-    if len(shards) > 1:
+                tensor = fetch(row, leaves[row.path])
+                if group.is_first():
+                    tensors[row.name] = np.ascontiguousarray(tensor.astype(_dtype(row, dtype)))
+                bar.advance(task, _size(row, dtype))
+            yield Shard(file, tensors)
+
+
+def _write_weights(folder: Path, shards: Iterator[Shard]) -> None:
+    weight_map, total, count = {}, 0, 0
+    for file, tensors in shards:
+        save_tensors(tensors, folder / file)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        count += 1
+    if count > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / INDEX_FILE, index)
 
@@ -259,6 +273,8 @@ class Args:
     """Largest file, in units of 10^9 bytes."""
     mesh: str | None = None
     """Sizes of mesh axes such as fsdp=8, for a model that one device cannot hold."""
+    processes: ProcessArgs = dataclasses.field(default_factory=ProcessArgs)
+    """Which of several processes this one is."""
 
 
 def export(args: Args) -> None:
@@ -271,14 +287,14 @@ def export(args: Args) -> None:
     """
     if not 1e-9 <= args.max_shard_gb < float("inf"):
         raise ValueError(f"--max-shard-gb must be positive, got {args.max_shard_gb}")
-    check_unused(args.output)
+    if group.is_first():
+        check_unused(args.output)
     console = rich.get_console()
-    mesh = None if args.mesh is None else make_mesh(args.mesh)
     checkpoint = int(args.checkpoint) if args.checkpoint.isdecimal() else args.checkpoint
     with phase(console, f"reading {args.run}"):
         model = open_model(
             args.run,
-            Execution(sharding=ModelSharding(mesh)),
+            Execution(sharding=make_sharding(args.mesh)),
             checkpoint=checkpoint,
             console=console,
         )
@@ -302,12 +318,17 @@ def export(args: Args) -> None:
     )
 
 
-COMMAND_LINE = CommandLine("examples.moonlight.hf_export", Args, __doc__)
+COMMAND_LINE = CommandLine(
+    "examples.moonlight.hf_export", Args, __doc__, groups={"processes": "several processes"}
+)
+
+# What may lie elsewhere on each host; process 0 alone writes.
+OWN_PATHS = ("run", "output")
 
 
 def main() -> None:
     """The program."""
-    COMMAND_LINE.run(export)
+    COMMAND_LINE.run(lambda args: work_together(export, args, own=OWN_PATHS))
 
 
 if __name__ == "__main__":

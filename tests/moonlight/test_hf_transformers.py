@@ -19,7 +19,6 @@ from flax import nnx
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from examples.moonlight import hf_export
 from examples.moonlight.data.tokenized import END_OF_TEXT
 from examples.moonlight.generation.decoding import Generator
 from examples.moonlight.generation.sampling import Sampling, likeliest
@@ -27,6 +26,7 @@ from examples.moonlight.hf_export import export_pretrained
 from examples.moonlight.huggingface import config as hf_config
 from examples.moonlight.huggingface import names as hf_names
 from examples.moonlight.huggingface import pretrained as hf_import
+from examples.moonlight.huggingface.fetching import fetch
 from examples.moonlight.huggingface.pretrained import load_pretrained
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.execution.options import Execution
@@ -121,7 +121,7 @@ def test_logits_loss_and_every_gradient_agree(case):
             gradient = gradient[:, row.first : row.first + row.rows]
         largest = np.abs(gradient).max()
         assert largest > 0, row.name
-        difference = np.abs(hf_export.fetch(row, ours[row.path]) - gradient).max()
+        difference = np.abs(fetch(row, ours[row.path]) - gradient).max()
         assert difference < GRADIENT_TOLERANCE * largest, (row.name, difference / largest)
         compared.add(row.name)
     assert compared == theirs.keys()

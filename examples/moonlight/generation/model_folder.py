@@ -1,5 +1,7 @@
 """A model with its tokenizer, from a Hugging Face directory or from a training run's folder."""
 
+import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ from tokenizers import Tokenizer
 from examples.moonlight.common.files import read_json, write_atomically
 from examples.moonlight.common.json_text import MAX_JSON
 from examples.moonlight.common.phases import phase
+from examples.moonlight.common.processes import group
 from examples.moonlight.common.untrusted import check_inside, is_there, read_bytes, shown
 from examples.moonlight.data.tokenized import END_OF_TEXT
 from examples.moonlight.data.tokenizer import CONFIG, listed_ids, load_tokenizer
@@ -110,9 +113,10 @@ class ModelFolder(NamedTuple):
 
         Raises:
             FileNotFoundError: The folder lacks a file.
-            ValueError: A file is malformed.
+            ValueError: A file is malformed, or several processes have different models.
         """
         folder, config = self.path, self.config
+        check_same_model(config, self.tokenizer)
         published = is_there(folder / CONFIG_FILE)
         if not published:
             _check_run(folder, config, self.checkpoint)
@@ -176,6 +180,16 @@ def open_model(
     """Reads a model onto the devices of an execution: `open_folder`, then `ModelFolder.load`."""
     opened = open_folder(folder, checkpoint)
     return opened.load(execution, param_dtype=param_dtype, console=console)
+
+
+def check_same_model(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Makes sure that several processes, which may read from disks of their own, read one model.
+
+    Raises:
+        ValueError: Its architecture or its tokenizer is another one elsewhere.
+    """
+    digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
+    group.everywhere_equal(dataclasses.asdict(config) | {"tokenizer": digest}, "the model")
 
 
 def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:

@@ -1,10 +1,17 @@
-"""From a generator's tokens to texts that are told while they grow: many prompts, or one talk."""
+"""From a generator's tokens to texts that are told while they grow: many prompts, or one talk.
 
+Of several processes each draws the same tokens. What process 0 reads, from a terminal or by a
+template, it tells the others.
+"""
+
+import contextlib
+import signal
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from tokenizers import Tokenizer
 
+from examples.moonlight.common.processes import group
 from examples.moonlight.data.tokenizer import TextStream, encode_text
 from examples.moonlight.generation.chat import Encoder, Message
 from examples.moonlight.generation.decoding import Generator
@@ -125,11 +132,12 @@ def converse(
     Args:
         generator: Draws the tokens; of one row.
         tokenizer: Turns them into text.
-        encode: The chat template.
+        encode: The chat template; see `encoder_of_first`.
         system: What goes before all messages.
         max_new_tokens: Tokens of an answer, at most.
         stop_ids: Tokens that end an answer.
-        read: Waits for the user's next message; None is the end.
+        read: Waits for the user's next message; None is the end. Of several processes the first
+            calls it.
         tell: Called with pieces of an answer as soon as they are known.
         note: Called with what else the user should know.
 
@@ -139,7 +147,7 @@ def converse(
     first = [] if system is None else [Message("system", system)]
     turns: list[Message] = []
     room = min(max_new_tokens, generator.length // 2)
-    while (text := read()) is not None:
+    while (text := group.of_first(read() if group.is_first() else None)) is not None:
         if not text.strip():
             continue
         turns.append(Message("user", text))
@@ -159,12 +167,14 @@ def converse(
             note("the conversation outgrows the cache: its beginning is forgotten")
         stream, pieces = TextStream(tokenizer, ids), []
         try:
-            for (token,) in generator.stream(
-                [ids], max_new_tokens=max_new_tokens, stop_ids=stop_ids, keep=True
-            ):
-                if token is not None and (piece := stream.step(token)):
-                    pieces.append(piece)
-                    tell(piece)
+            with _interruption() as check:
+                for (token,) in generator.stream(
+                    [ids], max_new_tokens=max_new_tokens, stop_ids=stop_ids, keep=True
+                ):
+                    if token is not None and (piece := stream.step(token)):
+                        pieces.append(piece)
+                        tell(piece)
+                    check()
         except KeyboardInterrupt:
             note("stopped")
         if rest := stream.finish():
@@ -172,3 +182,42 @@ def converse(
             tell(rest)
         turns.append(Message("assistant", "".join(pieces)))
     return [*first, *turns]
+
+
+def encoder_of_first(make: Callable[[], Encoder]) -> Encoder:
+    """A chat template that process 0 alone makes and runs.
+
+    One that asks for the time, or draws lots, so has the same tokens everywhere.
+
+    Args:
+        make: Makes it.
+    """
+    encode = make() if group.is_first() else None
+
+    def tokens(messages: Sequence[Message]) -> list[int]:
+        return group.of_first(None if encode is None else encode(messages))
+
+    return tokens
+
+
+@contextlib.contextmanager
+def _interruption() -> Iterator[Callable[[], None]]:
+    """Yields a function that raises KeyboardInterrupt after Ctrl-C.
+
+    A process that is alone is interrupted by Python as ever, and need not ask. Of several, all ask
+    after the same token, and so all are interrupted there, or none.
+    """
+    if group.count() == 1:
+        yield lambda: None
+        return
+    came: list[int] = []
+
+    def check() -> None:
+        if group.of_first(bool(came)):
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -14,7 +14,7 @@ from examples.moonlight.huggingface.pretrained import check_pretrained
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.execution.dtype import compute_dtype
 from examples.moonlight.model.execution.options import Execution
-from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
+from examples.moonlight.model.execution.sharding import ModelSharding, make_sharding
 from examples.moonlight.run_folder.retention import EveryTokens, Retention
 from examples.moonlight.schedule.plan import Plan
 from examples.moonlight.schedule.recipe import Recipe
@@ -122,10 +122,7 @@ def make_job(args: Args, config: ModelConfig | None = None) -> Job:
     if pretrained is not None:
         config = check_pretrained(pretrained)
     config = config or MoonlightConfig.preset(args.preset)
-    mesh = args.mesh
-    if mesh is None and jax.process_count() > 1:
-        mesh = f"data={jax.device_count()}"
-    sharding = ModelSharding(None if mesh is None else make_mesh(mesh))
+    sharding = make_sharding(args.mesh)
     sharding.check_divides(("batch", "--batch-size", recipe.batch_size))
     on_cpu = jax.default_backend() == "cpu"
     experts = args.experts or ("dense" if on_cpu else "ragged")

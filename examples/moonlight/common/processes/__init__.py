@@ -4,6 +4,7 @@ args       the flags, which any program can include
 cluster    whether this process is one of a job that a cluster started
 launcher   several processes of one command on this machine
 start      the way into it, before any other call of JAX
+together   a whole program: enter, agree on the options, work, leave
 group      who am I, who writes, and what all have to have in common
 watch      the end of one process ends the others, in a line
 """

@@ -2,10 +2,11 @@
 
     python -m examples.moonlight.train --local-processes 4 ...
 
-Process 0 has this terminal: its lines stand as they are. The others have nothing to say but errors,
-which stand here with their number. The first that fails ends all, its words are the last, and its
-exit code is that of the command. A signal goes to process 0, which tells the others (`stopping.py`
-in training), so all stop after the same step.
+Process 0 has this terminal: its lines stand as they are, and if it reads what is typed, it gets it
+from here, since a terminal lets only the processes in front read. The others have nothing to say
+but errors, which stand here with their number. The first that fails ends all, its words are the
+last, and its exit code is that of the command. A signal goes to process 0, which tells the others
+(`stopping.py` in training), so all stop after the same step.
 """
 
 import collections
@@ -37,22 +38,26 @@ _SIGNALS = [
 ]
 
 
-def launch(count: int, environment: Mapping[str, str] | None = None) -> int:
+def launch(count: int, environment: Mapping[str, str] | None = None, *, reads: bool = False) -> int:
     """Starts this process's own command `count` times, and waits until all have ended.
 
     Args:
         count: How many.
         environment: What the processes find in their environment besides this one's.
+        reads: Whether process 0 reads what is typed in the terminal.
 
     Returns:
         The exit code: 0, or that of the first process that failed.
     """
     command = [sys.executable, *sys.orig_argv[1:]]
-    return run_together(command, count, environment or {})
+    return run_together(command, count, environment or {}, reads=reads)
 
 
-def run_together(command: Sequence[str], count: int, environment: Mapping[str, str]) -> int:
+def run_together(
+    command: Sequence[str], count: int, environment: Mapping[str, str], *, reads: bool = False
+) -> int:
     """Starts a command `count` times; see `launch`."""
+    on_terminal = sys.stdin.isatty()
     address = f"localhost:{_free_port()}"
     read, write = os.pipe()  # closes when this process is gone, whatever ended it
     passed: list[int] = []
@@ -69,7 +74,7 @@ def run_together(command: Sequence[str], count: int, environment: Mapping[str, s
             process = subprocess.Popen(
                 command,
                 env=os.environ | environment | mine,
-                stdin=None if i == 0 and not sys.stdin.isatty() else subprocess.DEVNULL,
+                stdin=_input(i, on_terminal=on_terminal, reads=reads),
                 stdout=None if i == 0 else subprocess.DEVNULL,
                 stderr=None if i == 0 else subprocess.PIPE,
                 pass_fds=[read],
@@ -79,6 +84,8 @@ def run_together(command: Sequence[str], count: int, environment: Mapping[str, s
             processes.append(process)
             if process.stderr is not None:
                 tellers.append(_Teller(i, process.stderr))
+            if process.stdin is not None:
+                threading.Thread(target=_pass_on, args=[process.stdin], daemon=True).start()
         os.close(read)
         return _wait(processes, tellers, passed)
     finally:
@@ -89,6 +96,21 @@ def run_together(command: Sequence[str], count: int, environment: Mapping[str, s
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         os.close(write)
+
+
+def _input(number: int, *, on_terminal: bool, reads: bool) -> int | None:
+    """What a process reads: process 0 this one's input, or what is typed; the others nothing."""
+    if number == 0 and not on_terminal:
+        return None
+    return subprocess.PIPE if number == 0 and reads else subprocess.DEVNULL
+
+
+def _pass_on(stream: IO[bytes]) -> None:
+    """Hands what is typed to process 0, until its end."""
+    with contextlib.suppress(OSError, ValueError), stream:
+        while typed := os.read(sys.stdin.fileno(), 1 << 16):
+            stream.write(typed)
+            stream.flush()
 
 
 def _wait(

@@ -15,6 +15,7 @@ import rich
 
 # See `group`: besides, where process 0 is, when a cluster says so.
 from jax._src import distributed
+from rich.console import Console
 
 from examples.moonlight.common.processes import group
 from examples.moonlight.common.processes.args import ProcessArgs
@@ -40,10 +41,15 @@ _START = 600
 _watch: Watch | None = None
 
 
-def enter(args: ProcessArgs) -> None:
+def enter(args: ProcessArgs, *, reads: bool = False, console: Console | None = None) -> None:
     """Makes this process one of those that the flags, a launcher or a cluster name; or of one.
 
     `--local-processes` starts the others, and this process ends with them.
+
+    Args:
+        args: The flags.
+        reads: Whether process 0 reads what is typed in the terminal.
+        console: Where process 0 says who works together; None is rich's.
 
     Raises:
         ValueError: The flags do not go together.
@@ -56,20 +62,20 @@ def enter(args: ProcessArgs) -> None:
         address, processes, process, handle = local.split(",")
         watch_launcher(int(handle))
         _initialize(address, int(processes), int(process), [int(process)], quiet=True)
-        _introduce("this machine")
+        _introduce("this machine", console)
     elif args.local_processes is not None:
         if args.local_processes > 1:
             flags = os.environ.get("XLA_FLAGS", "")
             sys.stdout.flush()
-            code = launch(args.local_processes, {"XLA_FLAGS": _with_timeout(flags)})
+            code = launch(args.local_processes, {"XLA_FLAGS": _with_timeout(flags)}, reads=reads)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code) if code else sys.exit(0)
     elif args.processes != 1:
-        _enter_cluster(args)
+        _enter_cluster(args, console)
 
 
-def _enter_cluster(args: ProcessArgs) -> None:
+def _enter_cluster(args: ProcessArgs, console: Console | None) -> None:
     cluster = find_cluster(os.environ)
     if args.coordinator is not None:
         processes = args.processes or (cluster and cluster.processes)
@@ -80,7 +86,7 @@ def _enter_cluster(args: ProcessArgs) -> None:
                 "--process I, which of them this one is: no cluster says so here"
             )
         _initialize(args.coordinator, processes, process)
-        _introduce(args.coordinator)
+        _introduce(args.coordinator, console)
         return
     if args.processes is not None or args.process is not None:
         raise ValueError(
@@ -96,7 +102,7 @@ def _enter_cluster(args: ProcessArgs) -> None:
             raise
         rich.print(f"one process: {cluster.name} does not answer ({error})")
         return
-    _introduce(cluster.name)
+    _introduce(cluster.name, console)
 
 
 def _initialize(
@@ -163,12 +169,16 @@ def _begin_watch(quiet: bool) -> None:
     atexit.register(watch.leave)
 
 
-def _introduce(where: str) -> None:
+def _introduce(where: str, console: Console | None) -> None:
     """Says in one line who works together."""
+    # In all processes: each waits here for the others to tell their devices.
     local, all_devices = jax.local_device_count(), jax.device_count()
-    rich.print(
+    if not group.is_first():
+        return
+    (console or rich.get_console()).print(
         f"{group.count()} processes ({where}), each with {local} of {all_devices} devices; this is "
-        f"process {group.index()}"
+        f"process {group.index()}",
+        soft_wrap=True,
     )
 
 

@@ -138,6 +138,10 @@ class ModelSharding:
         array = np.asarray(x, jax.dtypes.canonicalize_dtype(np.asarray(x).dtype))
         return jax.make_array_from_callback(array.shape, self.place(*spec), lambda at: array[at])
 
+    def spread_all(self, tree: PyTree, *spec: Any) -> PyTree:
+        """The same of every array of a tree."""
+        return jax.tree.map(lambda x: self.spread(x, *spec), tree)
+
     def local_rows(self, batch: int) -> list[int]:
         """Which rows of a batch lie on this process's devices, in order."""
         rows: set[int] = set()
@@ -258,6 +262,21 @@ class ModelSharding:
 
         gather.defvjp(lambda leaf: (gather(leaf), None), lambda _, g: (self.constrain(g, *spec),))
         return gather(leaf)
+
+
+def make_sharding(text: str | None) -> ModelSharding:
+    """The devices that `--mesh` names.
+
+    Args:
+        text: The sizes of the axes, see `make_mesh`; None is one device, or `data` over those of
+            several processes.
+
+    Raises:
+        ValueError: The text cannot be read, or its product is not the number of devices.
+    """
+    if text is None and jax.process_count() > 1:
+        text = f"data={jax.device_count()}"
+    return ModelSharding(None if text is None else make_mesh(text))
 
 
 def make_mesh(text: str) -> Mesh:
