@@ -8,6 +8,7 @@ from rich.console import Console
 
 from examples.finetune.prompts import Question
 from examples.moonlight.common.files import write_atomically
+from examples.moonlight.common.processes import group
 from examples.moonlight.generate import CHAT_LENGTH, ask, cache_length
 from examples.moonlight.generation.chat import Encoder, Message
 from examples.moonlight.generation.decoding import Generator, check_lengths
@@ -67,7 +68,7 @@ def answer(
     )
     console.out("".join(waiting), highlight=False)
     label(told[-1])
-    if args.result_path is not None:
+    if args.result_path is not None and group.is_first():
         lines = [
             json.dumps(
                 {

@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from examples.moonlight.common.processes.args import ProcessArgs
+
 # Other names of flags: ms-swift's older ones, and ours.
 ALIASES = {"train_type": "tuner_type", "sft_type": "tuner_type", "dtype": "torch_dtype"}
 
@@ -107,7 +109,7 @@ class Args:
     out, float32 on CPU, else bfloat16."""
     mesh: str | None = None
     """Sizes of the mesh axes data, fsdp, expert and tensor, such as data=4,tensor=2; left out, one
-    device. A resumed run may change it."""
+    device, or data=all of several processes. A resumed run may change it."""
     gradient_checkpointing: bool = False
     """Compute each layer's inside again in the backward pass: less memory, a third more time."""
     experts: Literal["dense", "ragged"] | None = None
@@ -118,6 +120,8 @@ class Args:
     """Tokens per device whose logits are held in memory at a time; left out, all."""
     unroll: bool | None = None
     """Write the layers one after the other in the program; left out, on CPU."""
+    processes: ProcessArgs = dataclasses.field(default_factory=ProcessArgs)
+    """Which of several processes this one is."""
 
     @property
     def peak_rate(self) -> float:
@@ -137,7 +141,11 @@ GROUPS = {
     "logging_steps": "measuring and saving",
     "output_dir": "run",
     "torch_dtype": "device",
+    "processes": "several processes",
 }
+
+# What may lie elsewhere on each host.
+OWN_PATHS = ("model", "dataset", "val_dataset")
 
 # What leaves the losses alone, so that a resumed run may change it. Models and data count by their
 # content, wherever they lie, and a batch by its rows, however it is split.
@@ -146,7 +154,7 @@ FREE = {
     *("strict", "logging_steps", "save_strategy", "save_steps", "save_total_limit"),
     *("eval_strategy", "eval_steps", "per_device_eval_batch_size", "mesh", "experts"),
     *("gradient_checkpointing", "attention_block", "loss_block", "unroll"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "processes"),
 }
 
 _LEAST: dict[str, float] = {

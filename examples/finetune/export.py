@@ -27,6 +27,9 @@ from examples.finetune.training.job import make_execution
 from examples.finetune.tuned import open_checkpoint, read_adapters, with_adapters
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.phases import phase
+from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.args import ProcessArgs
+from examples.moonlight.common.processes.together import work_together
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.untrusted import is_there
 from examples.moonlight.generation.chat import TEMPLATE
@@ -58,6 +61,8 @@ class Args:
     """Sizes of mesh axes such as fsdp=8, for a model that one device cannot hold."""
     experts: Literal["dense", "ragged"] | None = None
     """As in training; it changes nothing that is written."""
+    processes: ProcessArgs = dataclasses.field(default_factory=ProcessArgs)
+    """Which of several processes this one is."""
 
 
 def export(args: Args) -> Path:
@@ -76,7 +81,8 @@ def export(args: Args) -> Path:
     checkpoint = find_checkpoint(args.adapters, args.model)
     merges = args.merge_lora or checkpoint.lora is None
     folder = args.output_dir or _beside(checkpoint, merges)
-    check_unused(folder)
+    if group.is_first():
+        check_unused(folder)
     if not merges:
         assert checkpoint.lora is not None and checkpoint.base is not None
         with phase(console, f"reading {checkpoint.folder}"):
@@ -140,7 +146,16 @@ def _tokenizer_of(checkpoint: Checkpoint) -> Path:
     return checkpoint.texts if ours or not is_there(folder / CONFIG_FILE) else folder
 
 
-COMMAND_LINE = CommandLine("examples.finetune.export", Args, __doc__, underscores=True)
+COMMAND_LINE = CommandLine(
+    "examples.finetune.export",
+    Args,
+    __doc__,
+    groups={"processes": "several processes"},
+    underscores=True,
+)
+
+# What may lie elsewhere on each host; process 0 alone writes.
+OWN_PATHS = ("adapters", "model", "output_dir")
 
 
 def read(argv: Sequence[str] | None = None) -> Args:
@@ -154,7 +169,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Left out, the command line's.
     """
-    run_program(lambda: export(read(argv)))
+
+    def program() -> None:
+        work_together(export, read(argv), own=OWN_PATHS, underscores=True)
+
+    run_program(program)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ class Foreign(NamedTuple):
 _OFF = ("false", "0", "none", "null", "no")
 
 _ATTENTION = "attention is XLA's own; see --attention_block"
-_ONE_PROGRAM = "one process feeds all devices here"
+_ONE_PROGRAM = "how many processes there are is said by --local_processes or --coordinator"
 _LOADER = "rows are read in a thread that is ahead of the devices"
 _MESH = "how a model lies on devices is said by --mesh, such as --mesh data=4,tensor=2"
 _OFFLINE = "nothing is downloaded or uploaded here"

@@ -25,17 +25,21 @@ from examples.finetune.checkpoint import find_checkpoint
 from examples.finetune.command_line import parse
 from examples.finetune.foreign_flags import IN_INFERENCE
 from examples.finetune.lora.peft_files import CONFIG_FILE
-from examples.finetune.prompts import load_encoder, questions_of
+from examples.finetune.prompts import Question, load_encoder, questions_of
 from examples.finetune.training.job import make_execution
 from examples.finetune.training.texts import system_text
 from examples.finetune.tuned import in_dtype, open_checkpoint, open_peft
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.phases import phase
+from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.args import ProcessArgs
+from examples.moonlight.common.processes.together import work_together
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.untrusted import is_there
 from examples.moonlight.generation.chat import Encoder
 from examples.moonlight.generation.model_folder import OpenModel
 from examples.moonlight.generation.sampling import Sampling
+from examples.moonlight.generation.texts import encoder_of_first
 from examples.moonlight.model.execution.options import Execution
 
 ALIASES = {"dtype": "torch_dtype", "ckpt_dir": "adapters"}
@@ -78,9 +82,12 @@ class Args:
     torch_dtype: Literal["float32", "bfloat16"] | None = None
     """Of weights, activations and products; left out, float32 on CPU, else bfloat16."""
     mesh: str | None = None
-    """Sizes of the mesh axes, such as data=2,tensor=4; left out, one device."""
+    """Sizes of the mesh axes, such as data=2,tensor=4; left out, one device, or data=all of
+    several processes."""
     experts: Literal["dense", "ragged"] | None = None
     """How routed experts are computed; left out, dense on CPU, else ragged."""
+    processes: ProcessArgs = dataclasses.field(default_factory=ProcessArgs)
+    """Which of several processes this one is."""
 
 
 def infer(args: Args, console: Console | None = None) -> list[str]:
@@ -94,7 +101,9 @@ def infer(args: Args, console: Console | None = None) -> list[str]:
         FileNotFoundError: The checkpoint, its base or a file is not there.
         ValueError: An argument is out of its range, or does not fit the others or the model.
     """
-    console, aside = console or Console(highlight=False), Console(stderr=True, highlight=False)
+    quiet = not group.is_first()
+    console = console or Console(highlight=False, quiet=quiet)
+    aside = Console(stderr=True, highlight=False, quiet=quiet)
     if args.adapters is None and args.model is None:
         raise ValueError(
             "give --adapters with a checkpoint, such as output/checkpoint-20, or --model with the "
@@ -108,7 +117,7 @@ def infer(args: Args, console: Console | None = None) -> list[str]:
     ):
         if value < 1:
             raise ValueError(f"{flag} must be positive, got {value}")
-    if args.result_path is not None and not args.result_path.parent.is_dir():
+    if args.result_path is not None and group.is_first() and not args.result_path.parent.is_dir():
         raise FileNotFoundError(
             f"--result_path {args.result_path}: there is no folder {args.result_path.parent}: make "
             "it first"
@@ -117,13 +126,17 @@ def infer(args: Args, console: Console | None = None) -> list[str]:
     execution = make_execution(args)
     with phase(aside, f"reading {args.adapters or args.model}"):
         opened, encode, trained_with = _open(args, execution, aside)
-    system = system_text(trained_with if args.system is None else args.system)
+    system = trained_with if args.system is None else args.system
+    system = group.of_first(system_text(system) if group.is_first() else None)
 
     prepare = functools.partial(
         opened.generator, aside, sampling=sampling, sharding=execution.sharding
     )
     if args.prompt or args.val_dataset:
-        questions = questions_of(args.prompt, args.val_dataset, system, args.seed)
+        asked = []
+        if group.is_first():
+            asked = questions_of(args.prompt, args.val_dataset, system, args.seed)
+        questions = [Question.read(record) for record in group.of_first(asked)]
         return answer(args, opened, encode, prepare, questions, console, aside)
     return talk(args, opened, encode, prepare, system, console, aside)
 
@@ -135,17 +148,21 @@ def _open(
     if args.adapters is None:
         base = find_base(args.model)
         opened = base.load(execution, aside)
-        return in_dtype(opened, execution), load_encoder(base.folder, opened.tokenizer), None
+        return in_dtype(opened, execution), _encoder(base.folder, opened), None
     if is_there(args.adapters / CONFIG_FILE):
         base, opened = open_peft(args.adapters, args.model, execution, aside)
         aside.print(f"[dim]{args.adapters}, adapters of peft, merged into {base}[/]")
-        return in_dtype(opened, execution), load_encoder(base, opened.tokenizer), None
+        return in_dtype(opened, execution), _encoder(base, opened), None
     checkpoint = find_checkpoint(args.adapters, args.model)
     opened = open_checkpoint(checkpoint, execution, aside)
-    encode = load_encoder(checkpoint.texts, opened.tokenizer)
+    encode = _encoder(checkpoint.texts, opened)
     how = "trained in full" if checkpoint.lora is None else "adapters merged"
     aside.print(f"[dim]{checkpoint.folder}, {how}[/]", soft_wrap=True)
     return in_dtype(opened, execution), encode, checkpoint.system
+
+
+def _encoder(folder: Path, opened: OpenModel) -> Encoder:
+    return encoder_of_first(lambda: load_encoder(folder, opened.tokenizer))
 
 
 GROUPS = {
@@ -154,7 +171,11 @@ GROUPS = {
     "max_new_tokens": "length",
     "temperature": "sampling",
     "batch_size": "device",
+    "processes": "several processes",
 }
+
+# What may lie elsewhere on each host; process 0 alone reads the messages and writes the answers.
+OWN_PATHS = ("adapters", "model", "val_dataset", "result_path")
 
 COMMAND_LINE = CommandLine(
     "examples.finetune.infer", Args, __doc__, groups=GROUPS, underscores=True
@@ -172,7 +193,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Left out, the command line's.
     """
-    run_program(lambda: infer(read(argv)))
+
+    def program() -> None:
+        args = read(argv)
+        work_together(
+            infer,
+            args,
+            own=OWN_PATHS,
+            underscores=True,
+            reads=not (args.prompt or args.val_dataset),
+            console=Console(stderr=True, highlight=False),
+        )
+
+    run_program(program)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -30,6 +30,12 @@ class Question(NamedTuple):
 
     messages: tuple[Message, ...]
     label: str | None
+
+    @classmethod
+    def read(cls, record: Sequence[Any]) -> "Question":
+        """A question from what JSON made of it."""
+        messages, label = record
+        return cls(tuple(Message(*message) for message in messages), label)
 
 
 def load_encoder(folder: Path, tokenizer: Tokenizer) -> Encoder:

@@ -16,17 +16,23 @@ run on the same machine.
 Without arguments, the small model of `make train` is fine-tuned on the repository's own dialogues.
 The models are whatever `huggingface/pretrained.py` reads: Qwen2, Llama, Moonlight, on one device
 and, with `--mesh`, on many.
+
+    python -m examples.finetune.sft --model Qwen2.5-0.5B-Instruct --dataset talks.jsonl \
+        --coordinator host0:1234 --processes 2 --process 0
+
+runs as several processes, here the first of two. Each reads its own parts of the weights and all of
+the data, and has its share of the devices; a run may change how many there are when it is resumed.
 """
 
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import rich
 from rich.console import Console
 
-from examples.finetune.args import ALIASES, GROUPS, Args
+from examples.finetune.args import ALIASES, GROUPS, OWN_PATHS, Args
 from examples.finetune.command_line import parse
 from examples.finetune.foreign_flags import IN_TRAINING
 from examples.finetune.training.folder import enter_folder
@@ -42,6 +48,8 @@ from examples.finetune.training.texts import Texts, load_texts
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.files import read_json, write_atomically
 from examples.moonlight.common.phases import phase
+from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.together import work_together
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.terminal import make_sturdy
 from examples.moonlight.run_folder import metrics, seal
@@ -87,25 +95,28 @@ def _finetune(args: Args, stop: StopRequest) -> dict[str, Any]:
     with contextlib.ExitStack() as held:
         stop.check("stopped before the first step: nothing was written")
         lock, checkpoints = enter_folder(job, texts, settings, console, held)
-        if (job.folder / RESULTS).exists():
+        if group.of_first((job.folder / RESULTS).exists()):
             console.print(f"{job.folder} holds a finished run: nothing left to train")
-            return present(job.folder, read_json(job.folder / RESULTS))
+            return _finish(job, lambda: read_json(job.folder / RESULTS))
         learner.describe(console)
-        if (report := learner.sharding_report()) is not None:
+        if group.is_first() and (report := learner.sharding_report()) is not None:
             write_atomically(job.folder / SHARDING, f"{report}\n".encode())
 
         state, frozen, step, history = _restore_or_start(
             learner, texts, checkpoints, clock, console
         )
         record = job.record(history.base)
-        write_atomically(job.folder / ARGS, record)
-        log = held.enter_context(
-            contextlib.closing(metrics.MetricsLog(job.folder, after_step=step, console=console))
-        )
+        log = metrics.NoLog()
+        if group.is_first():
+            write_atomically(job.folder / ARGS, record)
+            log = metrics.MetricsLog(job.folder, after_step=step, console=console)
+        held.enter_context(contextlib.closing(log))
         stop.check(f"stopped after step {step}")
         if step < texts.steps:
             with phase(console, "compiling the training step and the validation"):
                 train_step, validate = learner.compile(state, frozen, texts)
+                # A collective waits less long for a process that compiles than one may take.
+                group.barrier()
             stop.check(f"stopped after step {step}")
             saves, validates = occasions(
                 args, texts.steps_per_epoch, validates=texts.validation is not None
@@ -129,8 +140,18 @@ def _finetune(args: Args, stop: StopRequest) -> dict[str, Any]:
             )
             state = run.to_the_end(state, step)
         lock.check()
-        results = _results(job, learner, texts, history, clock, checkpoints)
-        return present(job.folder, write_results(job.folder, results | {"settings": settings}))
+        steps = checkpoints.all_steps()  # all wait for the one that is being saved
+
+        def results() -> dict[str, Any]:
+            found = _results(job, learner, texts, history, clock, checkpoints, steps)
+            return write_results(job.folder, found | {"settings": settings})
+
+        return _finish(job, results)
+
+
+def _finish(job: Job, make_results: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The results, which process 0 makes and shows."""
+    return group.of_first(present(job.folder, make_results()) if group.is_first() else None)
 
 
 def _restore_or_start(
@@ -156,10 +177,9 @@ def _results(
     history: Course,
     clock: Clock,
     checkpoints: Checkpoints,
+    steps: Sequence[int],
 ) -> dict[str, Any]:
-    losses = {
-        step: seal.read_seal(checkpoints.path(step))["val_loss"] for step in checkpoints.all_steps()
-    }
+    losses = {step: seal.read_seal(checkpoints.path(step))["val_loss"] for step in steps}
     measured = {step: loss for step, loss in losses.items() if loss is not None}
 
     def named(step: int | None) -> str | None:
@@ -176,7 +196,7 @@ def _results(
         "trained_parameters": learner.trained,
         "parameters": learner.counts._asdict(),
         "optimizer_state_bytes_per_device": learner.state_bytes,
-        "last_model_checkpoint": named(checkpoints.latest_step()),
+        "last_model_checkpoint": named(max(steps, default=None)),
         "best_model_checkpoint": named(best_step(measured) if measured else None),
     }
 
@@ -197,8 +217,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     make_sturdy()
     quieten_signals()
+
+    def program() -> None:
+        work_together(finetune, read(argv), own=OWN_PATHS, underscores=True)
+
     try:
-        run_program(lambda: finetune(read(argv)))
+        run_program(program)
     except Stopped as stopped:
         rich.print(f"{stopped}; the same command with {FLAGS.resume} and its output folder goes on")
         sys.exit(128 + stopped.signum)

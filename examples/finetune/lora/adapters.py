@@ -20,6 +20,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from examples.finetune.lora.targets import EXPERTS, find_targets
 from examples.moonlight.model.execution.sharding import ModelSharding
@@ -173,4 +174,7 @@ def _keys(key: jax.Array, stack: tuple[int, ...]) -> jax.Array:
 
 
 def _placed(where: ModelSharding, names: tuple[str, ...], value: jax.Array) -> jax.Array:
-    return where.constrain(value, *where.param_spec(names, value.shape))
+    spec = where.param_spec(names, value.shape)
+    if isinstance(value, Tracer):
+        return where.constrain(value, *spec)
+    return where.constrain(where.spread(value, *spec), *spec)

@@ -30,8 +30,10 @@ from examples.finetune.lora.peft_names import (
     target_names,
 )
 from examples.moonlight.common.files import read_json
+from examples.moonlight.common.processes import group
 from examples.moonlight.common.untrusted import is_there, shown, shown_name
-from examples.moonlight.hf_export import save_tensors
+from examples.moonlight.hf_export import check_unused, save_tensors
+from examples.moonlight.huggingface.fetching import on_host
 from examples.moonlight.huggingface.files import TensorFiles
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -50,9 +52,11 @@ _FREE = {
 def write_peft(folder: Path, model: Any, config: LoraConfig, *, base: str | None = None) -> None:
     """Writes a model's adapters as PEFT's directory, float32, whole or not at all.
 
+    Of several processes all call it, and the first writes; it returns when all is written.
+
     Args:
         folder: Where to; it must not exist, or be empty.
-        model: The model with adapters; all of it in this process.
+        model: The model with adapters, on devices of this process or of all.
         config: What they were made with.
         base: What `base_model_name_or_path` says: a folder or a name on the hub.
 
@@ -61,8 +65,8 @@ def write_peft(folder: Path, model: Any, config: LoraConfig, *, base: str | None
         ValueError: There are no adapters, or some that PEFT would not apply: see `peft_names.py`;
             or the model was made with another configuration.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is in use: choose another folder, or remove it")
+    if group.is_first():
+        check_unused(folder)
     adapted, modules = adapted_places(model), _modules(model)
     tensors: dict[str, np.ndarray] = {}
     stacks: dict[tuple[str, str], np.ndarray] = {}
@@ -76,7 +80,7 @@ def write_peft(folder: Path, model: Any, config: LoraConfig, *, base: str | None
         for factor, ending in FACTORS.items():
             key = place.module, factor
             if key not in stacks:
-                stacks[key] = np.asarray(jax.device_get(getattr(module, factor)[...]), np.float32)
+                stacks[key] = np.asarray(on_host(getattr(module, factor)[...]), np.float32)
             matrix = stacks[key][place.at]
             tensors[f"{PREFIX}{place.name}{ending}"] = np.ascontiguousarray(matrix.T)
     whole = config.alpha == int(config.alpha)
@@ -93,7 +97,12 @@ def write_peft(folder: Path, model: Any, config: LoraConfig, *, base: str | None
         "use_rslora": False,
         "inference_mode": True,
     }
-    folder = folder.absolute()
+    if group.is_first():
+        _write(folder.absolute(), content, tensors)
+    group.barrier()
+
+
+def _write(folder: Path, content: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()
@@ -157,7 +166,7 @@ def read_peft(folder: Path, model: Any) -> LoraConfig:
                 f"{folder}: the adapters of {module} are {list(value.shape)} in all, and the model "
                 f"has {list(variable.shape)}: some of its layers have none"
             )
-        variable[...] = jax.device_put(value, where.place(*spec))
+        variable[...] = jax.device_put(where.spread(value, *spec), where.place(*spec))
     return config
 
 

@@ -10,6 +10,7 @@ from examples.finetune.training.keeping import TotalLimit
 from examples.finetune.training.place import FLAGS, PREFIX
 from examples.finetune.training.texts import Texts
 from examples.moonlight.common.files import write_atomically
+from examples.moonlight.common.processes import group
 from examples.moonlight.data.tokenizer import TOKENIZER
 from examples.moonlight.generation.chat import TEMPLATE
 from examples.moonlight.generation.model_folder import copy_companions
@@ -33,10 +34,12 @@ def enter_folder(
             folder, settings, resume=job.place.resume, must_exist=step is not None, flags=FLAGS
         )
     )
-    write_atomically(folder / TOKENIZER, texts.tokenizer.to_str(pretty=True).encode())
-    copy_companions(job.base.folder, folder)
-    if texts.template.source is not None:
-        write_atomically(folder / TEMPLATE, texts.template.source.encode())
+    if group.is_first():
+        write_atomically(folder / TOKENIZER, texts.tokenizer.to_str(pretty=True).encode())
+        copy_companions(job.base.folder, folder)
+        if texts.template.source is not None:
+            write_atomically(folder / TEMPLATE, texts.template.source.encode())
+    group.barrier()
     checkpoints = held.enter_context(
         contextlib.closing(
             Checkpoints(
@@ -67,5 +70,7 @@ def _go_back(job: Job, checkpoints: Checkpoints, step: int, console: Console) ->
             f"going back to step {step}: deleting the checkpoints {', '.join(later)}, and all "
             f"metrics after step {step}"
         )
-        (job.folder / RESULTS).unlink(missing_ok=True)
+        if group.is_first():
+            (job.folder / RESULTS).unlink(missing_ok=True)
+        group.barrier()
     checkpoints.delete_after(step)

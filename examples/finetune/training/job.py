@@ -13,11 +13,12 @@ from examples.finetune.base import Base, base_folder, find_base
 from examples.finetune.optim_args import parse_optim_args
 from examples.finetune.training.place import ARGS, Place, find_place
 from examples.moonlight.common.files import read_json
+from examples.moonlight.common.processes import group
 from examples.moonlight.common.untrusted import is_there
 from examples.moonlight.huggingface.config import ModelConfig
 from examples.moonlight.model.execution.dtype import compute_dtype
 from examples.moonlight.model.execution.options import Execution
-from examples.moonlight.model.execution.sharding import ModelSharding, make_mesh
+from examples.moonlight.model.execution.sharding import ModelSharding, make_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Job:
             base: The digest of the weights that the run began with.
         """
         args = dataclasses.asdict(self.args) | {"learning_rate": self.args.peak_rate}
+        del args["processes"]
         content = args | {
             "output_dir": str(self.folder),
             "torch_dtype": jnp.dtype(self.execution.dtype).name,
@@ -101,9 +103,21 @@ def make_job(args: Args) -> Job:
     """
     check(args)
     options = parse_optim_args(args.optim_args, args.optimizer, args.tuner_type)
-    place = find_place(args)
-    base = find_base(args.model, _checkpoint_before(args, place))
+    place = _place_of_first(args)
+    before = group.of_first(_checkpoint_before(args, place) if group.is_first() else None)
+    base = find_base(args.model, before)
+    # A run that goes on meanwhile may have saved another one since.
+    base = base._replace(checkpoint=group.of_first(base.checkpoint))
     return Job(args, place, base, base.config, make_execution(args), options)
+
+
+def _place_of_first(args: Args) -> Place:
+    """Where the run works, which process 0 looks up."""
+    place = find_place(args) if group.is_first() else None
+    folder, resume, step = group.of_first(
+        None if place is None else [str(place.folder), place.resume, place.step]
+    )
+    return Place(Path(folder), resume, step)
 
 
 def _checkpoint_before(args: Args, place: Place) -> int | None:
@@ -127,7 +141,7 @@ def make_execution(args: Any) -> Execution:
     unroll = getattr(args, "unroll", False)
     return Execution(
         dtype=jnp.dtype(compute_dtype(args.torch_dtype)[0]),
-        sharding=ModelSharding(None if args.mesh is None else make_mesh(args.mesh)),
+        sharding=make_sharding(args.mesh),
         experts=args.experts or ("dense" if on_cpu else "ragged"),
         remat=getattr(args, "gradient_checkpointing", False),
         unroll=on_cpu if unroll is None else unroll,

@@ -158,13 +158,18 @@ class Learner:
             in_shardings=(self.shardings, self.frozen_shardings, batch, one),
             out_shardings=(self.shardings, one),
         )
-        compiled = step.lower(state, frozen, empty_rows(shape), np.int32(0)).compile()
+        # Abstract: host data cannot be lowered for the devices of several processes.
+        rows_abt, number = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (empty_rows(shape), np.int32(0))
+        )
+        compiled = step.lower(state, frozen, rows_abt, number).compile()
         if texts.validation is None:
             return compiled, None
-        rows_kbt = jax.device_put(texts.validation, batch)
+        rows_kbt = jax.device_put(sharding.spread_all(texts.validation, None, BATCH_AXES), batch)
         validate = jax.jit(
             make_validate(self.inference),
             in_shardings=(self.shardings.params, self.frozen_shardings, batch),
+            out_shardings=one,
         )
         sums = validate.lower(state.params, frozen, rows_kbt).compile()
         return compiled, lambda trained, frozen: sums(trained, frozen, rows_kbt)

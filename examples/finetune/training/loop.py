@@ -15,6 +15,7 @@ from examples.finetune.training.keeping import Occasions
 from examples.finetune.training.place import ARGS, FLAGS
 from examples.finetune.training.steps import Frozen, StepMetrics, accuracy_of
 from examples.finetune.training.texts import Texts
+from examples.moonlight.model.execution.sharding import BATCH_AXES
 from examples.moonlight.run_folder import metrics
 from examples.moonlight.run_folder.checkpoint import Checkpoints
 from examples.moonlight.run_folder.lock import RunLock
@@ -58,7 +59,7 @@ class Run:
     checkpoints: Checkpoints
     lock: RunLock
     stop: StopRequest
-    log: metrics.MetricsLog
+    log: metrics.MetricsLog | metrics.NoLog
     history: Course
     clock: Clock
     console: Console
@@ -91,9 +92,11 @@ class Run:
                         f"step {step:>5} of {steps}  {status}", highlight=False, soft_wrap=True
                     )
                 self.log.flush()
-                if saves or self.stop.signum is not None:
+                stops = self.stop.asked()
+                if saves or stops:
                     self._save(state, step)
-                self.stop.check(f"stopped after step {step}")
+                if stops:
+                    self.stop.check(f"stopped after step {step}")
                 bar.update(task, completed=step, status=status)
         # Results say that a run is finished: not before its last checkpoint is there.
         self.checkpoints.wait()
@@ -102,9 +105,15 @@ class Run:
     def _step(self, state: TrainState, step: int) -> tuple[TrainState, dict[str, float]]:
         """Takes a step, and records it."""
         started = time.perf_counter()
-        rows = next(self.texts.batches)
+        rows, sharding = next(self.texts.batches), self.job.sharding
         state, measured = jax.block_until_ready(
-            self.train_step(state, self.frozen, rows, np.int32(step))
+            self.train_step(
+                state,
+                self.frozen,
+                # Every process reads all rows, which lie in its memory, and puts up its own.
+                sharding.spread_all(rows, None, BATCH_AXES),
+                sharding.spread(np.int32(step)),
+            )
         )
         seconds = time.perf_counter() - started
         self.clock.step_seconds += seconds
