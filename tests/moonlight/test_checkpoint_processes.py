@@ -78,6 +78,7 @@ def found(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_one_process_goes_on_with_what_two_have_saved(folder: Path, tmp_path: Path):
+    assert sorted(path.name for path in (folder / "of_two").iterdir()) == ["2"]
     shutil.copytree(folder / "of_two", tmp_path / "of_two")
     target = worker.placed(0, worker.make_mesh((4, 2)))
     with worker.opened(tmp_path / "of_two") as (checkpoints, _):

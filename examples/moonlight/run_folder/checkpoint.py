@@ -100,6 +100,8 @@ class Checkpoints:
         self._unsealed: set[int] = set()
         token = of_first(self._enter)
         together(lambda: self._check_shared(token))
+        if token and group.is_first():
+            (self.directory / token).unlink(missing_ok=True)
         self._read_losses()
 
     def _enter(self) -> str:
