@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import grain
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -15,7 +16,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.moonlight.data import prepared, text_files
-from examples.moonlight.data.batches import Span, train_batches
+from examples.moonlight.data.batches import Span, Tokens, train_batches
 from examples.moonlight.data.corpus import Document, is_held_out, load_documents
 from examples.moonlight.data.prepare import __main__ as program
 from examples.moonlight.data.prepare import encoding, pieces
@@ -258,7 +259,7 @@ def test_an_end_at_any_moment_costs_nothing(texts, tokenizer, tmp_path):
     prepared.check_digests(tmp_path / "whole")
     expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert len(expected) > 8
-    for end in range(0, len(found) + 1, 2):
+    for end in range(0, len(found) + 1, 4):
         folder = tmp_path / f"ended{end}"
         write(folder, found[:end], tokenizer)
         # What was appended behind the last note was not brought to the disk, or only partly.
@@ -285,6 +286,17 @@ def all_of(folder: Path, kind: str) -> np.ndarray:
     return np.concatenate([np.frombuffer(file.read_bytes(), "<u2") for file in files])
 
 
+def mixed_batches(source: Tokens, rows: Sequence[int] | None = None) -> grain.DatasetIterator:
+    return train_batches(
+        {"a": source, "b": source},
+        [Span(7, {"a": 1, "b": 0}), Span(1, {"a": 1, "b": 2})],
+        sequence_length=16,
+        batch_size=3,
+        seed=5,
+        rows=rows,
+    )
+
+
 def test_shards_read_as_one_array(folder):
     manifest = read_manifest(folder)
     tokens, expected = PreparedTokens(folder, manifest, "train"), all_of(folder, "train")
@@ -292,18 +304,15 @@ def test_shards_read_as_one_array(folder):
     for start in range(0, len(expected), 37):
         for stop in (start, start + 1, start + 64, start + 200):
             np.testing.assert_array_equal(tokens[start:stop], expected[start:stop])
-    mixed = [
-        train_batches(
-            {"a": source, "b": source},
-            [Span(7, {"a": 1, "b": 0}), Span(1, {"a": 1, "b": 2})],
-            sequence_length=16,
-            batch_size=3,
-            seed=5,
-        )
-        for source in (tokens, expected)
-    ]
-    for _ in range(40):
-        np.testing.assert_array_equal(next(mixed[0]), next(mixed[1]))
+    mixed = [mixed_batches(source) for source in (tokens, expected)]
+    # A process reads its own rows of the same batches, from any one on.
+    second = mixed_batches(tokens, rows=[2, 1])
+    second.set_state({"next_index": 20})
+    for i in range(40):
+        batch = next(mixed[0])
+        np.testing.assert_array_equal(batch, next(mixed[1]))
+        if i >= 20:
+            np.testing.assert_array_equal(batch[[2, 1]], next(second))
 
 
 def test_damage_is_found(folder):

@@ -138,7 +138,7 @@ def _encode_all(
     total = sum(source.size for source in sources)
     done = f", after the first {output.progress.read:,}" if output.progress.read else ""
     console.print(
-        f"encoding {len(sources):,} files of {total:,} bytes{done}, in {jobs} processes",
+        f"encoding {len(sources):,} files of {total:,} bytes{done}; processes: {jobs}",
         highlight=False,
     )
     pieces = read_pieces(sources, output.progress.place, field=settings.field)
@@ -169,7 +169,7 @@ def _encode_all(
         pool.shutdown()
         here, child = _peaks()
         console.print(
-            f"most memory: {here} MB here, {child} MB in the largest of {jobs} processes",
+            f"most memory: {here} MB here, {child} MB in the largest process that encodes",
             highlight=False,
         )
     finally:
