@@ -223,7 +223,9 @@ def test_tokens_are_those_of_a_training_and_of_tokenizers_alone(texts, tokenizer
     for path in texts.rglob("*.*"):
         if path.suffix in (".parquet", ".png"):
             path.unlink()
-    args = program.Args(tmp_path / "tokens", (texts,), tokenizer, held_out=0.05, jobs=1)
+    args = program.Args(
+        tmp_path / "tokens", input=(texts,), tokenizer=tokenizer, held_out=0.05, jobs=1
+    )
     finished = program.prepare(args)
     made = open_sources({"": args.output})
     read = load_sources(
@@ -434,7 +436,9 @@ def test_a_folder_in_use_is_left_alone(texts, tokenizer, tmp_path):
 
 def test_both_sides_get_something(texts, tokenizer, tmp_path, monkeypatch):
     def prepare(source: Path, held_out: float = 0.05, output: str = "out"):
-        args = program.Args(tmp_path / output, (source,), tokenizer, held_out=held_out, jobs=1)
+        args = program.Args(
+            tmp_path / output, input=(source,), tokenizer=tokenizer, held_out=held_out, jobs=1
+        )
         monkeypatch.setattr(program, "_encode_all", encode_all)
         program.prepare(args)
 

@@ -35,6 +35,7 @@ ELSEWHERE = {
     *("results.json", "metrics.jsonl", "loss.png", "stability.png", "seal.json", "damaged/"),
     *("site/", "tensorboard/", "tokenizer.json", "tokenizer_config.json", "config.json"),
     *("generation_config.json", "args.json", "adapter_config.json"),
+    *("tokens.json", "unfinished.json"),
 }
 NAMES_A_FILE = re.compile(r"[\w./-]*\w\.(py|md|ipynb|json|jsonl|png|toml|txt)|[\w./-]+/")
 OURS = re.compile(rf"({'|'.join(map(re.escape, FOLDERS))})/[\w./-]+")

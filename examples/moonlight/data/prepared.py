@@ -41,7 +41,7 @@ class Shard(NamedTuple):
 
     Attributes:
         tokens: How many it has.
-        sha256: Of its bytes, in hexadecimal digits.
+        sha256: The digest of its bytes, in hexadecimal digits.
     """
 
     tokens: int
@@ -57,7 +57,7 @@ class Manifest(NamedTuple):
         end_of_text: The id behind every document.
         tokenizer: The SHA-256 of `tokenizer.json`.
         train: The files of the training tokens, in order.
-        validation: Those of the held-out ones.
+        validation: The held-out ones.
     """
 
     dtype: str

@@ -51,7 +51,7 @@ def seal(folder: Folder, facts: Mapping[str, Any], digests: Digests | None = Non
     Args:
         folder: The folder.
         facts: What the seal says besides, as JSON can hold it.
-        digests: Those of all files; left out, the files are read here.
+        digests: The digests of all files; left out, the files are read here.
     """
     digests = digest(folder) if digests is None else digests
     content: dict[str, Any] = {**facts, "files": dict(sorted(digests.items()))}

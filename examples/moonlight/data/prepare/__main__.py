@@ -28,7 +28,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import rich
 import tyro
@@ -64,6 +64,8 @@ class Args:
 
     output: Path
     """Folder of the tokens: new, or what the same command began."""
+    check: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Compare the finished tokens in --output with their digests, and do nothing else."""
     input: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
     """Text file, .jsonl file, Parquet file, or folder of them; may be given several times."""
     tokenizer: Path | None = None
@@ -74,8 +76,6 @@ class Args:
     """Share of the documents to hold out for validation; of billions of tokens 0.001 is plenty."""
     jobs: int = available_cores()
     """Processes that encode, each with one thread."""
-    check: bool = False
-    """Compare the finished tokens in --output with their digests, and do nothing else."""
 
 
 GROUPS = {"output": "tokens", "input": "texts", "jobs": "machine"}
