@@ -21,6 +21,8 @@ class Scale:
       memory: of one device, in bytes.
       attention_block: queries whose logits exist at a time.
       loss_block: tokens whose logits exist at a time.
+      expert_block: tokens of a device that travel to experts at a time.
+      sequences: of a micro-batch, per device.
       chip: how fast its parts are, of a TPU.
     """
 
@@ -31,6 +33,8 @@ class Scale:
     memory: float
     attention_block: int = 1024
     loss_block: int = 512
+    expert_block: int = 8192
+    sequences: int = 1
     chip: Chip | None = None
 
     @property

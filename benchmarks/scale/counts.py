@@ -38,13 +38,18 @@ def phase_of(collective: hlo.Collective) -> str:
     return "other"
 
 
-def count(text: str, chip: Chip | None = None) -> dict[str, Any]:
-    """What a compiled step sends and multiplies on each device, dispatch taking one round.
+def count(text: str, chip: Chip | None = None, rounds: int = 1) -> dict[str, Any]:
+    """What a compiled step sends and multiplies on each device.
 
     Of a TPU's program also "seconds", by its compiler's estimates.
+
+    Args:
+      text: the compiled program.
+      chip: how fast its parts are, of a TPU.
+      rounds: that the dispatch takes: of the loops whose length is not in the program.
     """
     loops = hlo.unknown_loops(text)
-    once = 1 if loops else None
+    once = rounds if loops else None
     sent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
     listed: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0])
     for collective in hlo.collectives(text, assume_trip_count=once):

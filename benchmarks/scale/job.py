@@ -43,18 +43,24 @@ class Job:
 
     @property
     def micro_batches(self) -> int:
-        """Of one sequence per device.
+        """How many pass one after the other, each of the scale's sequences per device.
 
         Raises:
           ValueError: the devices do not divide the batch.
         """
-        micro, left = divmod(self.batch, self.scale.devices)
+        sequences = self.scale.devices * self.scale.sequences
+        micro, left = divmod(self.batch, sequences)
         if left or not micro:
             raise ValueError(
-                f"--batch {self.batch}: the {self.scale.devices} devices of {self.target} take one "
-                "sequence each at a time; give a multiple of them"
+                f"--batch {self.batch}: the {self.scale.devices} devices of {self.target} take "
+                f"{sequences} sequences at a time; give a multiple of them"
             )
         return micro
+
+    @property
+    def rounds(self) -> int:
+        """The rounds in which tokens go to experts, where routing is balanced."""
+        return -(-self.scale.sequences * self.context // self.scale.expert_block)
 
 
 def expected(

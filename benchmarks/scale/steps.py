@@ -60,6 +60,7 @@ def build(job: Job) -> Program:
         experts="ragged",
         remat=True,
         attention_block=scale.attention_block,
+        expert_block=scale.expert_block,
         loss_block=scale.loss_block,
     )
     abstract = nnx.eval_shape(lambda: Moonlight(config, rngs=nnx.Rngs(0), execution=execution))
@@ -74,7 +75,7 @@ def build(job: Job) -> Program:
     shardings = state_shardings(state, optimizer, "muon", sharding)
     state = jax.tree.map(lambda x, s: x.update(sharding=s), state, shardings)
     tokens_abt = jax.ShapeDtypeStruct(
-        (job.micro_batches, scale.devices, job.context + 1),
+        (job.micro_batches, scale.devices * scale.sequences, job.context + 1),
         jnp.int32,
         sharding=sharding.place(None, BATCH_AXES),
     )
@@ -107,6 +108,7 @@ def row(job: Job, texts: Path | None = None) -> dict[str, Any]:
         "devices": job.scale.devices,
         "mesh": dict(zip(MESH_AXES, job.scale.mesh, strict=True)),
         "micro_batches": job.micro_batches,
+        "sequences": job.scale.sequences,
         "memory": job.scale.memory,
     }
     start = time.perf_counter()
@@ -131,7 +133,7 @@ def row(job: Job, texts: Path | None = None) -> dict[str, Any]:
     return found | {
         "fits": sum(sizes.values()) <= job.scale.memory,
         "bytes": sizes,
-        **count(text, job.scale.chip),
+        **count(text, job.scale.chip, job.rounds),
         "expected": expected(job, parameter_counts(job.config), program.matrices),
     }
 

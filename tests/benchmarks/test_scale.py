@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 
 import pytest
 from rich.console import Console
@@ -15,8 +14,7 @@ from benchmarks.scale.job import Job
 from benchmarks.scale.kept import Kept
 from benchmarks.scale.spent import PARTS
 from examples.moonlight.model import config as moonlight_config
-from examples.moonlight.model.execution import grouped
-from examples.moonlight.model.execution.dispatch import SLACK
+from examples.moonlight.model.execution import grouped, trips
 
 pytestmark = pytest.mark.one_stack
 
@@ -75,15 +73,16 @@ def test_only_the_rounds_of_the_dispatch_have_no_length(row):
 
 def test_tokens_travel_to_their_experts_and_back(row):
     """There and back, and for gradients: tokens again, gradients of outputs, those of tokens."""
-    slots = math.ceil(JOB.context * TOY.num_experts_per_tok / 2 * SLACK)
-    elements = 2 * slots * TOY.hidden_size
+    local = TOY.n_routed_experts // 2
+    room = trips.room(JOB.context, TOY.num_experts_per_tok, 2, local)
+    elements = 2 * room.slots * TOY.hidden_size
     times = sum(
         one["times"]
         for one in row["listed"]
         if one["phase"] == "dispatch" and one["elements"] == elements
     )
     assert times == 5 * STACKED * MICRO
-    # Weights and experts' numbers beside them: a number per slot, two there, three behind.
+    # Integers beside them, for each pair its expert and its weight, and gradients of weights.
     assert 1 < row["wire"]["dispatch"] / (times * elements * 4 / 2) < 1.1
 
 

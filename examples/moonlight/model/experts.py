@@ -139,7 +139,7 @@ class Experts(nnx.Module):
             if run.expert_capacity is None:
                 return _ragged_experts(*args), None
             return with_capacity(layout, run.expert_capacity, *args)
-        return _dispatched(mesh, run.expert_capacity, *args)
+        return _dispatched(mesh, run, *args)
 
 
 def _cast(stacks: tuple[jax.Array, ...], act_nd: jax.Array) -> tuple[jax.Array, ...]:
@@ -172,11 +172,11 @@ _TOKENS = P(BATCH_AXES)
 _STACKS = tuple(PARAM_SPECS["experts", name] for name in EXPERT_STACKS)
 
 
-def _layout(mesh: Mesh, act_nd: jax.Array) -> Layout:
+def _layout(mesh: Mesh, act_nd: jax.Array, block: int | None = None) -> Layout:
     """Where the experts lie, over axes with more than one device."""
     expert, store = (axis if mesh.shape[axis] > 1 else None for axis in ("expert", "fsdp"))
     rest = tuple(axis for axis in ("data", "fsdp", "tensor") if mesh.shape[axis] > 1)
-    return Layout(expert, store, rest, mesh.shape["expert"], act_nd.dtype)
+    return Layout(expert, store, rest, mesh.shape["expert"], act_nd.dtype, block)
 
 
 def _dense_experts_on_mesh(
@@ -224,14 +224,14 @@ def _ragged_experts(
 
 def _dispatched(
     mesh: Mesh,
-    capacity: float | None,
+    run: Execution,
     act_nd: jax.Array,
     expert_nk: jax.Array,
     weight_nk: jax.Array,
     stacks: Stacks,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The ragged route on a mesh: tokens travel to their experts, see `execution/dispatch.py`."""
-    layout = _layout(mesh, act_nd)
+    layout, capacity = _layout(mesh, act_nd, run.expert_block), run.expert_capacity
 
     def on_device(
         act_nd: jax.Array, expert_nk: jax.Array, weight_nk: jax.Array, stacks: Stacks

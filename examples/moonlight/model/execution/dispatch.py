@@ -4,18 +4,20 @@ Contract, on each device of a shard_map:
 
 - Experts lie over `expert`: a device holds e / p of them, p the axis' size. Their inner units lie
   over `tensor`, and what is stored over `fsdp` is gathered, in the compute dtype, when it is used.
-- A device sends each (token, choice) pair of its own tokens to the device that holds the chosen
-  expert, with its weight, and gets the weighted output back: one `all_to_all` each way.
-- Shapes are static and routing is not. So the pairs travel in rounds of `p x slots`, `slots` a
-  little more than an even share; as many rounds as the fullest (sender, receiver) pair needs, on
-  all devices alike. Nothing is dropped whatever the routing, and memory is bounded by one round:
-  balanced routing takes one, and a router that sends everything to one device takes about p.
+- A device sends each of its tokens once to every device that holds any of its chosen experts, and
+  gets the weighted sum of their outputs back: one `all_to_all` each way, in the compute dtype, and
+  one of integers there, with what the receiver has to know: experts, weights, how many.
+- Shapes are static and routing is not. So tokens travel in rounds (`trips.py`) with a little more
+  room than an even share needs; as many rounds as the fullest (sender, receiver) pair needs, on
+  all devices alike. Nothing is dropped whatever the routing, and memory is bounded by one round.
 - Backward goes the same rounds: tokens travel again with the gradients of their outputs, experts
   are computed anew, and gradients of tokens and weights come back. Nothing of a round is kept.
-- Gradients of experts are summed over rounds, and then over `fsdp`, in float32.
+- Gradients of experts are summed over rounds, and then over `fsdp`, in float32; sums over the
+  experts of a device and over devices as well.
 
-With a capacity, `slots` belong to experts instead of devices, there is one round, and pairs behind
-an expert's last slot are dropped: their tokens keep what the other choices give. They are counted.
+With a capacity, pairs of a token and an expert travel one by one. Slots belong to experts instead
+of devices, there is one round, and pairs behind an expert's last slot are dropped: their tokens
+keep what the other choices give. They are counted.
 """
 
 import dataclasses
@@ -28,10 +30,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from examples.moonlight.model.execution import trips
 from examples.moonlight.model.execution.grouped import grouped_dot
-
-# Slots of a round, in even shares of the tokens: routing that is balanced to this takes one round.
-SLACK = 1.25
 
 Stacks = tuple[jax.Array, ...]  # gate [e, d, f], up [e, d, f], down [e, f, d]
 
@@ -46,6 +46,7 @@ class Layout:
         rest: All other axes of the mesh.
         devices: Size of `expert`.
         dtype: The dtype of products, and of weights that travel.
+        block: Tokens of a device that travel at a time; None is all.
     """
 
     expert: str | None
@@ -53,14 +54,25 @@ class Layout:
     rest: tuple[str, ...]
     devices: int
     dtype: DTypeLike
+    block: int | None = None
 
 
 def swiglu_groups(
-    act_nd: jax.Array, load_e: jax.Array, stacks: Stacks, dot: Any = grouped_dot
+    act_nd: jax.Array,
+    load_e: jax.Array,
+    stacks: Stacks,
+    dot: Any = grouped_dot,
+    weight_n: jax.Array | None = None,
 ) -> jax.Array:
-    """Runs tokens that are sorted by expert, `load_e` for each of the experts."""
+    """Runs tokens that are sorted by expert, `load_e` for each of the experts.
+
+    Weights multiply inner units, which is what multiplying the outputs would give: so their
+    gradients need no outputs, and the backward pass one product less.
+    """
     gate_edf, up_edf, down_efd = stacks
     inner_nf = jax.nn.silu(dot(act_nd, gate_edf, load_e)) * dot(act_nd, up_edf, load_e)
+    if weight_n is not None:
+        inner_nf = (inner_nf.astype(jnp.float32) * weight_n[:, None]).astype(inner_nf.dtype)
     return dot(inner_nf, down_efd, load_e)
 
 
@@ -109,32 +121,29 @@ gather.defvjp(_gather_forward, _gather_backward)
 
 
 # --------------------------------------------------------------------------------------------------
-# Who sends what, in which slot
+# Sorting by counting: groups are few, and XLA:TPU takes seconds to compile each sort of many
 # --------------------------------------------------------------------------------------------------
 
 
-class _Itinerary(NamedTuple):
-    """The order in which a device's pairs leave, grouped by where they go.
+class _Sorted(NamedTuple):
+    """Numbered things, sorted by group.
 
     Attributes:
-        order_m: Pairs (token * k + choice) by group, int32 `[n * k]`.
-        place_m: The place of each pair in that order: the inverse permutation.
+        order_m: Their numbers by group, int32 `[m]`.
+        place_m: The place of each in that order: the inverse permutation.
         start_g: Where each group begins in it.
-        count_g: Pairs of each group.
-        group_m: The group of each pair, by the pair's number.
-        rank_m: The place of each pair in its group, likewise.
+        count_g: How many there are of each group.
+        rank_m: The place of each in its group, by its number.
     """
 
     order_m: jax.Array
     place_m: jax.Array
     start_g: jax.Array
     count_g: jax.Array
-    group_m: jax.Array
     rank_m: jax.Array
 
 
-def _plan(group_m: jax.Array, groups: int) -> _Itinerary:
-    # By counting: groups are few, and XLA:TPU takes seconds to compile each sort of many pairs.
+def _sort(group_m: jax.Array, groups: int) -> _Sorted:
     hit_mg = (group_m[:, None] == jnp.arange(groups)[None]).astype(jnp.int32)
     upto_mg = jnp.cumsum(hit_mg, axis=0)
     count_g = upto_mg[-1]
@@ -143,39 +152,7 @@ def _plan(group_m: jax.Array, groups: int) -> _Itinerary:
     place_m = start_g[group_m] + rank_m
     numbers_m = jnp.arange(group_m.size, dtype=jnp.int32)
     order_m = jnp.zeros_like(numbers_m).at[place_m].set(numbers_m, unique_indices=True)
-    return _Itinerary(order_m, place_m, start_g, count_g, group_m, rank_m)
-
-
-@jax.custom_vjp
-def _permute(x_mx: jax.Array, order_m: jax.Array, place_m: jax.Array) -> jax.Array:
-    """`x[order]`, `place` being its inverse: by it gradients are gathered, where XLA would add."""
-    return x_mx[order_m]
-
-
-def _permute_forward(x_mx: jax.Array, order_m: jax.Array, place_m: jax.Array):
-    return x_mx[order_m], place_m
-
-
-def _permute_backward(place_m: jax.Array, grad_mx: jax.Array):
-    return grad_mx[place_m], None, None
-
-
-_permute.defvjp(_permute_forward, _permute_backward)
-
-
-def _fill(plan: _Itinerary, round_: Any, slots: int) -> tuple[jax.Array, jax.Array]:
-    """The pair in each slot `[groups, slots]` of a round, and whether there is one."""
-    rank_gc = round_ * slots + jnp.arange(slots)[None]
-    taken_gc = rank_gc < plan.count_g[:, None]
-    place_gc = jnp.minimum(plan.start_g[:, None] + rank_gc, plan.order_m.shape[0] - 1)
-    return plan.order_m[place_gc], taken_gc
-
-
-def _empty(plan: _Itinerary, round_: Any, slots: int, back_gcx: jax.Array) -> jax.Array:
-    """What came back for each pair, `[n * k, ...]`: zeros for pairs of other rounds."""
-    mine_m = plan.rank_m // slots == round_
-    back_mx = back_gcx[plan.group_m, plan.rank_m % slots]
-    return jnp.where(mine_m.reshape(-1, *(1,) * (back_mx.ndim - 1)), back_mx, 0)
+    return _Sorted(order_m, place_m, start_g, count_g, rank_m)
 
 
 def _exchange(layout: Layout, x_px: jax.Array) -> jax.Array:
@@ -183,6 +160,119 @@ def _exchange(layout: Layout, x_px: jax.Array) -> jax.Array:
     if layout.expert is None:
         return x_px
     return jax.lax.all_to_all(x_px, layout.expert, 0, 0, tiled=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a receiver does with a round
+# --------------------------------------------------------------------------------------------------
+
+
+class _Visitors(NamedTuple):
+    """The pairs that a device received, as rows of the products of its experts.
+
+    Attributes:
+        load_e: Rows of each expert; behind them all come rows of no pair.
+        pair_r: The pair of each row, counted through all senders.
+        row_m: The row of each pair.
+        weight_m: The weight of each pair, float32.
+        slot_r: The slot of each row's token, counted through all senders.
+        levels: For first pairs of trips, second ones, ...: the rows of the first few slots of each
+            sender, `[p, .]`, and whether there is such a pair.
+    """
+
+    load_e: jax.Array
+    pair_r: jax.Array
+    row_m: jax.Array
+    weight_m: jax.Array
+    slot_r: jax.Array
+    levels: tuple[tuple[jax.Array, jax.Array], ...]
+
+
+def _read(room: trips.Room, header_ph: jax.Array) -> _Visitors:
+    """What the integers say that came with the tokens."""
+    p, pairs = room.devices, room.pairs
+    expert_pq, weight_pq, count_pj = jnp.split(header_ph, (pairs, 2 * pairs), axis=1)
+    sort = _sort(expert_pq.reshape(-1), room.local + 1)
+    slot_pq = room.slots * jnp.arange(p)[:, None] + trips.slots_of_pairs(room, count_pj)
+    row_pq, start_pj, levels = sort.place_m.reshape(p, pairs), trips.starts(count_pj), []
+    for level, most in enumerate(room.levels):
+        slot_1s = jnp.arange(most)[None]
+        place_ps = jnp.minimum(start_pj[:, level, None] + slot_1s, pairs - 1)
+        row_ps = jnp.take_along_axis(row_pq, place_ps, axis=1)
+        levels.append((row_ps, slot_1s < count_pj[:, level, None]))
+    return _Visitors(
+        sort.count_g[: room.local],
+        sort.order_m,
+        sort.place_m,
+        jax.lax.bitcast_convert_type(weight_pq, jnp.float32).reshape(-1),
+        slot_pq.reshape(-1)[sort.order_m],
+        tuple(levels),
+    )
+
+
+def _write(
+    room: trips.Room, round_: trips.Round, expert_wk: jax.Array, weight_wk: jax.Array
+) -> jax.Array:
+    """What `_read` reads, int32 `[p, 2 * pairs + depth]`; places of no pair have no expert."""
+    there_pq, pair_pq = round_.pair_pq >= 0, jnp.maximum(round_.pair_pq, 0)
+    expert_pq = jnp.where(there_pq, expert_wk.reshape(-1)[pair_pq] % room.local, room.local)
+    weight_pq = jnp.where(there_pq, weight_wk.reshape(-1)[pair_pq], 0)
+    bits_pq = jax.lax.bitcast_convert_type(weight_pq, jnp.int32)
+    return jnp.concatenate([expert_pq, bits_pq, round_.count_pj], axis=1)
+
+
+@jax.custom_vjp
+def _spread(visitors: _Visitors, x_psd: jax.Array) -> jax.Array:
+    """A row `[r, d]` for each pair of a token. Its transpose sums, in float32, by gathering."""
+    return x_psd.reshape(-1, x_psd.shape[-1])[visitors.slot_r]
+
+
+@jax.custom_vjp
+def _combine(visitors: _Visitors, x_rd: jax.Array) -> jax.Array:
+    """The sum of each token's rows `[p, slots, d]`. Its transpose is `_spread`."""
+    return _summed(visitors, x_rd)
+
+
+def _summed(visitors: _Visitors, x_rd: jax.Array) -> jax.Array:
+    slots = visitors.levels[0][0].shape[1]
+    total: Any = 0
+    for row_ps, there_ps in visitors.levels:
+        x_psd = jnp.where(there_ps[:, :, None], x_rd[row_ps], 0).astype(jnp.float32)
+        total += jnp.pad(x_psd, ((0, 0), (0, slots - row_ps.shape[1]), (0, 0)))
+    return total.astype(x_rd.dtype)
+
+
+_spread.defvjp(
+    lambda visitors, x_psd: (_spread(visitors, x_psd), visitors),
+    lambda visitors, grad_rd: (None, _summed(visitors, grad_rd)),
+)
+_combine.defvjp(
+    lambda visitors, x_rd: (_summed(visitors, x_rd), visitors),
+    lambda visitors, grad_psd: (None, _spread(visitors, grad_psd)),
+)
+
+
+@jax.custom_vjp
+def _in_rows(visitors: _Visitors, weight_m: jax.Array) -> jax.Array:
+    """By row, what is by pair: a permutation."""
+    return weight_m[visitors.pair_r]
+
+
+_in_rows.defvjp(
+    lambda visitors, weight_m: (_in_rows(visitors, weight_m), visitors),
+    lambda visitors, grad_r: (None, grad_r[visitors.row_m]),
+)
+
+
+def _visit(
+    visitors: _Visitors, act_psd: jax.Array, weight_m: jax.Array, stacks: Stacks
+) -> jax.Array:
+    """The weighted sums of this device's experts on what it received, `[p, slots, d]`."""
+    rows_rd: Any = _spread(visitors, act_psd)
+    weight_r: Any = _in_rows(visitors, weight_m)
+    out_rd = swiglu_groups(rows_rd, visitors.load_e, stacks, weight_n=weight_r)
+    out_psd: Any = _combine(visitors, out_rd)
+    return out_psd
 
 
 # --------------------------------------------------------------------------------------------------
@@ -199,7 +289,7 @@ def dropless(
     Args:
         layout: Where experts lie.
         act_nd: This device's tokens, in the compute dtype.
-        expert_nk: Their experts, int32.
+        expert_nk: Their experts, int32, each token's different ones.
         weight_nk: The weights of these, float32.
         stacks: This device's part of its experts, float32.
 
@@ -208,14 +298,13 @@ def dropless(
         of the sum over it.
     """
     stacks = _gather(layout, stacks)
-    pairs = _Pairs(layout, act_nd, expert_nk, stacks)
 
-    def step(round_: jax.Array, out_nd: jax.Array) -> jax.Array:
-        sent = pairs.send(round_, act_nd, weight_nk)
-        back_pcd = _exchange(layout, pairs.compute(*sent)[0].reshape(*pairs.shape, -1))
-        return out_nd + _sum_choices(pairs.back(round_, back_pcd), expert_nk)
+    def step(trip: _Trip, out_nd: jax.Array) -> jax.Array:
+        act_psd, visitors = trip.send(act_nd, weight_nk)
+        sum_psd = _visit(visitors, act_psd, visitors.weight_m, stacks)
+        return trip.add_sums(out_nd, sum_psd)
 
-    out_nd = pairs.all_rounds(step, jnp.zeros(act_nd.shape, jnp.float32))
+    out_nd = _in_rounds(layout, expert_nk, stacks, step, jnp.zeros(act_nd.shape, jnp.float32))
     return out_nd.astype(act_nd.dtype)
 
 
@@ -226,94 +315,99 @@ def _forward(layout: Layout, *args: Any):
 def _backward(layout: Layout, args: Any, grad_nd: jax.Array):
     act_nd, expert_nk, weight_nk, parts = args
     stacks = _gather(layout, parts)
-    pairs = _Pairs(layout, act_nd, expert_nk, stacks)
 
-    def step(round_: jax.Array, grads: Any):
-        d_act_nd, d_weight_m, d_stacks = grads
-        sent = pairs.send(round_, act_nd, weight_nk)
-        grad_pcd, _ = pairs.take(round_, grad_nd)
-        grad_md = _exchange(layout, grad_pcd).reshape(-1, act_nd.shape[1])
-        _, vjp = pairs.compute(*sent)
-        d_sent_act, d_sent_weight, d_round = vjp(grad_md)
-        back_pcd = _exchange(layout, d_sent_act.reshape(*pairs.shape, -1))
-        back_pc = _exchange(layout, d_sent_weight.reshape(pairs.shape))
+    def step(trip: _Trip, grads: Any):
+        d_act_nd, d_weight_nk, d_stacks = grads
+        act_psd, visitors = trip.send(act_nd, weight_nk)
+        grad_psd = _exchange(layout, trip.take(grad_nd))
+        visit = functools.partial(_visit, visitors)
+        _, vjp = jax.vjp(visit, act_psd, visitors.weight_m, stacks)
+        d_act_psd, d_weight_m, d_round = vjp(grad_psd)
         return (
-            d_act_nd + _sum_choices(pairs.back(round_, back_pcd), expert_nk),
-            d_weight_m + pairs.back(round_, back_pc),
+            trip.add_sums(d_act_nd, d_act_psd),
+            trip.add_numbers(d_weight_nk, d_weight_m),
             jax.tree.map(lambda total, g: total + g.astype(jnp.float32), d_stacks, d_round),
         )
 
-    zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), stacks)
-    start = (jnp.zeros(act_nd.shape, jnp.float32), jnp.zeros(weight_nk.size, jnp.float32), zeros)
-    d_act_nd, d_weight_m, d_stacks = pairs.all_rounds(step, start)
-    return (
-        d_act_nd.astype(act_nd.dtype),
-        None,
-        d_weight_m.reshape(weight_nk.shape),
-        _scatter(layout, d_stacks),
-    )
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (act_nd, weight_nk, stacks))
+    d_act_nd, d_weight_nk, d_stacks = _in_rounds(layout, expert_nk, stacks, step, start)
+    return d_act_nd.astype(act_nd.dtype), None, d_weight_nk, _scatter(layout, d_stacks)
 
 
 dropless.defvjp(_forward, _backward)
 
 
-class _Pairs:
-    """The rounds of one device: what it sends, computes for others, and gets back."""
+@dataclasses.dataclass(frozen=True)
+class _Trip:
+    """A round, from the side of the device whose tokens travel."""
 
-    def __init__(self, layout: Layout, act_nd: jax.Array, expert_nk: jax.Array, stacks: Stacks):
-        self.layout, self.stacks, self.top_k = layout, stacks, expert_nk.shape[1]
-        self.local = stacks[0].shape[0]
-        expert_m = expert_nk.reshape(-1)
-        self.plan = _plan(expert_m // self.local, layout.devices)
-        self.expert_m = expert_m
-        # One device is its own and only receiver: all of it fits.
-        share = expert_m.size / layout.devices
-        self.slots = math.ceil(share * (SLACK if layout.devices > 1 else 1))
-        self.shape = (layout.devices, self.slots)
-        rounds = -(-self.plan.count_g.max() // self.slots)
-        # Every device, not only those that exchange with this one: all leave the loop together.
-        axes = tuple(axis for axis in (layout.expert, *layout.rest) if axis)
-        self.rounds = jax.lax.pmax(rounds, axes) if axes else rounds
+    layout: Layout
+    room: trips.Room
+    round_: trips.Round
+    expert_nk: jax.Array
 
-    def all_rounds(self, step: Callable[[jax.Array, Any], Any], start: Any) -> Any:
-        return jax.lax.fori_loop(0, self.rounds, step, start)
+    def window(self, x_nx: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x_nx, self.round_.first, self.room.window)
 
-    def take(self, round_: jax.Array, x_nx: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """A token's row in the slot of each of its pairs, `[p, slots, ...]`; and the pairs."""
-        pair_pc, taken_pc = _fill(self.plan, round_, self.slots)
-        return jnp.where(taken_pc[:, :, None], x_nx[pair_pc // self.top_k], 0), pair_pc
+    def add(self, total_nx: jax.Array, x_wx: jax.Array) -> jax.Array:
+        sum_wx = self.window(total_nx) + x_wx
+        return jax.lax.dynamic_update_slice_in_dim(total_nx, sum_wx, self.round_.first, 0)
 
-    def send(self, round_: jax.Array, act_nd: jax.Array, weight_nk: jax.Array):
-        """Tokens, weights and local experts that this device receives, `[p * slots, ...]`."""
-        act_pcd, pair_pc = self.take(round_, act_nd)
-        _, taken_pc = _fill(self.plan, round_, self.slots)
-        weight_pc = jnp.where(taken_pc, weight_nk.reshape(-1)[pair_pc], 0)
-        # An empty slot belongs to no expert, and sorts behind all.
-        expert_pc = jnp.where(taken_pc, self.expert_m[pair_pc] % self.local, self.local)
-        act_md = _exchange(self.layout, act_pcd).reshape(-1, act_nd.shape[1])
-        weight_m = _exchange(self.layout, weight_pc).reshape(-1)
-        return act_md, weight_m, _exchange(self.layout, expert_pc).reshape(-1)
+    def take(self, x_nd: jax.Array) -> jax.Array:
+        """The rows of tokens in their slots, `[p, slots, d]`."""
+        # The first pairs of all trips come first.
+        pair_ps = self.round_.pair_pq[:, : self.room.slots]
+        there_ps = jnp.arange(self.room.slots)[None] < self.round_.count_pj[:, :1]
+        token_ps = self.round_.first + jnp.maximum(pair_ps, 0) // self.expert_nk.shape[1]
+        return jnp.where(there_ps[:, :, None], x_nd[token_ps], 0)
 
-    def compute(self, act_md: jax.Array, weight_m: jax.Array, expert_m: jax.Array):
-        """Weighted outputs of this device's experts, and their vjp to tokens, weights, stacks."""
-        plan = _plan(expert_m, self.local + 1)
-        load_e, filled_m = plan.count_g[: self.local], expert_m < self.local
+    def send(self, act_nd: jax.Array, weight_nk: jax.Array) -> tuple[jax.Array, _Visitors]:
+        """The tokens that this device receives, `[p, slots, d]`, and where they belong."""
+        header_ph = _write(
+            self.room, self.round_, self.window(self.expert_nk), self.window(weight_nk)
+        )
+        act_psd = _exchange(self.layout, self.take(act_nd))
+        return act_psd, _read(self.room, _exchange(self.layout, header_ph))
 
-        def run(act_md: jax.Array, weight_m: jax.Array, stacks: Stacks) -> jax.Array:
-            sorted_md = _permute(act_md, plan.order_m, plan.place_m)
-            out_md = swiglu_groups(sorted_md, load_e, stacks)
-            out_md = _permute(out_md, plan.place_m, plan.order_m)
-            out_md = jnp.where(filled_m[:, None], out_md, 0)
-            return out_md * weight_m[:, None].astype(out_md.dtype)
+    def add_sums(self, total_nd: jax.Array, sum_psd: jax.Array) -> jax.Array:
+        """Adds what each token gets from the devices that it went to, in float32."""
+        back_md = _exchange(self.layout, sum_psd).reshape(-1, sum_psd.shape[-1])
+        trip_wc = self.round_.trip_wc
+        there_wc = trip_wc < len(back_md)
+        back_wcd = back_md[jnp.minimum(trip_wc, len(back_md) - 1)]
+        back_wcd = jnp.where(there_wc[:, :, None], back_wcd, 0).astype(jnp.float32)
+        return self.add(total_nd, back_wcd.sum(axis=1))
 
-        return jax.vjp(run, act_md, weight_m, self.stacks)
-
-    def back(self, round_: jax.Array, back_pcx: jax.Array) -> jax.Array:
-        return _empty(self.plan, round_, self.slots, back_pcx)
+    def add_numbers(self, total_nk: jax.Array, number_m: jax.Array) -> jax.Array:
+        """Adds a number for each pair."""
+        back_pq = _exchange(self.layout, number_m.reshape(self.room.devices, -1))
+        place_wk = self.round_.place_wk
+        back_wk = back_pq.reshape(-1)[jnp.minimum(place_wk, back_pq.size - 1)]
+        return self.add(total_nk, jnp.where(place_wk < back_pq.size, back_wk, 0))
 
 
-def _sum_choices(x_md: jax.Array, expert_nk: jax.Array) -> jax.Array:
-    return x_md.reshape(*expert_nk.shape, -1).astype(jnp.float32).sum(axis=1)
+def _in_rounds(
+    layout: Layout,
+    expert_nk: jax.Array,
+    stacks: Stacks,
+    step: Callable[[_Trip, Any], Any],
+    start: Any,
+) -> Any:
+    """Applies `step` until every token has been wherever it has to go, on all devices."""
+    (tokens, top_k), local = expert_nk.shape, stacks[0].shape[0]
+    room = trips.room(tokens, top_k, layout.devices, local, layout.block)
+    # Every device, not only those that exchange with this one: all leave the loop together.
+    axes = tuple(axis for axis in (layout.expert, *layout.rest) if axis)
+
+    def body(carry: Any) -> Any:
+        next_p, _, total = carry
+        round_ = trips.plan(room, expert_nk, next_p)
+        total = step(_Trip(layout, room, round_, expert_nk), total)
+        left = (round_.next_p < tokens).any().astype(jnp.int32)
+        return round_.next_p, jax.lax.pmax(left, axes) if axes else left, total
+
+    begin = (jnp.zeros((layout.devices,), jnp.int32), jnp.int32(1), start)
+    return jax.lax.while_loop(lambda carry: carry[1] > 0, body, begin)[2]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -340,8 +434,11 @@ def with_capacity(
     local, hidden = stacks[0].shape[0], act_nd.shape[1]
     experts = local * layout.devices
     slots = min(tokens, math.ceil(capacity * tokens * top_k / experts))
-    plan = _plan(expert_nk.reshape(-1), experts)
-    pair_ec, taken_ec = _fill(plan, 0, slots)
+    expert_m = expert_nk.reshape(-1)
+    sort = _sort(expert_m, experts)
+    slot_c = jnp.arange(slots)[None]
+    pair_ec = sort.order_m[jnp.minimum(sort.start_g[:, None] + slot_c, expert_m.size - 1)]
+    taken_ec = slot_c < sort.count_g[:, None]
     act_ecd = jnp.where(taken_ec[:, :, None], act_nd[pair_ec // top_k], 0)
 
     received = _exchange(layout, act_ecd.reshape(layout.devices, local * slots, hidden))
@@ -354,9 +451,10 @@ def with_capacity(
     out_pecd = jnp.einsum("pecf,efd->pecd", inner_pecf, down_efd)
     back = _exchange(layout, out_pecd.reshape(layout.devices, local * slots, hidden))
 
-    out_md = _empty(plan, 0, slots, back.reshape(experts, slots, hidden))
+    out_md = back.reshape(experts, slots, hidden)[expert_m, jnp.minimum(sort.rank_m, slots - 1)]
+    out_md = jnp.where((sort.rank_m < slots)[:, None], out_md, 0)
     weighted_nkd = out_md.reshape(tokens, top_k, hidden) * weight_nk[:, :, None].astype(
         out_md.dtype
     )
-    dropped = jnp.maximum(plan.count_g - slots, 0).sum(dtype=jnp.int32)
+    dropped = jnp.maximum(sort.count_g - slots, 0).sum(dtype=jnp.int32)
     return weighted_nkd.sum(axis=1), dropped

@@ -25,6 +25,7 @@ class Execution:
         expert_capacity: Takes at most this multiple of an even share of tokens per expert from each
             device, and drops the rest, which `ModelStats.dropped_l` counts; of the ragged route
             only. None drops nothing.
+        expert_block: Tokens per device that travel to experts at a time, on a mesh; None is all.
         remat: Keep only each layer's input for the backward pass, and compute the rest anew.
         unroll: Write the layers one after the other in the program, where a loop over them would
             compile faster and run slower on CPU.
@@ -37,6 +38,7 @@ class Execution:
     sharding: ModelSharding = dataclasses.field(default_factory=ModelSharding)
     experts: Literal["dense", "ragged"] = "dense"
     expert_capacity: float | None = None
+    expert_block: int | None = None
     remat: bool = False
     unroll: bool = False
     attention_block: int | None = None
@@ -47,7 +49,7 @@ class Execution:
         """Raises ValueError for a field out of its range."""
         if self.experts not in EXPERT_ROUTES:
             raise ValueError(f"experts must be one of {EXPERT_ROUTES}, got {self.experts!r}.")
-        for name in ("attention_block", "loss_block"):
+        for name in ("attention_block", "expert_block", "loss_block"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a positive integer or None, got {value!r}.")
