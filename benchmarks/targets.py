@@ -215,7 +215,9 @@ def make_mesh(target: Target, shape: Sequence[int], names: Sequence[str]):
     import jax
     from jax.experimental import mesh_utils
 
-    arranged = mesh_utils.create_device_mesh(tuple(shape), devices(target))
+    arranged = mesh_utils.create_device_mesh(
+        tuple(shape), devices(target), allow_split_physical_axes=True
+    )
     types = (jax.sharding.AxisType.Auto,) * len(names)
     return jax.sharding.Mesh(arranged, tuple(names), axis_types=types)
 

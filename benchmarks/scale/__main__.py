@@ -14,8 +14,8 @@ Of a TPU's program also the time is shown that its compiler expects of each part
 of what the optimizer adds (`benchmarks.hlo.timing` has what is estimated, and how). What waits for
 the network makes the step longer, what is hidden does not.
 
-The program cannot say how many rounds the dispatch's loop takes: as many as the routing needs, one
-if it is balanced to a quarter. One is counted.
+The program cannot say how many rounds the dispatch's loop takes: as many as the routing needs.
+Counted are those that routing takes which is balanced to a twentieth between devices.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Args:
       preset: the architecture.
       layers: fewer than the preset's; the program does not grow with depth, its loops do.
       context: tokens of a sequence.
-      batch: sequences of a step; each device takes one at a time.
+      batch: sequences of a step; each device takes a few at a time, see `cases.py`.
       output: where the JSON goes; rows of other jobs that are there stay.
       texts: a folder where compiled programs are kept, to be read again instead of compiled.
     """
@@ -177,7 +177,9 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         for loop in row["assumed_once"]:
             end = "/".join(loop.split("/")[-3:])
-            console.print(f"{row['target']}: length not in the program, counted once: {end}")
+            console.print(
+                f"{row['target']}: length not in the program, counted as {row['rounds']}: {end}"
+            )
 
 
 def show_seconds(console: Console, row: dict[str, Any]) -> None:

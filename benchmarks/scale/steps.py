@@ -1,7 +1,7 @@
 """A whole training step of Moonlight, compiled and counted: the rows of `benchmarks.scale`.
 
-The step is the example's own (`training/steps.py`): a loop over micro-batches of one
-sequence per device, each through forward and backward with recomputed layers in bfloat16, then
+The step is the example's own (`training/steps.py`): a loop over micro-batches of a few
+sequences per device, each through forward and backward with recomputed layers in bfloat16, then
 clipping, Muon with ZeRO-1, and the routers' biases. Nothing is allocated: arguments are shapes.
 
 `python -m benchmarks.scale.steps '{"target": "cpu-8", ...}'` prints a row as a line of JSON.
@@ -109,6 +109,7 @@ def row(job: Job, texts: Path | None = None) -> dict[str, Any]:
         "mesh": dict(zip(MESH_AXES, job.scale.mesh, strict=True)),
         "micro_batches": job.micro_batches,
         "sequences": job.scale.sequences,
+        "rounds": job.rounds,
         "memory": job.scale.memory,
     }
     start = time.perf_counter()

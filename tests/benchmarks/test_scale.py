@@ -138,7 +138,7 @@ def test_the_command_keeps_rows_and_names_what_failed(row, monkeypatch, tmp_path
     names = ("cpu-8", "v5e-8", "v5e-64")
     record = scale.main(scale.Args(targets=names, output=output))
     printed = capsys.readouterr().out
-    loops = [f"counted once: {'/'.join(x.split('/')[-3:])}" for x in row["assumed_once"]]
+    loops = [f"counted as 1: {'/'.join(x.split('/')[-3:])}" for x in row["assumed_once"]]
     for text in (said, "fits", "KeyError", "compiled by libtpu", "compiled by jaxlib", *loops):
         assert text in printed
     assert list(record["left_out"]) == ["v5e-64"]

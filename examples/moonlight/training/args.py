@@ -107,6 +107,9 @@ class Args:
     expert_capacity: float | None = None
     """Of the ragged route: take at most this multiple of an even share of tokens per expert from
     each device, drop the rest and show how many; left out, none is dropped, as in validation."""
+    expert_block: int | None = None
+    """Of the ragged route on a mesh: tokens per device that travel to experts at a time; left out,
+    all."""
     mesh: str | None = None
     """Sizes of the mesh axes data, fsdp, expert and tensor, such as data=2,expert=2,tensor=2; left
     out, one device, or data=all of several processes. A resumed run may change it."""
@@ -150,6 +153,7 @@ FREE = {
     "keep_every_tokens",
     "mesh",
     "experts",
+    "expert_block",
     "remat",
     "attention_block",
     "loss_block",

@@ -136,6 +136,7 @@ def make_job(args: Args, config: ModelConfig | None = None) -> Job:
         sharding=sharding,
         experts=experts,
         expert_capacity=args.expert_capacity,
+        expert_block=args.expert_block,
         remat=args.remat,
         unroll=on_cpu if args.unroll is None else args.unroll,
         attention_block=args.attention_block,
