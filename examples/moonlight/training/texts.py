@@ -15,6 +15,7 @@ from examples.moonlight.data.tokenized import (
     load_sources,
     token_byte_lengths,
 )
+from examples.moonlight.data.tokenizer import TOKENIZER
 from examples.moonlight.data.validation import Validation, make_validation
 from examples.moonlight.generation.texts import encode_prompt
 from examples.moonlight.training.job import Job
@@ -70,7 +71,8 @@ def epochs_line(name: str, times: float, job: Job) -> str:
 def _read(job: Job, console: Console) -> TokenizedSources | PreparedSources:
     """The tokens: prepared ones where they lie, or those of texts, from the cache or made."""
     if any(map(is_prepared, job.sources.values())):
-        return open_sources(job.sources, pretrained=job.pretrained)
+        resumes = job.args.resume and (job.folder / TOKENIZER).exists()
+        return open_sources(job.sources, pretrained=job.folder if resumes else job.pretrained)
     # Process 0 builds what is not in the cache; the others find it there, or build their own where
     # they have a file system of their own.
     if not group.is_first():
