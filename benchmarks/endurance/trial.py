@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 
 from examples.moonlight.run_folder import metrics, seal
 from examples.moonlight.run_folder.folder import CHECKPOINTS
@@ -152,7 +153,13 @@ def outcome(trial: Trial) -> tuple[Any, ...]:
 
 def weights(trial: Trial) -> list[bytes]:
     """The arrays of the last checkpoint: Orbax' own files hold names that are drawn anew."""
-    restored = ocp.StandardCheckpointer().restore(
-        (trial.checkpoints / str(STEPS) / "model").absolute()
-    )
+    folder = (trial.checkpoints / str(STEPS) / "model").absolute()
+    with ocp.StandardCheckpointer() as orbax:
+        # Without a target, what several processes wrote would be read by as many devices.
+        place = SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            orbax.metadata(folder).item_metadata.tree,
+        )
+        restored = orbax.restore(folder, target)
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(restored)]
