@@ -59,9 +59,7 @@ SCALES = {
     scale.name: scale
     for scale in (
         Scale("cpu-8", "cpu", "", (1, 4, 2, 1), 8 * GIB),
-        Scale(
-            "v5e-256", "tpu", "v5e:16x16", (1, 64, 4, 1), 16 * GIB, 512, sequences=4, chip=_v5e(16)
-        ),
+        Scale("v5e-256", "tpu", "v5e:16x16", (1, 64, 4, 1), 16 * GIB, 512, 512, 4096, 4, _v5e(16)),
         Scale("v5e-64", "tpu", "v5e:8x8", (1, 8, 8, 1), 16 * GIB, 512, sequences=2, chip=_v5e(8)),
         Scale(
             "v5e-32", "tpu", "v5e:4x8", (1, 4, 8, 1), 16 * GIB, 512, expert_block=2048, chip=_v5e(8)
