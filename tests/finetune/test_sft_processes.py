@@ -33,7 +33,13 @@ def start(program: str, *words: object) -> subprocess.CompletedProcess:
     """Two processes of one device each."""
     return subprocess.run(
         [sys.executable, "-m", program, *map(str, words), "--local_processes", "2"],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FLAGS, "PYTHONPATH": str(ROOT)},
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": FLAGS,
+            "PYTHONPATH": str(ROOT),
+            "COLUMNS": "1000",
+        },
         capture_output=True,
         text=True,
         timeout=300,

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models
 
 from examples.moonlight import hf_check, hf_export
 from examples.moonlight.hf_export import export_pretrained
+from examples.moonlight.huggingface import fetching
 from examples.moonlight.huggingface import names as hf_names
 from examples.moonlight.huggingface import pretrained as hf_import
 from examples.moonlight.huggingface.files import TensorFiles
@@ -256,7 +257,7 @@ def test_a_run_is_exported_from_its_checkpoint_and_a_directory_anew(folder, tens
 def test_one_matrix_of_a_stack_is_taken_on_its_device(folder):
     """As `fetch` does where a device's memory is not the host's."""
     stack = load_pretrained(folder).params["layers"]["mlp"]["experts"]["up_proj"][...]
-    taken = hf_export._take(stack, (np.int32(1), np.int32(2)))
+    taken = fetching._take(stack, (np.int32(1), np.int32(2)))
     np.testing.assert_array_equal(taken, np.asarray(stack)[1, 2])
 
 
