@@ -38,6 +38,9 @@ _CONNECT = 20.0
 # wrong argument say, one line is enough.
 _NOTICED, _SAME = 0.3, 1.0
 
+# Seconds that process 0 leaves the others to end before it does.
+_LINGER = 3.0
+
 _MOST_WORDS = 60_000
 
 
@@ -54,7 +57,9 @@ class Watch:
         self._mutex = threading.Lock()
         self._over = threading.Event()  # this process fails or leaves: nothing ends it any more
         self._peers: dict[int, socket.socket] = {}
-        self._left: set[int] = set()
+        self._left: set[int] = set()  # those that need no more words
+        self._gone: set[int] = set()  # those whose connection is closed
+        self._ending = threading.Event()  # process 0 ends all since another one ended
 
     # --- process 0 ------------------------------------------------------------------------------
 
@@ -95,8 +100,10 @@ class Watch:
                 if not data or stranger:
                     selector.unregister(connection)
                     connection.close()
-                    if (gone := names.get(connection)) is not None and gone not in self._left:
-                        self._end(gone, None)
+                    if (gone := names.get(connection)) is not None:
+                        self._gone.add(gone)
+                        if gone not in self._left:
+                            self._start(lambda gone=gone: self._end(gone, None))
 
     def _heard(self, index: int, message: dict[str, Any]) -> None:
         if "failed" in message:
@@ -108,8 +115,10 @@ class Watch:
     def _end(self, index: int, words: str | None, patience: float = 0.0) -> None:
         """Process 0: ends all since one was lost, or failed with words."""
         time.sleep(patience)
-        if self._over.is_set():
-            return
+        with self._mutex:
+            if self._over.is_set() or self._ending.is_set():
+                return
+            self._ending.set()
         self._tell_all(index)
         how = "was lost" if words is None else f"failed: {words}"
         self._leave_with(f"process {index} {how}")
@@ -119,6 +128,10 @@ class Watch:
             peers = [(i, peer) for i, peer in self._peers.items() if i != index]
         for _, peer in peers:
             _send(peer, {"end": index})
+        # JAX's own service ends with this process, and those that hear of that first print pages.
+        deadline = time.monotonic() + _LINGER
+        while any(i not in self._gone for i, _ in peers) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     # --- the others -----------------------------------------------------------------------------
 
@@ -157,7 +170,11 @@ class Watch:
         """
         if self.index == 0:
             time.sleep(_NOTICED)
-            self._over.set()
+            with self._mutex:
+                ending = self._ending.is_set()
+                self._over.set()
+            if ending:
+                time.sleep(2 * _LINGER)  # that ends this process
             self._tell_all(0)
         else:
             _send(self._peers.get(0), {"failed": words[-_MOST_WORDS:]})
