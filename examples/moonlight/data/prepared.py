@@ -57,7 +57,7 @@ class Manifest(NamedTuple):
         end_of_text: The id behind every document.
         tokenizer: The SHA-256 of `tokenizer.json`.
         train: The files of the training tokens, in order.
-        validation: The held-out ones.
+        validation: The files of the held-out ones.
     """
 
     dtype: str
@@ -252,7 +252,7 @@ def open_sources(
 
     Args:
         paths: Their folders by name; a lone one may have the name "".
-        pretrained: Folder of the model to begin with, whose tokenizer has to be theirs.
+        pretrained: Folder of the model or the run to go on with, whose tokenizer has to be theirs.
 
     Raises:
         FileNotFoundError: A file is not there.

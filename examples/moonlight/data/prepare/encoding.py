@@ -58,7 +58,7 @@ class Encoded(NamedTuple):
         documents: How many of both.
         held_out: How many of them are held out.
         text: Bytes of their text, in UTF-8.
-        left_out: The files that have no text.
+        left_out: The documents that have no text.
     """
 
     train: np.ndarray
