@@ -22,12 +22,12 @@ train: .venv/.examples
 
 # Tests that promise bits are compiled to the code that users get, the others with flags that save
 # time, of those that the installed jaxlib knows. With `loadfile` the tests of a file share the
-# programs that they compile.
+# programs that they compile; tests/conftest.py has the order of the files.
 test: .venv/.test .aot/.tpu
 	flags="$$($(BIN)/python -m tests.xla_flags bits)" && \
 	  XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist loadgroup -m bits
 	flags="$$($(BIN)/python -m tests.xla_flags)" && \
-	  XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist loadfile -m "not bits"
+	  XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not bits"
 
 # The same for the newest Python that is here, and with it the newest JAX, but for what one stack is
 # enough for. The inner make finds the environment of another Python wanting, and makes it anew.
@@ -37,7 +37,7 @@ test-newest:
 	@$(NEWEST_BIN)/python -c 'import sys, jax; print("Python", sys.version.split()[0], "and jax", jax.__version__)'
 	$(NEWEST_BIN)/python -m pytest -n 2 --dist loadgroup -m "bits and not one_stack"
 	flags="$$($(NEWEST_BIN)/python -m tests.xla_flags)" && \
-	  XLA_FLAGS="$$flags" $(NEWEST_BIN)/python -m pytest -n 2 --dist loadfile -m "not bits and not one_stack"
+	  XLA_FLAGS="$$flags" $(NEWEST_BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not bits and not one_stack"
 
 # The packed library in an environment with nothing else, and the tests that need nothing else.
 test-packaged: .venv/.test

@@ -1,5 +1,6 @@
 """One strict configuration for every test: eight CPU devices, no silent rank promotion."""
 
+import collections
 import gc
 import os
 import re
@@ -60,6 +61,17 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
         if re.search(rf"^pytestmark = .*\b{mark}\b", text, re.M):
             return True
     return True if asked.startswith("bits") and "pytest.mark.bits" not in text else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files whose tests start processes come first, then those of many tests.
+
+    Such a test waits most of the time, which another worker uses. At the end there would be none
+    left that does.
+    """
+    counts = collections.Counter(item.path for item in items)
+    slow = {item.path for item in items if item.get_closest_marker("xdist_group")}
+    items.sort(key=lambda item: (item.path not in slow, -counts[item.path], str(item.path)))
 
 
 @pytest.fixture

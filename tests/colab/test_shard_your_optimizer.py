@@ -58,8 +58,10 @@ def test_updates_are_those_of_one_device(executed: Executed):
 
 
 def test_its_picture_shows_three_optimizers(executed: Executed):
-    # A black frame and letters on white, what is undivided, and three kinds of collectives.
-    colours = {0xFFFFFF, 0x000000, 0xD9D9D9, 0x1F77B4, 0xFF7F0E, 0x2CA02C}
+    # A black frame and letters on white, what is undivided and what is shared out.
+    colours = {0xFFFFFF, 0x000000, 0xD9D9D9, 0x595959}
+    # Three kinds of collectives: dark violet, blue-green, light green.
+    colours |= {0x440154, 0x25848E, 0xBDDF26}
     assert colours <= executed.colours("bytes")
 
 

@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[2]
 STEPS = 12
 
 # Sums in another order, after twelve steps of Muon, which rounds its momentum to bfloat16: of the
-# losses, and of each weight's norm.
-LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-4, 5e-3
+# losses, and of each weight's norm (6.1e-3 was seen with JAX 0.12).
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-4, 1e-2
 
 SETTINGS = {
     "steps": STEPS,
