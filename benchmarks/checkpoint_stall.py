@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.harness import environment, median, write_json
 from examples.moonlight.common.command_line import CommandLine
-from examples.moonlight.run_folder.agreement import gather
+from examples.moonlight.common.processes.agreement import gather
 from examples.moonlight.run_folder.checkpoint import Checkpoints
 from examples.moonlight.run_folder.retention import Retention
 

@@ -1,6 +1,6 @@
 """What a prepared corpus of any size costs a training: seconds to start, memory, windows read.
 
-    python -m benchmarks.prepared_data --gigabytes 10 --folder /tmp/tokens
+    python -m benchmarks.prepared_data --gigabytes 10 --folder runs/prepared_data
 
 writes random tokens in the layout of `examples.moonlight.data.prepare`, opens them in a process of
 its own as a training does, and reads windows in a training's order, first from a disk whose pages

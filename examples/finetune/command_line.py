@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 from rich.console import Console
 
 from examples.finetune.foreign_flags import Foreign
-from examples.moonlight.common.command_line import CommandLine
+from examples.moonlight.common.command_line import CommandLine, made, options
 
 Args = TypeVar("Args")
 
@@ -52,7 +52,9 @@ def parse(
         shown.parse(["--help"])
     if shown is not None and argv and argv[0].startswith("--tyro"):
         shown.parse(argv)
-    kinds = _kinds(cls)
+    kinds = {
+        field.name: typing.get_type_hints(owner)[field.name] for owner, field, _ in options(cls)
+    }
     values: dict[str, Any] = {}
     wrong: list[str] = []
     ignored: list[str] = []
@@ -78,32 +80,13 @@ def parse(
     console = Console(stderr=True)  # what a program writes may be piped on
     for line in ignored:
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    return _made(cls, values)
+    return made(cls, values)
 
 
 def given(cls: type, argv: Sequence[str], aliases: Mapping[str, str]) -> set[str]:
     """The names of a program's flags that a command line gives."""
     names = {aliases.get(name, name) for name, _ in _split(argv, [])}
     return names & {field.name for field in dataclasses.fields(cls)}
-
-
-def _kinds(cls: Any) -> dict[str, Any]:
-    """The types of a program's flags; a field that is a dataclass stands for its own."""
-    kinds: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        kinds |= _kinds(kind) if dataclasses.is_dataclass(kind) else {name: kind}
-    return kinds
-
-
-def _made(cls: type[Args], values: dict[str, Any]) -> Args:
-    """A dataclass of values, which loses them, and of those that are dataclasses themselves."""
-    fields: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
-            fields[name] = _made(typing.cast(Any, kind), values)
-        elif name in values:
-            fields[name] = values.pop(name)
-    return cls(**fields)
 
 
 def _split(argv: Sequence[str], wrong: list[str]) -> list[tuple[str, list[str]]]:

@@ -32,6 +32,7 @@ from examples.finetune.tuned import in_dtype, open_checkpoint, open_peft
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.phases import phase
 from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import of_first
 from examples.moonlight.common.processes.args import ProcessArgs
 from examples.moonlight.common.processes.together import work_together
 from examples.moonlight.common.program import run_program
@@ -126,17 +127,15 @@ def infer(args: Args, console: Console | None = None) -> list[str]:
     execution = make_execution(args)
     with phase(aside, f"reading {args.adapters or args.model}"):
         opened, encode, trained_with = _open(args, execution, aside)
-    system = trained_with if args.system is None else args.system
-    system = group.of_first(system_text(system) if group.is_first() else None)
+    said = trained_with if args.system is None else args.system
+    system = of_first(lambda: system_text(said))
 
     prepare = functools.partial(
         opened.generator, aside, sampling=sampling, sharding=execution.sharding
     )
     if args.prompt or args.val_dataset:
-        asked = []
-        if group.is_first():
-            asked = questions_of(args.prompt, args.val_dataset, system, args.seed)
-        questions = [Question.read(record) for record in group.of_first(asked)]
+        asked = of_first(lambda: questions_of(args.prompt, args.val_dataset, system, args.seed))
+        questions = [Question.read(record) for record in asked]
         return answer(args, opened, encode, prepare, questions, console, aside)
     return talk(args, opened, encode, prepare, system, console, aside)
 

@@ -26,7 +26,7 @@ the data, and has its share of the devices; a run may change how many there are 
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import rich
@@ -49,6 +49,7 @@ from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.files import read_json, write_atomically
 from examples.moonlight.common.phases import phase
 from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import of_first
 from examples.moonlight.common.processes.together import work_together
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.terminal import make_sturdy
@@ -95,9 +96,9 @@ def _finetune(args: Args, stop: StopRequest) -> dict[str, Any]:
     with contextlib.ExitStack() as held:
         stop.check("stopped before the first step: nothing was written")
         lock, checkpoints = enter_folder(job, texts, settings, console, held)
-        if group.of_first((job.folder / RESULTS).exists()):
+        if of_first((job.folder / RESULTS).exists):
             console.print(f"{job.folder} holds a finished run: nothing left to train")
-            return _finish(job, lambda: read_json(job.folder / RESULTS))
+            return of_first(lambda: present(job.folder, read_json(job.folder / RESULTS)))
         learner.describe(console)
         if group.is_first() and (report := learner.sharding_report()) is not None:
             write_atomically(job.folder / SHARDING, f"{report}\n".encode())
@@ -144,14 +145,10 @@ def _finetune(args: Args, stop: StopRequest) -> dict[str, Any]:
 
         def results() -> dict[str, Any]:
             found = _results(job, learner, texts, history, clock, checkpoints, steps)
-            return write_results(job.folder, found | {"settings": settings})
+            found = write_results(job.folder, found | {"settings": settings})
+            return present(job.folder, found)
 
-        return _finish(job, results)
-
-
-def _finish(job: Job, make_results: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The results, which process 0 makes and shows."""
-    return group.of_first(present(job.folder, make_results()) if group.is_first() else None)
+        return of_first(results)
 
 
 def _restore_or_start(

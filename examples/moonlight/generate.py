@@ -29,6 +29,7 @@ from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.json_text import read_jsonl
 from examples.moonlight.common.phases import phase
 from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import of_first
 from examples.moonlight.common.processes.args import ProcessArgs
 from examples.moonlight.common.processes.together import work_together
 from examples.moonlight.common.untrusted import read_text
@@ -143,8 +144,8 @@ def generate(args: Args, console: Console | None = None) -> list[str]:
     """
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     prompts = list(args.prompt)
-    if args.prompts_file is not None:
-        prompts += group.of_first(read_prompts(args.prompts_file) if group.is_first() else None)
+    if (path := args.prompts_file) is not None:
+        prompts += of_first(lambda: read_prompts(path))
     if [bool(prompts), bool(args.message), args.chat].count(True) != 1:
         raise ValueError("give one of --prompt (or --prompts-file), --message and --chat")
     if prompts and args.system is not None:

@@ -38,7 +38,6 @@ with fewer.
 
 import contextlib
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,6 +48,7 @@ from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.files import read_json, write_atomically
 from examples.moonlight.common.phases import phase
 from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import of_first
 from examples.moonlight.common.processes.start import enter
 from examples.moonlight.common.program import run_program
 from examples.moonlight.common.terminal import make_sturdy
@@ -136,9 +136,9 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
         learner = make_learner(job, settings["qk_clip_threshold"])
     with contextlib.ExitStack() as held:
         lock, checkpoints = _enter_folder(job, texts, settings, stop, console, held)
-        if group.of_first((job.folder / RESULTS).exists()):
+        if of_first((job.folder / RESULTS).exists):
             console.print(f"{job.folder} holds a finished run: nothing left to train")
-            return _finish(job, lambda: read_json(job.folder / RESULTS))
+            return of_first(lambda: present(job.folder, read_json(job.folder / RESULTS)))
         if group.is_first():
             _show_plan(job, console)
         learner.describe(console)
@@ -189,17 +189,7 @@ def _train(args: Args, config: ModelConfig | None, stop: StopRequest) -> dict[st
         lock.check()
         last, best = history.validation, history.best
         assert last is not None and best is not None  # the last step is validated
-        return _finish(job, lambda: write_results(job.folder, last, best, results))
-
-
-def _finish(job: Job, make_results: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The results, which process 0 writes and shows."""
-    if group.is_first():
-        results = present(job.folder, make_results())
-        group.barrier()
-        return results
-    group.barrier()
-    return read_json(job.folder / RESULTS)
+        return of_first(lambda: present(job.folder, write_results(job.folder, last, best, results)))
 
 
 def _enter_folder(

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.files import read_json
 from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import everywhere_equal, of_first
 from examples.moonlight.common.processes.args import ProcessArgs
 from examples.moonlight.common.processes.start import enter
 from examples.moonlight.common.program import run_program
@@ -33,8 +34,8 @@ class Args:
 def agree() -> None:
     """All that processes can ask of each other."""
     assert group.exchange(f"text {group.index()}") == [f"text {i}" for i in range(group.count())]
-    assert group.of_first(group.index()) == 0
-    group.everywhere_equal({"a": 1}, "the settings")
+    assert of_first(group.index) == 0
+    everywhere_equal({"a": 1}, "the settings")
     group.barrier()
     local = jnp.ones(2) * group.index()
     sums = multihost_utils.process_allgather(local).sum(axis=1)
@@ -43,7 +44,7 @@ def agree() -> None:
 
 def differ() -> None:
     """Settings that are not the same."""
-    group.everywhere_equal({"rate": group.index() / 10, "same": 1}, "the settings")
+    everywhere_equal({"rate": group.index() / 10, "same": 1}, "the settings")
 
 
 def fail_one() -> None:

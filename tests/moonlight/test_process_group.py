@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import everywhere_equal, of_first
 from examples.moonlight.common.processes.args import ProcessArgs
 from examples.moonlight.common.processes.cluster import Cluster, check_package, find_cluster
 from examples.moonlight.common.processes.launcher import _free_port
@@ -100,8 +101,8 @@ def test_alone_nothing_is_exchanged():
     assert (group.count(), group.index(), group.is_first()) == (1, 0, True)
     group.barrier()
     assert group.exchange("x") == ["x"]
-    assert group.of_first([1, "a"]) == [1, "a"]
-    group.everywhere_equal({"a": 1}, "the settings")
+    assert of_first(lambda: [1, "a"]) == [1, "a"]
+    everywhere_equal({"a": 1}, "the settings")
 
 
 # --- real ones ------------------------------------------------------------------------------------

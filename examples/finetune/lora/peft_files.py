@@ -33,8 +33,8 @@ from examples.moonlight.common.files import read_json
 from examples.moonlight.common.processes import group
 from examples.moonlight.common.untrusted import is_there, shown, shown_name
 from examples.moonlight.hf_export import check_unused, save_tensors
-from examples.moonlight.huggingface.fetching import on_host
 from examples.moonlight.huggingface.files import TensorFiles
+from examples.moonlight.model.execution.sharding import on_host
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"

@@ -13,7 +13,7 @@ from examples.finetune.base import Base, base_folder, find_base
 from examples.finetune.optim_args import parse_optim_args
 from examples.finetune.training.place import ARGS, Place, find_place
 from examples.moonlight.common.files import read_json
-from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import gather, of_first
 from examples.moonlight.common.untrusted import is_there
 from examples.moonlight.huggingface.config import ModelConfig
 from examples.moonlight.model.execution.dtype import compute_dtype
@@ -104,19 +104,21 @@ def make_job(args: Args) -> Job:
     check(args)
     options = parse_optim_args(args.optim_args, args.optimizer, args.tuner_type)
     place = _place_of_first(args)
-    before = group.of_first(_checkpoint_before(args, place) if group.is_first() else None)
+    before = of_first(lambda: _checkpoint_before(args, place))
     base = find_base(args.model, before)
     # A run that goes on meanwhile may have saved another one since.
-    base = base._replace(checkpoint=group.of_first(base.checkpoint))
+    base = base._replace(checkpoint=gather(base.checkpoint)[0])
     return Job(args, place, base, base.config, make_execution(args), options)
 
 
 def _place_of_first(args: Args) -> Place:
     """Where the run works, which process 0 looks up."""
-    place = find_place(args) if group.is_first() else None
-    folder, resume, step = group.of_first(
-        None if place is None else [str(place.folder), place.resume, place.step]
-    )
+
+    def found() -> list[Any]:
+        place = find_place(args)
+        return [str(place.folder), place.resume, place.step]
+
+    folder, resume, step = of_first(found)
     return Place(Path(folder), resume, step)
 
 

@@ -19,7 +19,7 @@ from examples.finetune.data.self_cognition import fill_identity
 from examples.finetune.data.sources import Loaded, hold_out, load_conversations
 from examples.finetune.data.template import Template, encode, load_template
 from examples.finetune.training.job import Job
-from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import everywhere_equal
 from examples.moonlight.common.untrusted import MEBIBYTE, is_there, read_text
 
 CORPUS = Path(__file__).parents[1] / "corpus"
@@ -88,7 +88,7 @@ def load_texts(job: Job, console: Console) -> Texts:
         batches = [*validation_batches(held_rows, batch_size=batch)]
         validation = jax.tree.map(lambda *x: np.stack(x), *batches)
         length = max(length, held_report.length)
-    group.everywhere_equal(settings, "the conversations")
+    everywhere_equal(settings, "the conversations")
     if length > job.config.max_position_embeddings:
         console.print(
             f"rows have {length} tokens, and the model was made for "

@@ -100,13 +100,7 @@ class CommandLine(Generic[Args]):
         groups = (getattr(read, field.name) for field in dataclasses.fields(read))
         values = [vars(group) for group in groups if dataclasses.is_dataclass(group)]
         flat = {name: value for group in values for name, value in group.items()}
-        kinds = typing.get_type_hints(self.args)
-        for field in dataclasses.fields(self.args):  # pyright: ignore[reportArgumentType]
-            if dataclasses.is_dataclass(kind := kinds[field.name]):
-                inner = [part.name for part in dataclasses.fields(kind)]
-                made: Any = kind
-                flat[field.name] = made(**{name: flat.pop(name) for name in inner})
-        return self.args(**flat)
+        return made(self.args, flat)
 
     def _read(self, argv: Sequence[str], prog: str) -> Any:
         return tyro.cli(
@@ -186,7 +180,7 @@ def _grouped(line: CommandLine[Any]) -> Any:
     """A dataclass for tyro, with one of the same fields for each group inside."""
     groups: dict[str, list[Any]] = {}
     title = ""
-    for owner, field, first in _options(line.args):
+    for owner, field, first in options(line.args):
         title = line.groups.get(first, title)
         kind = typing.get_type_hints(owner, include_extras=True)[field.name]
         shown = tyro.conf.arg(
@@ -213,12 +207,28 @@ def _grouped(line: CommandLine[Any]) -> Any:
     return made
 
 
-def _options(args: Any) -> Iterator[tuple[Any, dataclasses.Field[Any], str]]:
+def made(args: type[Args], values: dict[str, Any]) -> Args:
+    """A dataclass of options, and those that it has inside; what is left out has its default.
+
+    Args:
+        args: The dataclass.
+        values: The options by name, those of inner dataclasses among them.
+    """
+    fields: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(args).items():
+        if dataclasses.is_dataclass(kind):
+            fields[name] = made(typing.cast(Any, kind), values)
+        elif name in values:
+            fields[name] = values[name]
+    return args(**fields)
+
+
+def options(args: Any) -> Iterator[tuple[Any, dataclasses.Field[Any], str]]:
     """Each option: the dataclass that it is a field of, the field, and the outermost one's."""
     kinds = typing.get_type_hints(args)
     for field in dataclasses.fields(args):
         if dataclasses.is_dataclass(kinds[field.name]):
-            for owner, inner, _ in _options(kinds[field.name]):
+            for owner, inner, _ in options(kinds[field.name]):
                 yield owner, inner, field.name
         else:
             yield args, field, field.name

@@ -21,11 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from examples.moonlight.common.processes.group import barrier
 from examples.moonlight.generation.sampling import Sampling, draw
-from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelSharding
+from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelSharding, on_host
 
 
 @dataclasses.dataclass
@@ -165,7 +164,7 @@ class Generator:
                     self._decode, drawn_b1, length_b, length_b + 1, drawn_b1, row_b
                 )
             length_b = length_b + 1
-            drawn = _on_host(drawn_b1)[:count, 0].tolist()  # waits for it
+            drawn = on_host(drawn_b1)[:count, 0].tolist()  # waits for it
             tokens: list[int | None] = []
             for row, token in enumerate(drawn):
                 if reads_on:
@@ -254,13 +253,6 @@ def check_lengths(
                 f"prompt {number} has {len(prompt)} tokens, and --max-length {length} leaves no "
                 f"room behind it: shorten it, or give up to --max-length {longest}"
             )
-
-
-def _on_host(rows: jax.Array) -> np.ndarray:
-    """All rows of a batch, also those on the devices of other processes."""
-    if rows.is_fully_addressable:
-        return np.asarray(rows)
-    return multihost_utils.process_allgather(rows, tiled=True)
 
 
 def _common(held: Sequence[int], prompt: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from examples.moonlight.common.files import read_json, write_atomically
 from examples.moonlight.common.json_text import MAX_JSON
 from examples.moonlight.common.phases import phase
-from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import everywhere_equal
 from examples.moonlight.common.untrusted import check_inside, is_there, read_bytes, shown
 from examples.moonlight.data.tokenized import END_OF_TEXT
 from examples.moonlight.data.tokenizer import CONFIG, listed_ids, load_tokenizer
@@ -189,7 +189,7 @@ def check_same_model(config: ModelConfig, tokenizer: Tokenizer) -> None:
         ValueError: Its architecture or its tokenizer is another one elsewhere.
     """
     digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
-    group.everywhere_equal(dataclasses.asdict(config) | {"tokenizer": digest}, "the model")
+    everywhere_equal(dataclasses.asdict(config) | {"tokenizer": digest}, "the model")
 
 
 def stop_tokens(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from tokenizers import Tokenizer
 
 from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import gather, of_first
 from examples.moonlight.data.tokenizer import TextStream, encode_text
 from examples.moonlight.generation.chat import Encoder, Message
 from examples.moonlight.generation.decoding import Generator
@@ -147,7 +148,7 @@ def converse(
     first = [] if system is None else [Message("system", system)]
     turns: list[Message] = []
     room = min(max_new_tokens, generator.length // 2)
-    while (text := group.of_first(read() if group.is_first() else None)) is not None:
+    while (text := of_first(read)) is not None:
         if not text.strip():
             continue
         turns.append(Message("user", text))
@@ -195,7 +196,11 @@ def encoder_of_first(make: Callable[[], Encoder]) -> Encoder:
     encode = make() if group.is_first() else None
 
     def tokens(messages: Sequence[Message]) -> list[int]:
-        return group.of_first(None if encode is None else encode(messages))
+        def encoded() -> list[int]:
+            assert encode is not None  # called by the first alone
+            return encode(messages)
+
+        return of_first(encoded)
 
     return tokens
 
@@ -213,7 +218,7 @@ def _interruption() -> Iterator[Callable[[], None]]:
     came: list[int] = []
 
     def check() -> None:
-        if group.of_first(bool(came)):
+        if gather(bool(came))[0]:
             raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))

@@ -11,7 +11,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,19 +45,12 @@ def fetch(row: hf_names.Row, leaf: jax.Array) -> np.ndarray:
         stack, inner = bounds[: len(row.at)], bounds[len(row.at) :]
         local = tuple(np.int32(i - a) for i, (a, _) in zip(row.at, stack, strict=True))
         # Memory of a CPU device is the host's: NumPy looks into it without a copy.
-        on_host = shard.device.platform == "cpu"
-        part = np.asarray(shard.data)[local] if on_host else _take(shard.data, local)
+        in_memory = shard.device.platform == "cpu"
+        part = np.asarray(shard.data)[local] if in_memory else _take(shard.data, local)
         tensor[tuple(slice(*axis) for axis in inner)] = part
     if {*parts.values()} != {0} and jax.process_count() > 1:
         tensor = _sum(tensor)
     return np.swapaxes(tensor, -1, -2) if row.transposed else tensor
-
-
-def on_host(x: jax.Array) -> np.ndarray:
-    """All of a small array, also of one whose parts lie in other processes; all processes ask."""
-    if x.is_fully_addressable:
-        return np.asarray(x)
-    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def _owners(leaf: jax.Array) -> dict[Bounds, int]:

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from examples.moonlight.common.files import read_json
+from examples.moonlight.common.processes.agreement import of_first
 from examples.moonlight.data.batches import Span, windows_read
 from examples.moonlight.run_folder import metrics
-from examples.moonlight.run_folder.agreement import of_first
 from examples.moonlight.run_folder.checkpoint import Checkpoints
 from examples.moonlight.run_folder.folder import RESULTS, SETTINGS, checkpoints_of
 from examples.moonlight.run_folder.reading import check_checkpoint, copy_checkpoint, read_progress

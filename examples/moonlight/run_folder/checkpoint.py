@@ -28,9 +28,9 @@ import rich
 from rich.console import Console
 
 from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import of_first, together
 from examples.moonlight.common.program import ThreadsLeft
 from examples.moonlight.run_folder import engine, seal, storage
-from examples.moonlight.run_folder.agreement import of_first, together
 from examples.moonlight.run_folder.flags import PRETRAINING, Flags
 from examples.moonlight.run_folder.lock import FolderLost, Mark
 from examples.moonlight.run_folder.reading import agreed_damage

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.moonlight.common.files import read_json, write_atomically
-from examples.moonlight.run_folder.agreement import gather, of_first
+from examples.moonlight.common.processes.agreement import everywhere_equal, of_first
 from examples.moonlight.run_folder.flags import PRETRAINING, Flags
 from examples.moonlight.run_folder.lock import RunLock
 from examples.moonlight.run_folder.storage import Folder, folder_at
@@ -56,7 +56,7 @@ def open_run_folder(
         ElsewhereFailed: One of these, in the first process.
     """
     asked = json.loads(json.dumps(dict(settings)))
-    _check_equal(gather(asked))
+    everywhere_equal(asked, "the settings")
     lock = RunLock(folder, flags)
     with contextlib.ExitStack() as held:
 
@@ -177,17 +177,6 @@ def _check(
     if occupied:
         _check_same(folder, read_json(folder / SETTINGS), asked, flags)
     return occupied
-
-
-def _check_equal(asked: list[dict[str, Any]]) -> None:
-    """Refuses settings that differ from one process to another."""
-    for process, other in enumerate(asked):
-        for name in sorted(other.keys() | asked[0].keys()):
-            if other.get(name) != asked[0].get(name):
-                raise ValueError(
-                    f"every process takes the same command: {name} is {asked[0].get(name)!r} in "
-                    f"process 0 and {other.get(name)!r} in process {process}"
-                )
 
 
 def _check_same(folder: Folder, there: dict[str, Any], asked: dict[str, Any], flags: Flags) -> None:

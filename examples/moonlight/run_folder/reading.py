@@ -9,8 +9,8 @@ from typing import Any
 import orbax.checkpoint as ocp
 
 from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import gather, of_first
 from examples.moonlight.run_folder import seal, storage
-from examples.moonlight.run_folder.agreement import gather, of_first
 from examples.moonlight.run_folder.engine import MODEL, PROGRESS, restore_arrays, restore_item
 from examples.moonlight.run_folder.retention import best_step
 from examples.moonlight.run_folder.seal import Damaged

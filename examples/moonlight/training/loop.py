@@ -12,7 +12,7 @@ import numpy as np
 from rich import progress
 from rich.console import Console
 
-from examples.moonlight.common.processes.group import of_first
+from examples.moonlight.common.processes.agreement import gather
 from examples.moonlight.data.batches import Span, windows_read
 from examples.moonlight.data.validation import Validation
 from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelSharding
@@ -231,7 +231,7 @@ class Run:
                 step += count
                 if args.steps_per_call is None:
                     fit = CALL_SECONDS * count / (time.perf_counter() - called)
-                    most = of_first(min(max(1, int(fit)), len(buffer_sabt)))
+                    most = gather(min(max(1, int(fit)), len(buffer_sabt)))[0]
                 self._check_finite(state, step - count, columns)
                 self.checkpoints.check()
                 recent.extend(columns["loss"])

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
+from examples.moonlight.model.execution.sharding import on_host
 from examples.moonlight.model.language_model import ModelStats
 from examples.moonlight.model.moonlight import max_violation
 from muon_jax import svd_entropy, update_rms
@@ -100,7 +100,7 @@ def svd_entropies(params: nnx.State) -> dict[str, float]:
         layers = list(leaf) if _is_stack(path) else [leaf]
         # A matrix and its transpose have one entropy: as wide ones, they share a program.
         wide = (x.mT if x.shape[-2] > x.shape[-1] else x for x in layers)
-        found[group] += [_entropy_everywhere(x) for x in wide]
+        found[group] += [on_host(_entropy(x)) for x in wide]
     return {
         group: float(np.mean(np.concatenate([np.ravel(value) for value in values])))
         for group, values in found.items()
@@ -109,14 +109,6 @@ def svd_entropies(params: nnx.State) -> dict[str, float]:
 
 
 _entropy = jax.jit(svd_entropy)
-
-
-def _entropy_everywhere(x: jax.Array) -> np.ndarray:
-    """The entropy, also where its parts are other processes'."""
-    entropy = _entropy(x)
-    if not entropy.is_fully_addressable:
-        return multihost_utils.process_allgather(entropy, tiled=True)
-    return np.asarray(entropy)
 
 
 def make_record(watched: Watched, svd: Mapping[str, float], grad_norm: float) -> Record:

@@ -8,6 +8,7 @@ from rich.console import Console
 from tokenizers import Tokenizer
 
 from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import everywhere_equal
 from examples.moonlight.data.batches import Span, plan_spans, train_batches, windows_read
 from examples.moonlight.data.prepared import PreparedSources, is_prepared, open_sources
 from examples.moonlight.data.tokenized import (
@@ -99,7 +100,7 @@ def load_texts(job: Job, console: Console) -> Texts:
     """
     args, recipe = job.args, job.recipe
     corpus = _read(job, console)
-    group.everywhere_equal(corpus.corpus_hash, "the corpus")
+    everywhere_equal(corpus.corpus_hash, "the corpus")
     sizes = {name: len(tokens) for name, tokens in corpus.train.items()}
     console.print(
         f"corpus {corpus.corpus_hash}: {sum(sizes.values()):,} training tokens, "

@@ -1,4 +1,4 @@
-"""Who am I, who writes, and what all processes have in common.
+"""Who am I, who writes, and how one waits for all, and hears from all.
 
 All of it goes through JAX's coordination service, at process 0: no device takes part, so that
 processes may wait here for as long as it takes (one that tokenizes a corpus, say), where a
@@ -9,9 +9,6 @@ others: see `watch`.
 """
 
 import itertools
-import json
-import time
-from collections.abc import Mapping
 from typing import Any
 
 # The only way to the service's keys and barriers, which Orbax takes as well.
@@ -19,9 +16,6 @@ from jax._src import distributed
 
 # Milliseconds. A process that is lost ends a wait, and a program that hangs has no better end.
 _PATIENCE = 7 * 24 * 3600 * 1000
-
-# Seconds that others leave process 0, to say the same first.
-_FIRST_SAYS = 5.0
 
 _counter = itertools.count()
 
@@ -68,44 +62,6 @@ def exchange(text: str) -> list[str]:
         client.key_value_delete(_exchanged.pop())
     _exchanged.append(f"{folder}/{index()}")
     return [found[i] for i in range(count())]
-
-
-def of_first(value: Any) -> Any:
-    """Process 0's value, in all processes; as JSON can hold it."""
-    return json.loads(exchange(json.dumps(value) if is_first() else "")[0])
-
-
-def everywhere_equal(value: Any, what: str) -> None:
-    """Makes sure that all processes have the same.
-
-    Args:
-        value: As JSON can hold it. Of a mapping, what differs is named.
-        what: What it is, with which the error begins: "the settings".
-
-    Raises:
-        ValueError: In every process: one has another value than process 0.
-    """
-    mine = json.dumps(value, sort_keys=True, default=str)
-    first, *others = [json.loads(text) for text in exchange(mine)]
-    for number, other in enumerate(others, start=1):
-        if other != first:
-            if not is_first():  # one line is enough
-                time.sleep(_FIRST_SAYS)
-            raise ValueError(
-                f"{what} must be the same in all processes: {_differences(first, other, number)}. "
-                "Start all with the same command, on the same files"
-            )
-
-
-def _differences(first: Any, other: Any, number: int) -> str:
-    if isinstance(first, Mapping) and isinstance(other, Mapping):
-        return "; ".join(
-            f"{name} is {first.get(name)!r} in process 0 and {other.get(name)!r} in process "
-            f"{number}"
-            for name in sorted(first.keys() | other.keys())
-            if first.get(name) != other.get(name)
-        )
-    return f"process 0 has {first!r}, and process {number} has {other!r}"
 
 
 def _client() -> Any:

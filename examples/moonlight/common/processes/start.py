@@ -9,6 +9,7 @@ import atexit
 import os
 import secrets
 import sys
+from typing import Any
 
 import jax
 import rich
@@ -18,6 +19,7 @@ from jax._src import distributed
 from rich.console import Console
 
 from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import gather
 from examples.moonlight.common.processes.args import ProcessArgs
 from examples.moonlight.common.processes.cluster import check_package, find_cluster
 from examples.moonlight.common.processes.launcher import VARIABLE, launch
@@ -100,7 +102,8 @@ def _enter_cluster(args: ProcessArgs, console: Console | None) -> None:
     except OSError as error:  # of a metadata server: a TPU elsewhere than at Google has none
         if cluster.method != "gcetpu":
             raise
-        rich.print(f"one process: {cluster.name} does not answer ({error})")
+        told = f"one process: {cluster.name} does not answer ({error})"
+        (console or rich.get_console()).print(told, soft_wrap=True)
         return
     _introduce(cluster.name, console)
 
@@ -152,7 +155,8 @@ def _begin_watch(quiet: bool) -> None:
     watch = Watch(group.index(), quiet=quiet)
     token = secrets.token_hex(16) if group.is_first() else ""
     port = watch.listen(token) if group.is_first() else 0
-    port, token = group.of_first([port, token])
+    told: list[Any] = [port, token]
+    port, token = gather(told)[0]
     if not group.is_first():
         address = distributed.global_state.coordinator_address or ""
         host = address.rpartition(":")[0].strip("[]")

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from examples.moonlight.common.processes import group
+from examples.moonlight.common.processes.agreement import everywhere_equal
 from examples.moonlight.common.processes.start import enter
 
 Args = TypeVar("Args")
@@ -41,7 +42,7 @@ def work_together(
     enter(asked.processes, reads=reads, console=console)
     options = dataclasses.asdict(asked)
     mark = "_" if underscores else "-"
-    group.everywhere_equal(
+    everywhere_equal(
         {
             f"--{name.replace('_', mark)}": value
             for name, value in options.items()

@@ -18,6 +18,7 @@ Training takes the folder in the place of texts, and reads windows where it need
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import multiprocessing
 import resource
@@ -146,7 +147,7 @@ def _encode_all(
     # Without the last piece, which has no text, there is no second one where all fits into one.
     second = next(pieces, None)
     alone = output.progress.read == 0 and second is None
-    rest = _chain(first, second, pieces)
+    rest = itertools.chain([first], () if second is None else [second], pieces)
     # Processes from nothing: a copy of this one would have its threads' locks.
     jobs = 1 if alone else jobs
     pool = ProcessPoolExecutor(
@@ -174,13 +175,6 @@ def _encode_all(
         )
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _chain(first: Piece, second: Piece | None, others: Iterator[Piece]) -> Iterator[Piece]:
-    yield first
-    if second is not None:
-        yield second
-    yield from others
 
 
 def _append(output: Output, piece: Piece, future: Future[Encoded]) -> None:

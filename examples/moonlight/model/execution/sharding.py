@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -262,6 +263,13 @@ class ModelSharding:
 
         gather.defvjp(lambda leaf: (gather(leaf), None), lambda _, g: (self.constrain(g, *spec),))
         return gather(leaf)
+
+
+def on_host(x: jax.Array) -> np.ndarray:
+    """All of a small array, also of one whose parts lie in other processes; all processes ask."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def make_sharding(text: str | None) -> ModelSharding:
