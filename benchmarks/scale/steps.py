@@ -153,7 +153,11 @@ def sizes_of(compiled: jax.stages.Compiled) -> dict[str, int]:
 
 def out_of_memory(message: str) -> str | None:
     """What the compiler says of a program that is too large, or None."""
-    found = re.search(r"Used [\d.]+\w of [\d.]+\w \w+(?:\. Exceeded [^.]*\.\w+)?", message)
+    found = re.search(
+        r"Used [\d.]+\w of [\d.]+\w \w+(?:\. Exceeded [^.]*\.\w+)?"
+        r"|the total memory required for [^.]*\.\w+\) exceeds available HBM \([^)]*\)",
+        message,
+    )
     return found[0] if found else None
 
 

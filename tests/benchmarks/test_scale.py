@@ -177,6 +177,9 @@ def test_what_a_compiler_says_of_a_program_that_is_too_large():
     )
     said = "Used 38.46G of 15.75G hbm. Exceeded hbm capacity by 22.71G"
     assert steps.out_of_memory(message) == said
+    said = "the total memory required for HLO temporaries (15.77G) exceeds available HBM (15.75G)"
+    message = f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {said}."
+    assert steps.out_of_memory(message) == said
     assert steps.out_of_memory("INTERNAL: something else") is None
 
 
