@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from examples.moonlight.model import layers
+from examples.moonlight.model import attention
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.execution.sharding import BATCH_AXES, ModelSharding, make_mesh
 from examples.moonlight.model.experts import RouterBias
@@ -27,7 +27,7 @@ WEIGHTS = ((PACKED.segment_bt > 0) * np.linspace(0.5, 2, 24)[None]).astype(np.fl
 def test_a_packed_sample_computes_what_it_does_alone(
     family: str, block: int | None, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(layers, "HOT_LOGIT", 0.5)
+    monkeypatch.setattr(attention, "HOT_LOGIT", 0.5)
     execution = Execution(attention_block=block, monitor=True)
     model = lora_toy.make(lora_toy.FAMILIES[family], execution)
     graphdef, state = nnx.split(model)

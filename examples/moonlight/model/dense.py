@@ -17,21 +17,23 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from examples.moonlight.model.attention import (
+    AttentionStats,
+    apply_rope,
+    cached_attention,
+    causal_attention,
+    rope_table,
+    write_cache,
+)
 from examples.moonlight.model.config import check_fields
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.language_model import DecoderLayer, LanguageModel
 from examples.moonlight.model.layers import (
     MLP,
-    AttentionStats,
     Embed,
     Linear,
     RMSNorm,
-    apply_rope,
-    cached_attention,
-    causal_attention,
-    rope_table,
     stack_layers,
-    write_cache,
 )
 from examples.moonlight.model.packed import Packed, rope_positions
 

@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from examples.moonlight.model.attention import (
+    AttentionStats,
+)
 from examples.moonlight.model.execution.loss import head_loss, weighted_head_loss
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.experts import MoE, RouterBias
 from examples.moonlight.model.layers import (
-    AttentionStats,
     Embed,
     Linear,
     RMSNorm,

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from examples import colours
-from examples.moonlight.model.layers import HOT_LOGIT
+from examples.moonlight.model.attention import HOT_LOGIT
 from examples.moonlight.training.monitors import Record, group_of, rms_over_layers
 
 # Told apart without colour, too; by name, so that a group looks the same in every plot.
