@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import hlo, targets
+from benchmarks.memory import sizes_of
 from benchmarks.scale.cases import GIB, SCALES, Scale
 
 BLOCK = 512
@@ -137,12 +138,7 @@ def main() -> None:
         os.execve(sys.executable, command, variables)
     sizes = (given.layers, given.context, given.batch)
     compiled = compiled_step([*settings(scale, *sizes), *given.set])
-    memory = compiled.memory_analysis()
-    parts = {
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "code": memory.generated_code_size_in_bytes,
-    }
+    parts = sizes_of(compiled, scale.platform)
     print(f"{scale.name}, {targets.compiler(scale.target)}")
     shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
     print(f"memory: {sum(parts.values()) / GIB:.2f} GiB ({shown})")

@@ -127,7 +127,7 @@ def show(console: Console, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1)
         start = (row["target"], mesh, str(row["layers"]))
-        room = f"{row['memory'] / GIB:.0f}"
+        room = f"{row['memory'] / GIB:.2f}"
         if "bytes" not in row:
             memory.add_row(*start, "", "", "", "", room, "[red]too large[/red]")
             continue

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from benchmarks.memory import sizes_of
 from benchmarks.scale.counts import count
 from benchmarks.scale.job import Job, expected
 from benchmarks.scale.kept import Kept
@@ -126,7 +127,8 @@ def row(job: Job, texts: Path | None = None) -> dict[str, Any]:
                 raise
             return found | {"fits": False, "compiler": said}
         found["compile_s"] = time.perf_counter() - traced
-        text, sizes = compiled.as_text() or "", sizes_of(compiled)
+        text = compiled.as_text() or ""
+        sizes = sizes_of(compiled, job.scale.platform)
         if kept:
             kept.write(text, sizes)
     else:
@@ -136,18 +138,6 @@ def row(job: Job, texts: Path | None = None) -> dict[str, Any]:
         "bytes": sizes,
         **count(text, job.scale.chip, job.rounds),
         "expected": expected(job, parameter_counts(job.config), program.matrices),
-    }
-
-
-def sizes_of(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes of one device by what holds them, by the compiler's account."""
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    return {
-        "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "code": memory.generated_code_size_in_bytes,
     }
 
 
