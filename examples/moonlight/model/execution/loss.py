@@ -148,6 +148,9 @@ def _forward(
     if plan.store_axis is not None:
         grad_dv = jax.lax.psum_scatter(grad_dv, plan.store_axis, scatter_dimension=0, tiled=True)
     grad_nd = grad_knd.reshape(-1, act_nd.shape[1])[: act_nd.shape[0]]
+    # The head's gradient goes to its parts first. Left to itself XLA:TPU kept all of it, and all of
+    # the head, while it went through the layers: 0.48 GiB more at the peak, with Moonlight-16B.
+    grad_nd, grad_dv = jax.lax.optimization_barrier((grad_nd, grad_dv))
     return tuple(x_k.sum() for x_k in sums), (grad_nd, grad_dv)
 
 
