@@ -63,9 +63,18 @@ SCALES = {
     for scale in (
         Scale("cpu-8", "cpu", "", (1, 4, 2, 1), 8 * GIB),
         Scale("v5e-256", "tpu", "v5e:16x16", (1, 64, 4, 1), _V5E, sequences=4, chip=_v5e(16)),
-        Scale("v5e-64", "tpu", "v5e:8x8", (1, 8, 8, 1), _V5E, sequences=2, chip=_v5e(8)),
-        Scale("v5e-32", "tpu", "v5e:4x8", (1, 4, 8, 1), _V5E, chip=_v5e(8)),
-        Scale("v5p-64", "tpu", "v5p:4x4x4", (1, 8, 8, 1), 95 * GIB, chip=_V5P_4X4X4),
+        Scale("v5e-64", "tpu", "v5e:8x8", (1, 8, 8, 1), _V5E, sequences=4, chip=_v5e(8)),
+        Scale(
+            "v5e-32",
+            "tpu",
+            "v5e:4x8",
+            (1, 4, 8, 1),
+            _V5E,
+            expert_block=4096,
+            sequences=2,
+            chip=_v5e(8),
+        ),
+        Scale("v5p-64", "tpu", "v5p:4x4x4", (1, 8, 8, 1), 95 * GIB, sequences=4, chip=_V5P_4X4X4),
         Scale("h100-8", "cuda", "1x1x8", (1, 2, 4, 1), 84_942_979_072, sequences=4),
         Scale("v5e-8", "tpu", "v5e:2x4", (1, 2, 4, 1), _V5E, chip=_v5e(4)),
     )

@@ -1,11 +1,14 @@
 """Several processes of one program: how they find each other, agree, and end together."""
 
+import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -186,30 +189,90 @@ class TestLaunched:
         assert errors.splitlines() == ["error: process 0 was ended by SIGTERM"]
 
 
-@pytest.mark.one_stack
-@pytest.mark.xdist_group("processes")
-def test_without_a_launcher_the_others_end_in_a_line():
-    """As on a cluster: nobody ends them but they themselves, long before a heartbeat is late."""
-    address = f"localhost:{_free_port()}"
-    flags = ["--coordinator", address, "--processes", 3, "--process"]
-    processes = [
-        subprocess.Popen(
-            command("wait", *flags, i),
-            env=ENVIRONMENT,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(3)
+class TestWithoutALauncher:
+    """As on a cluster: nobody ends the others but they themselves."""
+
+    pytestmark = started
+
+    @contextlib.contextmanager
+    def waiting(
+        self, address: str, count: int, prefixes: Sequence[Sequence[str]] = ()
+    ) -> Iterator[list[subprocess.Popen[str]]]:
+        """Processes that have begun to wait; each behind its prefix, as `ip netns exec NAME`."""
+        flags = ["--coordinator", address, "--processes", count, "--process"]
+        processes = [
+            subprocess.Popen(
+                [*(prefixes[i] if prefixes else ()), *command("wait", *flags, i)],
+                env=ENVIRONMENT,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(count)
+        ]
+        try:
+            first = processes[0].stdout
+            assert first is not None
+            while first.readline() != "waiting\n":
+                assert processes[0].poll() is None, processes[0].communicate()[1]
+            time.sleep(0.5)
+            yield processes
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+                for stream in (process.stdout, process.stderr):
+                    if stream is not None:
+                        stream.close()
+
+    def test_a_kill_ends_the_others_in_a_line(self):
+        """Long before a heartbeat is late."""
+        with self.waiting(f"localhost:{_free_port()}", 3) as processes:
+            processes[2].kill()
+            errors = [process.communicate(timeout=15)[1] for process in processes]
+            assert [process.returncode for process in processes] == [LOST, LOST, -signal.SIGKILL]
+            assert errors[0] == "process 2 was lost: all processes end\n"
+            assert errors[1] == ""
+
+    def test_a_process_that_stands_still_is_given_up(self):
+        """Its connection stands, since the operating system answers for it: heartbeats are late."""
+        with self.waiting(f"localhost:{_free_port()}", 2) as processes:
+            processes[1].send_signal(signal.SIGSTOP)
+            begin = time.monotonic()
+            processes[0].communicate(timeout=60)
+            assert processes[0].returncode != 0
+            print(f"ended {time.monotonic() - begin:.1f} s after SIGSTOP")
+
+    def test_both_sides_of_a_cut_network_end(self, two_hosts: tuple[str, str]):
+        prefixes = [("ip", "netns", "exec", name) for name in two_hosts]
+        with self.waiting(f"10.77.0.1:{_free_port()}", 2, prefixes) as processes:
+            subprocess.run(["ip", "-n", two_hosts[1], "link", "set", "wire", "down"], check=True)
+            begin = time.monotonic()
+            errors = [process.communicate(timeout=60)[1] for process in processes]
+            print(f"ended {time.monotonic() - begin:.1f} s after the cut", errors)
+            assert [process.returncode for process in processes] == [LOST, LOST]
+            assert errors[0] == "process 1 was lost: all processes end\n"
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[tuple[str, str]]:
+    """Two network namespaces with a wire between them; it takes root's rights to make these."""
+    first, second = (f"muon-jax-{os.getpid()}-{i}" for i in range(2))
+    lines = [
+        f"ip netns add {first}",
+        f"ip netns add {second}",
+        f"ip -n {first} link add wire type veth peer name wire netns {second}",
+        *(f"ip -n {name} link set lo up" for name in (first, second)),
+        *(f"ip -n {n} addr add 10.77.0.{i}/24 dev wire" for i, n in enumerate((first, second), 1)),
+        *(f"ip -n {name} link set wire up" for name in (first, second)),
     ]
-    first = processes[0].stdout
-    assert first is not None
-    while first.readline() != "waiting\n":
-        assert processes[0].poll() is None
-    time.sleep(0.5)
-    processes[2].kill()
-    errors = [process.communicate(timeout=15)[1] for process in processes]
-    assert [process.returncode for process in processes] == [LOST, LOST, -signal.SIGKILL]
-    assert errors[0] == "process 2 was lost: all processes end\n"
-    assert errors[1] == ""
+    try:
+        for line in lines:
+            subprocess.run(line.split(), check=True, capture_output=True)
+        yield first, second
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here: {error}")
+    finally:
+        for name in (first, second) if shutil.which("ip") else ():
+            subprocess.run(["ip", "netns", "delete", name], check=False, capture_output=True)
