@@ -384,31 +384,32 @@ metadata={{op_name="a/b"}}, {ragged}
     assert hlo.flops_by_scope(text) == {"a/b": 2 * 96 * 8 * 16}
 
 
-def test_ragged_gradients_of_older_compilers_count_each_row_once():
-    """As libtpu 0.0.42 writes the weights' gradient: the groups are only in the tiles' loop."""
+@pytest.mark.parametrize("mode", ["GROUP_STARTS", "ITERATION_INDICES"])
+def test_ragged_gradients_of_older_compilers_count_each_row_once(mode: str):
+    """As libtpu 0.0.42 writes the weights' gradient, for v5e and v5p: a row of the mask a group."""
     masked = (
-        'backend_config={{"window_config":{{"iteration_bounds":["2","4","5","1"]}},'
-        '"mask_aggregator_config":{{"mask_dim_to_iteration_index":{dims},'
-        '"iteration_skipper_mode":"ITERATION_SKIPPER_MODE_GROUP_STARTS"}}}}'
+        'backend_config={{"mask_aggregator_config":{{"mask_dim_to_iteration_index":{dims},'
+        f'"iteration_skipper_mode":"ITERATION_SKIPPER_MODE_{mode}"}}}}}}}}'
     )
     product = """
-%product (x: bf16[96,8], y: bf16[96,16]) -> bf16[4,8,16] {
+%product (x: bf16[96,8], y: bf16[96,16], mask: pred[4,96]) -> bf16[4,8,16] {
   %x = bf16[96,8] parameter(0)
   %y = bf16[96,16] parameter(1)
+  %mask = pred[4,96] parameter(2)
   %xs = bf16[4,96,8] broadcast(%x), dimensions={1,2}
   %ys = bf16[4,96,16] broadcast(%y), dimensions={1,2}
   ROOT %c = bf16[4,8,16] convolution(%xs, %ys), window={size=4 stride=3 lhs_dilate=4}, \
 dim_labels=0fb_0io->0bf
 }
 """
-    line = "  ROOT %f = bf16[4,8,16] fusion(%x, %x), kind=kOutput, calls=%product, "
+    line = "  ROOT %f = bf16[4,8,16] fusion(%x, %x, %x), kind=kOutput, calls=%product, "
     text = module(line + masked.format(dims='["1","3"]'), product)
     assert hlo.flops(text) == 2 * 96 * 8 * 16
     # The table of the groups' starts is said to skip as well, and masks nothing.
     assert hlo.flops(module(line + masked.format(dims="[]"), product)) == 4 * 2 * 96 * 8 * 16
-    unknown = masked.format(dims='["1","3"]').replace("iteration_bounds", "bounds")
+    unmasked = product.replace("pred[4,96] parameter", "f32[4,96] parameter")
     with pytest.raises(ValueError, match="cannot read the groups of the ragged product f"):
-        hlo.flops(module(line + unknown, product))
+        hlo.flops(module(line + masked.format(dims='["1","3"]'), unmasked))
 
 
 RAGGED = """
