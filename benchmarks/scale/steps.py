@@ -38,11 +38,20 @@ from muon_jax import muon
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A step to compile: a function, its abstract arguments, and where its results lie."""
+    """A step to compile: a function, its abstract arguments, and where its results lie.
+
+    Attributes:
+      step: the function.
+      arguments: of it, abstract.
+      out_shardings: of its results.
+      compiler_options: what the example tells XLA of such devices.
+      matrices: the shapes of Muon's leaves.
+    """
 
     step: Callable[..., Any]
     arguments: tuple[Any, ...]
     out_shardings: Any
+    compiler_options: dict[str, str]
     matrices: dict[str, tuple[int, ...]]
 
     def lower(self) -> jax.stages.Lowered:
@@ -92,7 +101,8 @@ def build(job: Job) -> Program:
         for path, leaf in nnx.to_flat_state(params)
         if len(leaf.shape) > 1 and path[-1] != "scale" and path[0] not in ("embed", "lm_head")
     }
-    return Program(step, (state, tokens_abt), (shardings, sharding.place()), matrices)
+    places = (shardings, sharding.place())
+    return Program(step, (state, tokens_abt), places, sharding.compiler_options, matrices)
 
 
 def row(job: Job, texts: Path | None = None) -> dict[str, Any]:
@@ -121,7 +131,7 @@ def row(job: Job, texts: Path | None = None) -> dict[str, Any]:
         traced = time.perf_counter()
         found["trace_s"] = traced - start
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(program.compiler_options)
         except jax.errors.JaxRuntimeError as error:
             if not (said := out_of_memory(str(error))):
                 raise

@@ -7,6 +7,8 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +150,16 @@ def test_rows_of_a_batch_lie_where_the_mesh_has_them(monkeypatch):
     assert spread.sharding.spec == P(None, BATCH_AXES)
     np.testing.assert_array_equal(spread, tokens)
     np.testing.assert_array_equal(where.spread(tokens, None, BATCH_AXES), tokens)
+
+
+def test_a_tpu_s_compiler_is_told_to_leave_sorted_products_alone():
+    """Of a mesh of TPUs; other compilers do not know the option."""
+    option = {"xla_tpu_enable_async_collective_fusion_while_loops": "false"}
+    chip = SimpleNamespace(platform="tpu")
+    chips: Any = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([[chip, chip]])))
+    assert ModelSharding.compiler_options.fget(chips) == option
+    assert ModelSharding(make_mesh(CUBE)).compiler_options == {}
+    assert ModelSharding().compiler_options == {}
 
 
 def test_an_unknown_parameter_is_refused():

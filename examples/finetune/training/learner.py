@@ -162,7 +162,8 @@ class Learner:
         rows_abt, number = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (empty_rows(shape), np.int32(0))
         )
-        compiled = step.lower(state, frozen, rows_abt, number).compile()
+        lowered = step.lower(state, frozen, rows_abt, number)
+        compiled = lowered.compile(sharding.compiler_options)
         if texts.validation is None:
             return compiled, None
         rows_kbt = jax.device_put(sharding.spread_all(texts.validation, None, BATCH_AXES), batch)

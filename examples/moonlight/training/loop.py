@@ -88,7 +88,7 @@ def compile_programs(
         out_shardings=one,
     )
     return Programs(
-        steps.lower(state, sabt, number, number, micro_s).compile(),
+        steps.lower(state, sabt, number, number, micro_s).compile(sharding.compiler_options),
         losses.lower(state.params, state.bias, kbt).compile(),
     )
 

@@ -118,6 +118,19 @@ class ModelSharding:
         """Into how many parts a batch is divided."""
         return math.prod(self.size(axis) for axis in BATCH_AXES)
 
+    @property
+    def compiler_options(self) -> dict[str, str]:
+        """What XLA has to be told when it compiles a training step for these devices.
+
+        XLA:TPU hides collectives behind products within loops. A product of rows sorted by expert
+        that it takes for that loses its table of the tiles to skip: each row is then multiplied
+        with all of a device's experts. It took three of nine in the step of Moonlight-16B on 32
+        chips: 2.37 times the formula's FLOPs, in the place of 1.31.
+        """
+        if self.mesh is None or self.mesh.devices.flat[0].platform != "tpu":
+            return {}
+        return {"xla_tpu_enable_async_collective_fusion_while_loops": "false"}
+
     def place(self, *spec: Any) -> Sharding:
         """The sharding for a PartitionSpec's entries; without any, replicated."""
         if self.mesh is None:
