@@ -51,7 +51,7 @@ class Program:
     step: Callable[..., Any]
     arguments: tuple[Any, ...]
     out_shardings: Any
-    compiler_options: dict[str, str]
+    compiler_options: dict[str, str | bool]
     matrices: dict[str, tuple[int, ...]]
 
     def lower(self) -> jax.stages.Lowered:

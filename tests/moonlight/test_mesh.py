@@ -154,7 +154,7 @@ def test_rows_of_a_batch_lie_where_the_mesh_has_them(monkeypatch):
 
 def test_a_tpu_s_compiler_is_told_to_leave_sorted_products_alone():
     """Of a mesh of TPUs; other compilers do not know the option."""
-    option = {"xla_tpu_enable_async_collective_fusion_while_loops": "false"}
+    option = {"xla_tpu_enable_async_collective_fusion_while_loops": False}
     chip = SimpleNamespace(platform="tpu")
     chips: Any = SimpleNamespace(mesh=SimpleNamespace(devices=np.array([[chip, chip]])))
     assert ModelSharding.compiler_options.fget(chips) == option

@@ -119,7 +119,7 @@ class ModelSharding:
         return math.prod(self.size(axis) for axis in BATCH_AXES)
 
     @property
-    def compiler_options(self) -> dict[str, str]:
+    def compiler_options(self) -> dict[str, str | bool]:
         """What XLA has to be told when it compiles a training step for these devices.
 
         XLA:TPU hides collectives behind products within loops. A product of rows sorted by expert
@@ -129,7 +129,7 @@ class ModelSharding:
         """
         if self.mesh is None or self.mesh.devices.flat[0].platform != "tpu":
             return {}
-        return {"xla_tpu_enable_async_collective_fusion_while_loops": "false"}
+        return {"xla_tpu_enable_async_collective_fusion_while_loops": False}
 
     def place(self, *spec: Any) -> Sharding:
         """The sharding for a PartitionSpec's entries; without any, replicated."""
