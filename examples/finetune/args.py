@@ -115,7 +115,7 @@ class Args:
     experts: Literal["dense", "ragged"] | None = None
     """How routed experts are computed; left out, dense on CPU, else ragged."""
     attention_block: int | None = None
-    """Queries whose attention is held in memory at a time; left out, all."""
+    """Queries and keys of a block of attention, of which one is held in memory; left out, all."""
     loss_block: int | None = None
     """Tokens per device whose logits are held in memory at a time; left out, all."""
     unroll: bool | None = None

@@ -224,13 +224,13 @@ def _one_device() -> tuple:
     return loss_and_grads(Execution(monitor=True))[0]
 
 
-RAGGED = {"experts": "ragged", "remat": True, "loss_block": 3}
+RAGGED = {"experts": "ragged", "remat": True, "attention_block": 6, "loss_block": 3}
 
 
 @pytest.mark.parametrize(
     ("mesh", "run"),
     [
-        (CUBE, {}),
+        (CUBE, {"attention_block": 4}),
         ("fsdp=2,expert=2,tensor=2", RAGGED),
         ("data=2,fsdp=2,expert=2", {"experts": "ragged", "expert_capacity": 8.0}),
     ],

@@ -116,7 +116,7 @@ class Args:
     remat: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Compute each layer's inside again in the backward pass: less memory, a third more time."""
     attention_block: int | None = None
-    """Queries whose attention is held in memory at a time; left out, all."""
+    """Queries and keys of a block of attention, of which one is held in memory; left out, all."""
     loss_block: int | None = None
     """Tokens per device whose logits are held in memory at a time; left out, all."""
     unroll: bool | None = None

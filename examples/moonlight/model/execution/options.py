@@ -29,7 +29,8 @@ class Execution:
         remat: Keep only each layer's input for the backward pass, and compute the rest anew.
         unroll: Write the layers one after the other in the program, where a loop over them would
             compile faster and run slower on CPU.
-        attention_block: Queries whose attention is held in memory at a time; None is all of them.
+        attention_block: Queries and keys of a block of attention, of which one is held in memory;
+            None is all of them.
         loss_block: Tokens per device whose logits are held at a time in the loss; None is all.
         monitor: Measure what `ModelStats` marks as monitored.
     """
