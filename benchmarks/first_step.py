@@ -23,11 +23,10 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import step
+from benchmarks import step, targets
 from benchmarks.harness import check_known, environment, load_average, write_json
 from examples.moonlight.common.command_line import CommandLine
 
-ROOT = Path(__file__).resolve().parent.parent
 HEADS = ("compiled anew", "processor", "loaded", "processor", "of the new one")
 
 
@@ -72,13 +71,13 @@ def in_a_process(case: step.Case, peer: step.Peer, scale: int, cache: Path) -> d
     asked = json.dumps({"case": case, "peer": peer, "scale": scale})
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.first_step", asked],
-        cwd=ROOT,
+        cwd=targets.ROOT,
         env=variables,
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        raise RuntimeError(f"{case}, {peer}: {done.stderr.splitlines()[-1:]}")
+        raise RuntimeError(f"{case}, {peer}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

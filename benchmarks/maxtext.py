@@ -8,7 +8,8 @@ It runs in an environment of its own, on Python 3.12, which MaxText asks for:
 
 The model is MaxText's `deepseek2-16b` with Moonlight's sizes; mesh, batch, recomputation of every
 layer, dtypes and clipping are those of `benchmarks.scale` for the same target, and the optimizer is
-the Muon that it has. Arguments behind `--set`, as `use_ring_of_experts=true`, are MaxText's own.
+the Muon that it has. One sequence of a device goes at a time. Arguments behind `--set`, as
+`use_ring_of_experts=true`, are MaxText's own.
 Tokens go to their experts in buffers that hold the worst case; of the products there each
 row counts that balanced routing brings, and of attention's kernels the causal half.
 """

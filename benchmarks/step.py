@@ -40,6 +40,7 @@ from benchmarks.harness import (
     time_interleaved,
     write_json,
 )
+from benchmarks.memory import sizes_of
 from benchmarks.model_shapes import gpt2_leaves
 from benchmarks.peaks import highest, matmul_peaks, shares_of
 from examples.moonlight.common.command_line import CommandLine
@@ -161,8 +162,8 @@ def jax_candidate(
         held[:] = compiled(held[0], held[1], grads)
         jax.block_until_ready(held)
 
-    memory = compiled.memory_analysis()
-    return Candidate(compile_s, memory.temp_size_in_bytes if memory else None, run)
+    temporary = sizes_of(compiled, jax.default_backend())["temporaries"]
+    return Candidate(compile_s, temporary, run)
 
 
 def torch_candidate(values: dict[str, np.ndarray], passes: int = 1) -> Candidate:

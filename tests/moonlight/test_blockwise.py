@@ -22,11 +22,11 @@ ROWS = Packed(
 )
 
 
-def heads(time: int, *, batch: int = 2, count: int = 4, of_keys: int = 2, dtype: Any = jnp.float32):
-    """Queries, keys of half as many heads, and values of another width."""
-    shapes = (batch, time, count, 6), (batch, time, of_keys, 6), (batch, time, of_keys, 4)
+def heads(time: int, *, of_keys: int = 2) -> list[jax.Array]:
+    """Queries of four heads, keys of half as many, and values of another width."""
+    shapes = (2, time, 4, 6), (2, time, of_keys, 6), (2, time, of_keys, 4)
     keys = jax.random.split(jax.random.key(0), 3)
-    return [3 * jax.random.normal(key, s, dtype) for key, s in zip(keys, shapes, strict=True)]
+    return [3 * jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
 @pytest.mark.parametrize(

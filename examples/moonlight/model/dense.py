@@ -28,13 +28,7 @@ from examples.moonlight.model.attention import (
 from examples.moonlight.model.config import check_fields
 from examples.moonlight.model.execution.options import Execution
 from examples.moonlight.model.language_model import DecoderLayer, LanguageModel
-from examples.moonlight.model.layers import (
-    MLP,
-    Embed,
-    Linear,
-    RMSNorm,
-    stack_layers,
-)
+from examples.moonlight.model.layers import MLP, Embed, Linear, RMSNorm, stack_layers
 from examples.moonlight.model.packed import Packed, rope_positions
 
 

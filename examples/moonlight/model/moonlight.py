@@ -42,13 +42,7 @@ from examples.moonlight.model.language_model import (
     ParameterCounts,
     count_parameters,
 )
-from examples.moonlight.model.layers import (
-    MLP,
-    Embed,
-    Linear,
-    RMSNorm,
-    stack_layers,
-)
+from examples.moonlight.model.layers import MLP, Embed, Linear, RMSNorm, stack_layers
 from examples.moonlight.model.packed import Packed, rope_positions
 
 # DeepSeek-V3 builds this norm with its class's default epsilon, not with the configuration's.
