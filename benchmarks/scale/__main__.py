@@ -7,8 +7,9 @@ compiled are named and left out), and read: `benchmarks.scale.steps`.
 Memory is the compiler's own account of one device. FLOPs are those of the compiled program's
 products, each loop counted as often as it runs, beside a formula that computes nothing twice:
 recomputed layers, empty slots of the dispatch and the upper half of attention's diagonal blocks
-are the difference. "Newton-Schulz" is its share of all FLOPs: of the device that XLA's program makes the
-busiest, and of an even division. Wire bytes are what one device sends in a step, as a ring does.
+are the difference. "Newton-Schulz" is its share of all FLOPs: of the device that XLA's program
+makes the busiest, and of an even division. Wire bytes are what one device sends in a step, as a
+ring does.
 
 Of a TPU's program also the time is shown that its compiler expects of each part: of the model, and
 of what the optimizer adds (`benchmarks.hlo.timing` has what is estimated, and how). What waits for
