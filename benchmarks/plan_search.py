@@ -36,6 +36,7 @@ from muon_jax._mesh.plan import PlannedLeaf
 from muon_jax._mesh.planner import Search
 from muon_jax._mesh.pricing import Pricing
 from muon_jax._mesh.specs import resolve_param_specs
+from muon_jax._polynomials import resolve_schedule
 from muon_jax._routing.route_leaves import route_leaves
 
 PRESETS = ("moonlight-16b-a3b", "small", "tiny")
@@ -64,7 +65,12 @@ def search_of(params: Any, specs: Any, mesh: AbstractMesh, numbers: Any = None) 
     ]
     members = group_matrices(leaves, sizes, mesh.axis_names)
     counts = {key: sum(m.matrices for m in group) for key, group in members.items()}
-    return Search(Choices(Pricing(sizes, 5, MeshCosts()), 2**30, whole_result=False), counts)
+    return Search(
+        Choices(
+            Pricing(sizes, resolve_schedule("standard"), MeshCosts()), 2**30, whole_result=False
+        ),
+        counts,
+    )
 
 
 def searches() -> Iterator[tuple[str, Search]]:

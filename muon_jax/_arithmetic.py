@@ -34,8 +34,9 @@ class Arithmetic(NamedTuple):
       product: ``X Y^H`` of two stored matrices; the result is wide.
       held: the dtype in which stored matrices are held.
       unroll: how many steps the program's loop over them holds.
-      keeps_adjoint: whether ``X^T`` is written out beside a real ``X``. Elsewhere the compiler
+      writes_adjoint: whether the ``X^T`` of a real ``X`` is written out. Elsewhere the compiler
         reads ``X`` in the other order, at no cost.
+      picks: whether elements are read one by one. TPUs keep matrices in tiles, and read them whole.
       batch_bytes: how many bytes of stored matrices go through together; None means all.
     """
 
@@ -44,28 +45,36 @@ class Arithmetic(NamedTuple):
     product: Callable[..., jax.Array]
     held: Any
     unroll: int = 1
-    keeps_adjoint: bool = False
+    writes_adjoint: bool = False
+    picks: bool = False
     batch_bytes: int | None = None
 
     def widen(self, x: jax.Array) -> jax.Array:
         """A stored matrix, as sums take it."""
         return x.astype(self.wide)
 
-    def beside(self, x: jax.Array) -> jax.Array | None:
-        """What the next step reads beside a stored ``X``: ``X^H``, where it is kept."""
-        return transpose_in_tiles(x) if self.keeps_adjoint else None
+    def adjoint(self, x: jax.Array) -> jax.Array:
+        """``X^H`` of a stored ``X``, as the second factor of a product."""
+        return transpose_in_tiles(x) if self.writes_adjoint else adjoint(x)
+
+    def trace(self, x: jax.Array) -> jax.Array:
+        """The trace of stored square matrices, wide."""
+        if self.picks:
+            return jnp.sum(self.widen(jnp.diagonal(x, axis1=-2, axis2=-1)), axis=-1)
+        identity = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=bool), x.shape)
+        return jnp.sum(jnp.where(identity, self.widen(x), 0), axis=(-2, -1))
 
 
 def engines(dtype: jnp.dtype) -> dict[str, Arithmetic]:
     """The engine of each platform, for matrices that lie in `dtype`; "default" is the others'."""
     if dtype != jnp.bfloat16:
         exact = Arithmetic(dtype, lambda x: x, full_precision_product, dtype)
-        cpu = exact._replace(batch_bytes=ONE_BY_ONE)
+        cpu = exact._replace(picks=True, batch_bytes=ONE_BY_ONE)
         return {"cpu": cpu, "tpu": exact._replace(unroll=TPU_UNROLL), "default": exact}
     mixed = Arithmetic(jnp.float32, to_bfloat16, bfloat16_product, jnp.bfloat16)
     cpu = rounded_float32()
     if _processor.multiplies_bfloat16():
-        cpu = mixed._replace(keeps_adjoint=True, batch_bytes=CACHE_BYTES)
+        cpu = mixed._replace(writes_adjoint=True, picks=True, batch_bytes=CACHE_BYTES)
     return {"cpu": cpu, "tpu": mixed._replace(unroll=TPU_UNROLL), "default": mixed}
 
 
@@ -73,7 +82,7 @@ def rounded_float32() -> Arithmetic:
     """The engine of processors without bfloat16: its values, held in float32."""
     store, product = _round_to_bfloat16, full_precision_product
     wide = jnp.float32
-    return Arithmetic(wide, store, product, wide, batch_bytes=ONE_BY_ONE)
+    return Arithmetic(wide, store, product, wide, picks=True, batch_bytes=ONE_BY_ONE)
 
 
 TPU_UNROLL = 2

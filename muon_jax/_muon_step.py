@@ -106,7 +106,7 @@ class MuonStep(Step):
             planned,
             self.zero1.sizes,
             self.zero1.axes,
-            steps=len(iteration.schedule),
+            schedule=iteration.schedule,
             max_group_bytes=self.group_bytes,
             whole_result=self.rule.is_measured,
             costs=self.zero1.costs,

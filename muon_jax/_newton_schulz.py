@@ -14,6 +14,7 @@ Its coefficients, one triple for each step, are `_polynomials`' affair; what div
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,11 +22,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact
 
-from muon_jax._arithmetic import Arithmetic, adjoint, engines, short_side
+from muon_jax._arithmetic import Arithmetic, engines, short_side
 from muon_jax._common.loops import map_chunks
 from muon_jax._matrices import is_tall
-from muon_jax._polynomials import Coefficients, Schedule
+from muon_jax._polynomials import Schedule
 from muon_jax._preconditioning import precondition
+from muon_jax._products import at_once, has_square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +62,11 @@ def step(
     arithmetic: Arithmetic,
     rows: Rows = ALL_ROWS,
     gram: Inexact[Array, "*batch short short"] | None = None,
-    beside: Inexact[Array, "*batch cols rows"] | None = None,
 ) -> Inexact[Array, "*batch own cols"]:
     """``A = X X^T,  X' = a X + (b A + c A A) X``: the own rows of X', of all of X.
 
-    Of a tall X it is ``A = X^T X,  X' = a X + X (b A + c A A)``, and all rows are own. `beside` is
-    ``X^T``, where the arithmetic keeps it. A step whose c is the number 0 has no A A.
+    Of a tall X it is ``A = X^T X,  X' = a X + X (b A + c A A)``, and all rows are own. A step whose
+    c is the number 0 has no A A.
     """
     a, b, c = abc
     store, product, widen = arithmetic.store, arithmetic.product, arithmetic.widen
@@ -80,13 +81,80 @@ def step(
     if is_tall(x.shape):
         moved = product(x, polynomial)
     else:
-        moved = product(polynomial, adjoint(x) if beside is None else beside)
+        moved = product(polynomial, arithmetic.adjoint(x))
     return store(a * widen(rows.own(x)) + moved)
 
 
-def has_square(abc: Any) -> bool:
-    """Whether a step needs ``A A``: not where its c is known, as the program is traced, to be 0."""
-    return not (isinstance(abc[2], float) and abc[2] == 0)
+def two_steps(
+    x: Inexact[Array, "*batch rows cols"],
+    first: Any,
+    second: Any,
+    arithmetic: Arithmetic,
+    rows: Rows = ALL_ROWS,
+    gram: Inexact[Array, "*batch short short"] | None = None,
+) -> Inexact[Array, "*batch own cols"]:
+    """Two steps as one: the second Gram matrix comes from the first, not from X'.
+
+        R = X X^T,  P = a I + b R + c R R,  R' = P R P,  P' = a' I + b' R' + c' R' R',  X'' = P' P X
+
+    X is read and written once, and takes part in two products instead of four; `_products` says
+    where that is less. Of a tall X it is ``X P P'``, with ``X^T X``.
+
+    What it rests on in bfloat16: P is near a multiple of I, of which a rounded diagonal would lose
+    as much as all the rest is worth. So that multiple, p(r) at the mean r of R's eigenvalues, is
+    kept apart, as a number in the wide dtype; ``P - p(r) I`` and ``P' P - p'(r') p(r) I`` are what
+    is rounded. More than two steps at once do not hold: an eigenvalue of R near 0 that rounding has
+    made negative grows by up to a^2 in each, and nothing brings it back (EXPERIMENTS.md).
+    """
+    store, product, widen = arithmetic.store, arithmetic.product, arithmetic.widen
+    if gram is None:
+        short = short_side(x)
+        gram = rows.gather(store(product(rows.own(short), short)))
+    own = rows.own(gram)
+    scale, polynomial = _polynomial(gram, own, first, arithmetic, rows)
+    whole = rows.gather(polynomial)
+    half = store(scale * widen(own) + product(polynomial, gram))
+    own = store(scale * widen(half) + product(half, whole))
+    gram = rows.gather(own)
+    other, second_polynomial = _polynomial(gram, own, second, arithmetic, rows)
+    both = scale * widen(second_polynomial) + other * widen(polynomial)
+    both = store(both + product(second_polynomial, whole))
+    moved = product(x, both) if is_tall(x.shape) else product(both, arithmetic.adjoint(x))
+    return store(scale * other * widen(rows.own(x)) + moved)
+
+
+def take(
+    x: Inexact[Array, "*batch rows cols"],
+    steps: Sequence[Any],
+    arithmetic: Arithmetic,
+    rows: Rows = ALL_ROWS,
+    gram: Inexact[Array, "*batch short short"] | None = None,
+) -> Inexact[Array, "*batch own cols"]:
+    """One step, or two at once."""
+    if len(steps) == 1:
+        return step(x, steps[0], arithmetic, rows, gram)
+    first, second = steps
+    return two_steps(x, first, second, arithmetic, rows, gram)
+
+
+def _polynomial(
+    gram: Inexact[Array, "*batch short short"],
+    own: Inexact[Array, "*batch own short"],
+    abc: Any,
+    arithmetic: Arithmetic,
+    rows: Rows,
+) -> tuple[Inexact[Array, "*batch 1 1"], Inexact[Array, "*batch own short"]]:
+    """``P = a I + b R + c R R`` as a multiple of I and the own rows of the rest, rounded."""
+    a, b, c = abc
+    wide = arithmetic.widen(own)
+    mean = arithmetic.trace(gram)[..., None, None] / gram.shape[-1]
+    apart = b * mean
+    rest = b * wide
+    if has_square(abc):
+        apart += c * mean * mean
+        rest += c * arithmetic.product(own, gram)
+    identity = rows.own(jnp.eye(gram.shape[-1], dtype=arithmetic.wide))
+    return a + apart, arithmetic.store(rest - apart * jnp.broadcast_to(identity, rest.shape))
 
 
 @functools.partial(jax.jit, static_argnames=("schedule", "preconditioning", "rows"))
@@ -147,31 +215,35 @@ def iterate(
     # matrix's: a norm that differs in its last bit moves 1 in 500 matrices by a bfloat16 rounding.
     x = lax.optimization_barrier(x)
     x, gram = precondition(arithmetic.widen(x), preconditioning, arithmetic)
-    if gram is not None:
-        x = step(x, schedule[0], arithmetic, rows, gram)
-        schedule = schedule[1:]
-        x = rows.gather(x) if schedule else x
-    # Sharers do not gather the rows of the last step: they are what each returns.
-    count = len(schedule) if rows.are_all else max(len(schedule) - 1, 0)
-    held = x, arithmetic.beside(x)
-    for _, alike in itertools.groupby(schedule[:count], has_square):
-        held = _steps([*alike], arithmetic, rows, held)
-    x, beside = held
-    for abc in schedule[count:]:
-        x = step(x, abc, arithmetic, rows, beside=beside)
+    taken = at_once(schedule, *x.shape[-2:])
+    # Sharers do not gather the rows of the last steps: they are what each returns.
+    last = [] if rows.are_all else [taken.pop()]
+    if gram is not None and taken:
+        x = rows.gather(take(x, taken.pop(0), arithmetic, rows, gram))
+        gram = None
+    for _, alike in itertools.groupby(taken, lambda steps: [*map(has_square, steps)]):
+        x = _loop([*alike], arithmetic, rows, x)
+    for steps in last:
+        x = take(x, steps, arithmetic, rows, gram)
     return x.astype(dtype)
 
 
-def _steps(alike: list[Coefficients], arithmetic: Arithmetic, rows: Rows, held: Any) -> Any:
-    """Steps of which all have the product ``A A``, or none: of a whole X, and what is beside it."""
+def _loop(
+    alike: list[Schedule],
+    arithmetic: Arithmetic,
+    rows: Rows,
+    x: Inexact[Array, "*batch rows cols"],
+) -> Inexact[Array, "*batch rows cols"]:
+    """Steps, by ones or twos, that are alike in which of them have the product ``A A``."""
     real = jnp.finfo(arithmetic.wide).dtype
 
-    def one(held: Any, abc: Any) -> tuple[Any, None]:
-        a, b, c = abc
-        x, beside = held
-        abc = (a, b, c if has_square(alike[0]) else 0.0)
-        x = rows.gather(step(x, abc, arithmetic, rows, beside=beside))
-        return (x, arithmetic.beside(x)), None
+    def one(x: Any, steps: Any) -> tuple[Any, None]:
+        known = [
+            (a, b, c if has_square(abc) else 0.0)
+            for (a, b, c), abc in zip(steps, alike[0], strict=True)
+        ]
+        return rows.gather(take(x, known, arithmetic, rows)), None
 
-    held, _ = lax.scan(one, held, jnp.asarray(alike, real), unroll=arithmetic.unroll)
-    return held
+    unroll = max(1, arithmetic.unroll // len(alike[0]))
+    x, _ = lax.scan(one, x, jnp.asarray(alike, real), unroll=unroll)
+    return x

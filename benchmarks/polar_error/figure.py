@@ -15,7 +15,7 @@ from examples import colours
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the rows of one dtype; a ring is the Gram form of the method beside it."""
+    """Draw the rows of one dtype; a ring is a method whose steps are taken two at once."""
     aspects = sorted({row["aspect"] for row in rows})
     columns = min(2, len(aspects))
     lines = -(-len(aspects) // columns)
@@ -32,7 +32,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         for name, colour in colours.PRECONDITIONINGS.items()
     ]
     handles += [
-        Line2D([], [], color=colours.INK, marker="o", mfc="none", linestyle="", label="Gram form"),
+        Line2D(
+            [],
+            [],
+            color=colours.INK,
+            marker="o",
+            mfc="none",
+            linestyle="",
+            label="two steps at once",
+        ),
         Line2D([], [], color=colours.INK, linewidth=1, label="Pareto front"),
         Line2D([], [], color=colours.INK, marker="*", linestyle="", label="the default"),
     ]
@@ -47,9 +55,13 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def _panel(axis: Axes, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         colour = colours.PRECONDITIONINGS[row["preconditioning"]]
-        face = "none" if row["gram"] else colour
+        face = "none" if row["by_twos"] else colour
         axis.plot(row["work"], row["error"], "o", color=colour, mfc=face, markersize=5, alpha=0.8)
-        if (row["method"], row["preconditioning"], row["gram"]) == ("standard", "frobenius", False):
+        if (row["method"], row["preconditioning"], row["by_twos"]) == (
+            "standard",
+            "frobenius",
+            False,
+        ):
             axis.plot(row["work"], row["error"], "*", color=colours.INK, markersize=10)
     edge = sorted((row for row in rows if row["front"]), key=lambda row: row["flops"])
     axis.step(

@@ -2,19 +2,23 @@
 
 A step multiplies X from the left by ``P = a I + b R + c R^2``, all of whose factors commute:
 
-    R = X X^T;   for each step:  W = b R + c R^2,  Q <- Q (a I + W),  R <- (a I + W) R (a I + W)
+    R = X X^T;   for each step:  P = a I + b R + c R^2,  Q <- Q P,  R <- P R P
     X <- Q X
 
 For k steps these are ``4 k - 3`` products of m x m matrices (k fewer where each c is 0) and two
-with the n columns, where the plain iteration has k and 2 k: cheaper where ``n > 1.5 m``.
+with the n columns, where the plain iteration has k and 2 k: cheaper where ``n > 1.5 m``. A restart
+computes R anew from X. The library restarts after every second step (`_newton_schulz.two_steps`);
+here it may be after any, and P and Q may be rounded in several ways, for a search.
 
-What goes wrong: R's small eigenvalues lie below the rounding of its large ones. One that rounding
-makes negative is multiplied by about ``a^2`` in each step and never saturates. A restart computes R
-anew from X, where no eigenvalue can be negative but for one rounding.
+Two things go wrong. R's small eigenvalues lie below the rounding of its large ones: one that
+rounding makes negative is multiplied by about ``a^2`` in each step and never saturates. And where
+all singular values are alike, P and Q are near a multiple of I: its rounding is as large as that
+of everything else together.
 """
 
 import itertools
 from collections.abc import Iterator
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +26,11 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from muon_jax._arithmetic import Arithmetic, adjoint, full_precision_product
-from muon_jax._polynomials import Schedule
+from muon_jax._polynomials import Coefficients, Schedule
+from muon_jax._products import Products, has_square
+
+Apart = Literal["nothing", "a", "mean"]
+"""What multiple of I stays a number, which nothing rounds: none, P's own a, or about P's mean."""
 
 
 def segments(schedule: Schedule, restarts: tuple[int, ...]) -> Iterator[Schedule]:
@@ -32,13 +40,20 @@ def segments(schedule: Schedule, restarts: tuple[int, ...]) -> Iterator[Schedule
         yield schedule[start:stop]
 
 
+def products(schedule: Schedule, restarts: tuple[int, ...]) -> Products:
+    """Two long products between restarts, and three short ones for each step that is not first."""
+    parts = [*segments(schedule, restarts)]
+    squares = sum(map(has_square, schedule))
+    return Products(2 * len(parts), squares + sum(3 * (len(steps) - 1) for steps in parts))
+
+
 def gram_newton_schulz(
     x: Float[Array, "*batch rows cols"],
     schedule: Schedule,
     restarts: tuple[int, ...],
     arithmetic: Arithmetic,
     gram_arithmetic: Arithmetic | None = None,
-    identity_apart: bool = True,
+    apart: Apart = "mean",
 ) -> Float[Array, "*batch rows cols"]:
     """Orthogonalize wide matrices whose singular values are at most 1.
 
@@ -49,45 +64,51 @@ def gram_newton_schulz(
         ``len(schedule) - 1`` give the plain iteration.
       arithmetic: how the products with X are multiplied and rounded.
       gram_arithmetic: the same for products of Gram matrices; None means `arithmetic`.
-      identity_apart: whether the multiples of I in P and Q stay numbers, which nothing rounds.
+      apart: which multiple of I is left out of P and Q as they are rounded. A step by itself
+        leaves out a, as the plain iteration does.
     """
     small = gram_arithmetic or arithmetic
     for steps in segments(schedule, restarts):
+        here = "a" if len(steps) == 1 else apart
         gram = small.store(arithmetic.product(x, x))
-        scale, q = 1.0, None
-        for index, abc in enumerate(steps):
-            a, w = _factor(gram, abc, small, identity_apart)
-            if q is None:
-                scale, q = a, w
-            else:
-                # (scale + Q)(a + W) without its identity.
-                q = small.store(a * small.widen(q) + scale * small.widen(w) + small.product(q, w))
-                scale = scale * a
-            if index + 1 < len(steps):
-                gram = _congruence(gram, a, w, small)
-        assert q is not None  # no segment is empty
+        scale, q = _polynomial(gram, steps[0], small, here)
+        last = scale, q
+        for abc in steps[1:]:
+            gram = _congruence(gram, *last, small)
+            other, w = last = _polynomial(gram, abc, small, here)
+            # (scale I + Q)(other I + W) without its identity.
+            wide = other * small.widen(q) + scale * small.widen(w)
+            q = small.store(wide + small.product(w, q))
+            scale = scale * other
         product = arithmetic.product(q.astype(x.dtype), adjoint(x))
         x = arithmetic.store(scale * arithmetic.widen(x) + product)
     return x
 
 
-def _factor(
-    gram: jax.Array, abc: tuple[float, float, float], small: Arithmetic, identity_apart: bool
-) -> tuple[float, jax.Array]:
-    """``a`` and ``W = b R + c R^2``, or 0 and ``a I + W``."""
+def _polynomial(
+    gram: jax.Array, abc: Coefficients, small: Arithmetic, apart: Apart
+) -> tuple[jax.Array | float, jax.Array]:
+    """P as a multiple of I and the rest, rounded."""
     a, b, c = abc
-    w = b * small.widen(gram)
+    rest = b * small.widen(gram)
     if c:
-        w += c * small.product(gram, gram)
-    if identity_apart:
-        return a, small.store(w)
-    return 0.0, small.store(w + a * jnp.broadcast_to(jnp.eye(gram.shape[-1]), w.shape))
+        rest += c * small.product(gram, gram)
+    if apart == "a":
+        return a, small.store(rest)
+    identity = jnp.broadcast_to(jnp.eye(gram.shape[-1]), rest.shape)
+    if apart == "nothing":
+        return 0.0, small.store(a * identity + rest)
+    mean = small.trace(gram)[..., None, None] / gram.shape[-1]
+    mean = b * mean + c * mean * mean
+    return a + mean, small.store(rest - mean * identity)
 
 
-def _congruence(gram: jax.Array, a: float, w: jax.Array, small: Arithmetic) -> jax.Array:
-    """``(a I + W) R (a I + W)``."""
-    half = small.store(a * small.widen(gram) + small.product(w, gram))
-    return small.store(a * small.widen(half) + small.product(half, w))
+def _congruence(
+    gram: jax.Array, scale: jax.Array | float, w: jax.Array, small: Arithmetic
+) -> jax.Array:
+    """``P R P`` of ``P = scale I + W``."""
+    half = small.store(scale * small.widen(gram) + small.product(w, gram))
+    return small.store(scale * small.widen(half) + small.product(half, w))
 
 
 def rounded(exponent_bits: int, mantissa_bits: int) -> Arithmetic:

@@ -7,6 +7,12 @@ import numpy as np
 
 SPECTRA = ("gaussian", "ill-conditioned", "low-rank")
 
+SEARCHED = (*SPECTRA, "spiked")
+"""With Gaussians that one singular value outweighs: divided by the norm, it alone is near 1."""
+
+SPIKE = 4.0
+"""The norm of the spike, to that of the Gaussian matrix around it."""
+
 CONDITION = 1e3
 """Of the ill-conditioned matrices, whose singular values are spread evenly in their logarithm."""
 
@@ -59,6 +65,10 @@ def problem(spectrum: str, rows: int, cols: int, dtype: str, seed: int = 0) -> P
     elif spectrum == "low-rank":
         rank = max(1, int(RANK * rows))
         x = draw.normal(size=(rows, rank)) @ draw.normal(size=(rank, cols))
+    elif spectrum == "spiked":
+        left, right = (draw.normal(size=size) for size in (rows, cols))
+        spike = np.outer(left / np.linalg.norm(left), right / np.linalg.norm(right))
+        x = x + SPIKE * np.sqrt(rows * cols) * spike
     rounded = jnp.asarray(x, dtype)
     left, _, right = np.linalg.svd(np.asarray(rounded, np.float64), full_matrices=False)
     return Problem(rounded, left[:, :rank], right[:rank].T)

@@ -86,12 +86,6 @@ class MeshCosts:
         )
 
 
-def newton_schulz_flops(rows: int, cols: int, steps: int, *, is_complex: bool = False) -> int:
-    """FLOPs of `steps` steps on one wide matrix: the products of each take ``4 m^2 n + 2 m^3``."""
-    per_step = 4 * rows * rows * cols + 2 * rows**3
-    return steps * per_step * (4 if is_complex else 1)
-
-
 def exchange_stages(axes: Sequence[str], sizes: Mapping[str, int]) -> list[tuple[str, ...]]:
     """The mesh axes of each all_to_all that an exchange along `axes` is made of.
 

@@ -31,7 +31,7 @@ the team is all four devices. By `exchange` matrix i goes to device i, and devic
 
     phase  collective  one device sends                                          bytes
     3      all_to_all  a 64x32 piece to each of three others                    12,288
-    4      -           13,107,200 FLOPs on each of the devices 0, 1 and 2
+    4      -           12,058,624 FLOPs on each of the devices 0, 1 and 2
     6      all_gather  its 64x128 result to each of three others                49,152
 
 The phases are those of `distributed`. The empty slot costs a quarter of the last line. Where that
@@ -45,14 +45,17 @@ By `split`, between all four devices:
 
     phase  collective  one device sends                                          bytes
     3      all_to_all  three 64x32 pieces to each of three others               36,864
-    4      all_gather  five times its 16 rows of three Gram matrices, 64x64,    92,160
-                       four times its 16 rows of three iterates, 64x128        147,456
-           -           9,830,400 FLOPs on every device
+    4      all_gather  seven times its 16 rows of three 64x64 matrices,        129,024
+                       twice its 16 rows of three iterates, 64x128              73,728
+           -           9,043,968 FLOPs on every device
     6      all_gather  its 16 rows of three results to each of three others     36,864
 
-Between pairs of neighbours the table would be [[0, 1], [0, 1], [2, -1], [2, -1]]. Matrices so small
-take neither route: to start two collectives, or eleven, takes longer than
-to send 36,864 bytes once, in phase 3 of `replicated`, and compute all three on every device.
+The five steps are taken as 2 + 2 + 1 (`_products`): two at once gather a Gram matrix, a polynomial
+of it and the next step's Gram matrix, one alone gathers its Gram matrix. The last iterates are the
+results of phase 6. Between pairs of neighbours the table of owners
+would be [[0, 1], [0, 1], [2, -1], [2, -1]]. Matrices so small take neither route: to start two
+collectives, or eleven, takes longer than to send 36,864 bytes once, in phase 3 of `replicated`, and
+compute all three on every device.
 """
 
 import dataclasses

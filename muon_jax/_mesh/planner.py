@@ -16,6 +16,7 @@ from muon_jax._mesh.grouping import group_matrices
 from muon_jax._mesh.plan import Group, GroupKey, Member, Part, Plan, PlannedLeaf, length
 from muon_jax._mesh.pricing import Pricing
 from muon_jax._mesh.specs import Sizes
+from muon_jax._polynomials import Schedule
 
 
 def make_plan(
@@ -23,7 +24,7 @@ def make_plan(
     sizes: Sizes,
     zero1_axes: Sequence[str],
     *,
-    steps: int,
+    schedule: Schedule,
     max_group_bytes: int,
     whole_result: bool = False,
     costs: MeshCosts = MeshCosts(),  # noqa: B008 -- it is frozen
@@ -34,12 +35,12 @@ def make_plan(
       leaves: the matrix leaves that have a gradient.
       sizes: the mesh: the length of each axis, in its order.
       zero1_axes: the mesh axes that the state may be sharded over; others repeat the work.
-      steps: the number of steps of Newton-Schulz.
+      schedule: the steps of Newton-Schulz.
       max_group_bytes: the largest transient of a part, in bytes.
       whole_result: whether the scale of the update needs the whole result on one device.
       costs: how fast the mesh's network is.
     """
-    pricing = Pricing(sizes, steps, costs)
+    pricing = Pricing(sizes, schedule, costs)
     members = group_matrices(leaves, sizes, zero1_axes)
     counts = {key: sum(m.matrices for m in group) for key, group in members.items()}
     _, parts, flops = Search(Choices(pricing, max_group_bytes, whole_result), counts).best()

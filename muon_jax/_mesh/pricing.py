@@ -9,9 +9,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from muon_jax._mesh.cost import MeshCosts, Traffic, exchanged, newton_schulz_flops, others
+from muon_jax._mesh.cost import MeshCosts, Traffic, exchanged, others
 from muon_jax._mesh.plan import Exchange, GroupKey, Part, Split, length
 from muon_jax._mesh.specs import Sizes
+from muon_jax._polynomials import Schedule
+from muon_jax._products import at_once, of_iteration
 
 
 class Pricing(NamedTuple):
@@ -19,18 +21,19 @@ class Pricing(NamedTuple):
 
     Attributes:
       sizes: the mesh.
-      steps: the number of steps of Newton-Schulz.
+      schedule: the steps of Newton-Schulz.
       costs: how fast the mesh's network is.
     """
 
     sizes: Sizes
-    steps: int
+    schedule: Schedule
     costs: MeshCosts
 
     def flops_of_one(self, key: GroupKey) -> int:
         """FLOPs of Newton-Schulz on one matrix."""
         is_complex = jnp.issubdtype(key.dtype, jnp.complexfloating)
-        return newton_schulz_flops(key.rows, key.cols, self.steps, is_complex=is_complex)
+        products = of_iteration(self.schedule, key.rows, key.cols)
+        return products.flops(key.rows, key.cols, is_complex=is_complex)
 
     def no_flops(self) -> np.ndarray:
         """An array shaped like the mesh."""
@@ -73,11 +76,15 @@ class Pricing(NamedTuple):
         held = part.slots * key.bytes  # whole matrices on one device, empty slots too
         split, rounds, fraction = 0.0, 0, 1
         if isinstance(part, Split):
-            # Each step gathers the rows of the Gram matrices and of the iterates, but for the last
-            # iterates: these are the rows that are returned, if rows are.
+            # A step gathers the rows of its Gram matrices, two at once those of three matrices as
+            # small; then the rows of the iterates, but for the last: if rows are returned, these
+            # are.
+            taken = at_once(self.schedule, key.rows, key.cols)
+            grams = sum(1 if len(steps) == 1 else 3 for steps in taken)
+            iterates = len(taken) - part.returns_rows
+            rounds = grams + iterates
             gram = part.slots * key.rows**2 * key.dtype.itemsize
-            rounds = 2 * self.steps - part.returns_rows
-            split = (gram * self.steps + held * (rounds - self.steps)) * others(part.ways)
+            split = (gram * grams + held * iterates) * others(part.ways)
             fraction = part.ways if part.returns_rows else 1
         if part.through_state:
             back, gathered = key.cut_axes, cut // kept * stacks

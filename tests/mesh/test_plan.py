@@ -15,15 +15,17 @@ from muon_jax import MeshCosts
 from muon_jax._matrices import FusedBlocks, leaf_views
 from muon_jax._mesh import plan as _plan
 from muon_jax._mesh.choices import Choice, Choices, Sharers
-from muon_jax._mesh.cost import newton_schulz_flops
 from muon_jax._mesh.layout import cut_of, zero1_layout
 from muon_jax._mesh.plan import Everywhere, PlannedLeaf, Split
 from muon_jax._mesh.planner import Search, make_plan
 from muon_jax._mesh.pricing import Pricing
+from muon_jax._polynomials import resolve_schedule
+from muon_jax._products import of_iteration
 
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 LAST_TWO = MuonDimensionNumbers(-2, -1)
 GIB = 2**30
+STEPS = resolve_schedule("standard")
 
 
 def leaf(shape, sizes, spec=None, numbers=LAST_TWO, zero1_axes=None):
@@ -34,12 +36,12 @@ def leaf(shape, sizes, spec=None, numbers=LAST_TWO, zero1_axes=None):
     return PlannedLeaf(views, layout, BF16, F32)
 
 
-def plan(leaves, sizes, zero1_axes=None, steps=5, max_group_bytes=GIB, **keywords):
+def plan(leaves, sizes, zero1_axes=None, schedule=STEPS, max_group_bytes=GIB, **keywords):
     return make_plan(
         leaves,
         sizes,
         zero1_axes or tuple(sizes),
-        steps=steps,
+        schedule=schedule,
         max_group_bytes=max_group_bytes,
         **keywords,
     )
@@ -55,7 +57,7 @@ def ways(part):
 
 def balance(result, sizes, group_counts):
     """The busiest device's FLOPs to an even share, given `(matrices, rows, cols)` of each group."""
-    total = sum(n * newton_schulz_flops(*sorted((r, c)), 5) for n, r, c in group_counts)
+    total = sum(n * of_iteration(STEPS, r, c).flops(r, c) for n, r, c in group_counts)
     return result.flops.max() * math.prod(sizes.values()) / total
 
 
@@ -158,7 +160,7 @@ def example(choice):
     """Three matrices of 64x128 on four devices, by one route: the part, its bytes, its FLOPs."""
     sizes = {"data": 4}
     (group,) = plan([leaf((64, 128), sizes) for _ in range(3)], sizes).groups
-    pricing = Pricing(sizes, 5, MeshCosts())
+    pricing = Pricing(sizes, STEPS, MeshCosts())
     choices = Choices(pricing, GIB, whole_result=False)
     (part,) = choices.parts(group.key, 3, choice, pricing.no_flops())
     return part, pricing.traffic(group.key, part), pricing.flops(group.key, [part]), group
@@ -177,7 +179,7 @@ def test_the_plans_example_is_what_the_planner_does():
     assert f"{flops[0]:,} FLOPs on each of the devices 0, 1 and 2" in text
     assert flops.tolist() == [flops[0]] * 3 + [0]
     through = dataclasses.replace(part, through_state=True)
-    around = Pricing({"data": 4}, 5, MeshCosts()).traffic(group.key, through)
+    around = Pricing({"data": 4}, STEPS, MeshCosts()).traffic(group.key, through)
     assert f"{around.returned:,.0f} bytes, and phase 6 gathers those, {around.gather:,.0f}" in text
     assert (around.total, around.collectives) == (sent.total, sent.collectives + 1)
     assert not part.through_state
@@ -185,10 +187,10 @@ def test_the_plans_example_is_what_the_planner_does():
     part, sent, flops, _ = example(Choice("split", Sharers("data", 4)))
     assert f"owners = {part.owners.tolist()}\n" in text
     assert f"three 64x32 pieces to each of three others               {sent.exchange:,.0f}" in text
-    grams, iterates = 5 * 3 * 3 * 16 * 64 * 2, 4 * 3 * 3 * 16 * 128 * 2
+    grams, iterates = 7 * 3 * 3 * 16 * 64 * 2, 2 * 3 * 3 * 16 * 128 * 2
     assert grams + iterates == sent.split
-    assert f"three Gram matrices, 64x64,    {grams:,}" in text
-    assert f"three iterates, 64x128        {iterates:,}" in text
+    assert f"seven times its 16 rows of three 64x64 matrices,        {grams:,}" in text
+    assert f"twice its 16 rows of three iterates, 64x128              {iterates:,}" in text
     assert f"{flops[3]:,} FLOPs on every device" in text and len({*flops}) == 1
     assert f"three results to each of three others     {sent.gather:,.0f}" in text
     pairs, *_ = example(Choice("split", Sharers("data", 2)))
@@ -340,7 +342,7 @@ def test_the_search_finds_what_trying_everything_finds():
     sizes = {"d": 8}
     leaves = [leaf((4096, 4096), sizes), leaf((4096, 4224), sizes), leaf((768, 768), sizes)]
     result = plan(leaves, sizes)
-    choices = Choices(Pricing(sizes, 5, MeshCosts()), GIB, whole_result=False)
+    choices = Choices(Pricing(sizes, STEPS, MeshCosts()), GIB, whole_result=False)
     search = Search(choices, {group.key: 1 for group in result.groups})
     best = min(
         search.price(dict(zip(search.options, chosen, strict=True))).total

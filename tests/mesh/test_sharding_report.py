@@ -149,7 +149,9 @@ def test_what_the_report_says_of_a_model():
     assert wide.bytes_in == 2 * (2 * 768 * 3072) * 7 // 8
     assert wide.bytes_out == 8 * wide.bytes_in
     assert wide.balance == square.balance == report.balance == 1.0
-    assert wide.flops == 2 * 5 * (4 * 768**2 * 3072 + 2 * 768**3)
+    # Two of each device's; by 2, 2 and 1 steps: six long products and eleven short ones.
+    assert wide.flops == 2 * 2 * 768**2 * (6 * 3072 + 11 * 768)
+    assert square.flops == 2 * 5 * 6 * 768**3
     matrices = sum(math.prod(shape) for shape in shapes.values() if min(shape) > 3) - 1000 * 768
     assert report.state_bytes("muon") == 4 * (matrices - 768) / 8
     # Two moments, divided; three numbers that cannot be.
