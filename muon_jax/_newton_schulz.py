@@ -70,9 +70,7 @@ def step(
     """
     a, b, c = abc
     store, product, widen = arithmetic.store, arithmetic.product, arithmetic.widen
-    if gram is None:
-        short = short_side(x)
-        gram = rows.gather(store(product(rows.own(short), short)))
+    gram = _gram(x, arithmetic, rows) if gram is None else gram
     own_gram = rows.own(gram)
     polynomial = b * widen(own_gram)
     if has_square(abc):
@@ -107,9 +105,7 @@ def two_steps(
     made negative grows by up to a^2 in each, and nothing brings it back (EXPERIMENTS.md).
     """
     store, product, widen = arithmetic.store, arithmetic.product, arithmetic.widen
-    if gram is None:
-        short = short_side(x)
-        gram = rows.gather(store(product(rows.own(short), short)))
+    gram = _gram(x, arithmetic, rows) if gram is None else gram
     own = rows.own(gram)
     scale, polynomial = _polynomial(gram, own, first, arithmetic, rows)
     whole = rows.gather(polynomial)
@@ -135,6 +131,14 @@ def take(
         return step(x, steps[0], arithmetic, rows, gram)
     first, second = steps
     return two_steps(x, first, second, arithmetic, rows, gram)
+
+
+def _gram(
+    x: Inexact[Array, "*batch rows cols"], arithmetic: Arithmetic, rows: Rows
+) -> Inexact[Array, "*batch short short"]:
+    """``X X^T``, or ``X^T X`` of a tall X: whole, and rounded."""
+    short = short_side(x)
+    return rows.gather(arithmetic.store(arithmetic.product(rows.own(short), short)))
 
 
 def _polynomial(

@@ -181,5 +181,5 @@ def is_well(record: dict[str, Any]) -> bool:
 if __name__ == "__main__":
     # JAX would take three quarters of a GPU's memory when it starts, and torch needs its own.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
-    line = CommandLine("benchmarks.accelerator", Args, __doc__)
+    line = CommandLine("benchmarks.accelerator", Args, __doc__, keeps_programs=False)
     line.run(lambda args: sys.exit(0 if is_well(main(args)) else 1))

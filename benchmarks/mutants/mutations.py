@@ -55,14 +55,26 @@ MUTANTS: dict[str, Mutant] = {
     "polynomial left unrounded": Mutant(
         "_newton_schulz.py",
         "    polynomial = store(polynomial)\n",
-        "    beside = widen(adjoint(x) if beside is None else beside)\n",
+        "    product = lambda p, y: jnp.matmul(p, widen(y).mT)\n",
         f"{ORTHOGONALIZE} -k polynomial_is_rounded",
     ),
     "Gram matrix left unrounded": Mutant(
         "_newton_schulz.py",
-        "gram = rows.gather(store(product(rows.own(short), short)))",
-        "gram = rows.gather(product(rows.own(short), short))",
+        "return rows.gather(arithmetic.store(arithmetic.product(rows.own(short), short)))",
+        "return rows.gather(arithmetic.product(rows.own(short), short))",
         f"{ORTHOGONALIZE} -k 'is_rounded'",
+    ),
+    "two steps at once with a multiple of I rounded": Mutant(
+        "_newton_schulz.py",
+        "return a + apart, arithmetic.store(rest - apart * jnp.broadcast_to(identity, rest.shape))",
+        "return a, arithmetic.store(rest)",
+        "tests/optimizer/test_engines.py -k no_worse",
+    ),
+    "steep steps taken two at once": Mutant(
+        "_products.py",
+        "steepness <= STEEPEST",
+        "True",
+        "tests/optimizer/test_engines.py -k no_worse",
     ),
     "narrow without its clip": Mutant(
         "_orthogonalize.py",

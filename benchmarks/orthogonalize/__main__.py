@@ -84,4 +84,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    CommandLine("benchmarks.orthogonalize", Args, __doc__).run(main)
+    CommandLine("benchmarks.orthogonalize", Args, __doc__, keeps_programs=False).run(main)

@@ -81,7 +81,7 @@ def add_shares(rows: Iterable[dict[str, Any]], first: dict[str, float]) -> dict[
     for row in there:
         for found in row["peers"].values():
             if "error" not in found:
-                found["share_of_peak"] = shares_of(row["flops"], found["matrix_s"], peaks)
+                found["share_of_peak"] = shares_of(found["flops"], found["matrix_s"], peaks)
     return peaks
 
 
@@ -133,19 +133,19 @@ def measure(
     again = matmul_peaks(sizes, clock=clocks.jax)
     spectrum = Spectrum(x[0]) if shape.rows <= limits.largest_svd else None
     done = planned.matrices * limits.passes
-    flops = newton_schulz_flops({"": (shape.rows, shape.cols)})
+    shapes = {"": (shape.rows, shape.cols)}
     rows: dict[str, dict[str, Any]] = {peer: {"error": said} for peer, said in failed.items()}
     for peer, side in sides.items():
         each = [s / done for s in seconds[peer]]
         rows[peer] = {
             "matrix_s": median(each),
             "matrix_s_all": each,
+            "flops": newton_schulz_flops(shapes, peer),
             "compile_s": side.compile_s,
             "polar_error": spectrum and spectrum.polar_error(side.first()),
             **side.notes,
         }
     return record | {
-        "flops": flops,
         "matmul_peak_flops": again,
         "exact_polar_error": spectrum and spectrum.exact_polar_error,
         "peers": {peer: rows[peer] for peer in peers},

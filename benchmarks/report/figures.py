@@ -72,7 +72,7 @@ def shape_bars(axes: Axes, rows: Rows, peaks: Mapping[str, float]) -> None:
         for i, peer in enumerate(PEERS):
             found = row["peers"].get(peer, {})
             if "matrix_s" in found:
-                speed = row["flops"] / found["matrix_s"] / 1e9
+                speed = found["flops"] / found["matrix_s"] / 1e9
                 axes.barh(place + 0.27 * (i - 1), speed, 0.25, color=colours.OPTIMIZERS[peer])
     for peer in PEERS:
         axes.barh(0, 0, color=colours.OPTIMIZERS[peer], label=NAMES[peer])

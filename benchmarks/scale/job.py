@@ -80,7 +80,7 @@ def expected(
     model = 6 * (counts.active + head) * tokens + attention
     return {
         "model": model / job.scale.devices,
-        "newton_schulz": newton_schulz_flops(matrices) / job.scale.devices,
+        "newton_schulz": newton_schulz_flops(matrices, "muon_jax") / job.scale.devices,
         "parameters": counts.total,
         "active": counts.active,
     }

@@ -188,4 +188,4 @@ def main(args: Args, moonlight: MoonlightConfig | None = None) -> dict[str, Any]
 
 
 if __name__ == "__main__":
-    CommandLine("benchmarks.train", Args, __doc__).run(main)
+    CommandLine("benchmarks.train", Args, __doc__, keeps_programs=False).run(main)

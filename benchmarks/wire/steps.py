@@ -181,7 +181,7 @@ def rows(
                 "optimizer": optimizer,
                 "devices": mesh.size,
                 "parameters": case.count,
-                "even_flops": newton_schulz_flops(case.shapes) / mesh.size,
+                "even_flops": newton_schulz_flops(case.shapes, optimizer) / mesh.size,
                 "state_bytes": program.state_bytes,
                 "compile_s": compile_s,
                 **count(optimizer, text),

@@ -152,8 +152,8 @@ def test_the_benchmark_measures_every_shape_and_peer(tmp_path, capsys, monkeypat
 def test_shares_are_of_the_fastest_peak_of_all_rows():
     def row(seconds, peak):
         peaks = {"float32": peak / 2, "bfloat16": peak}
-        peers = {"muon_jax": {"matrix_s": seconds}, "torch": {"error": "no"}}
-        return {"measured": 1, "flops": 12.0, "matmul_peak_flops": peaks, "peers": peers}
+        peers = {"muon_jax": {"matrix_s": seconds, "flops": 12.0}, "torch": {"error": "no"}}
+        return {"measured": 1, "matmul_peak_flops": peaks, "peers": peers}
 
     rows = [row(4.0, 10.0), row(1.0, 5.0), {"measured": 0}]
     peaks = measure.add_shares(rows, {"float32": 6.0, "bfloat16": 6.0})

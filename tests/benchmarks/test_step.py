@@ -44,3 +44,6 @@ def test_newton_schulz_flops_are_those_of_the_compiled_products():
     counted = compiled.cost_analysis()["flops"]
     assert abs(counted / step.newton_schulz_flops(shapes) - 1) < 1e-3
     assert step.newton_schulz_flops({"x": (3, 1024, 256)}) == 3 * step.newton_schulz_flops(shapes)
+    # 6 long products and 11 short ones, of 10 and 5: 35 of 45 such as the short.
+    ours = step.newton_schulz_flops(shapes, "muon_jax")
+    assert ours * 45 == step.newton_schulz_flops(shapes) * 35

@@ -48,6 +48,8 @@ class CommandLine(Generic[Args]):
             own text does not say it.
         tables: Makes what stands between the options and the examples.
         underscores: Whether flags are spelled with underscores, and booleans have a value.
+        keeps_programs: Whether what is compiled is kept for the next start. What times compilation
+            leaves it.
     """
 
     module: str
@@ -57,6 +59,7 @@ class CommandLine(Generic[Args]):
     left_out: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tables: Callable[[], Sequence[RenderableType]] = tuple
     underscores: bool = False
+    keeps_programs: bool = True
 
     @property
     def command(self) -> str:
@@ -70,7 +73,7 @@ class CommandLine(Generic[Args]):
 
     def run(self, main: Callable[[Args], object]) -> None:
         """Runs a program with the options of the process: see `run_program`."""
-        run_program(lambda: main(self.parse()))
+        run_program(lambda: main(self.parse()), keeps_programs=self.keeps_programs)
 
     def parse(self, argv: Sequence[str] | None = None) -> Args:
         """Reads options.

@@ -41,7 +41,7 @@ class ThreadsLeft(OSError):
     """An error that left threads behind, which may still write: nothing shall come after it."""
 
 
-def run_program(main: Callable[[], object]) -> None:
+def run_program(main: Callable[[], object], *, keeps_programs: bool = True) -> None:
     """Runs a program; its exit code is 1 at a mistake of its user, and 130 after Ctrl-C.
 
     Such a mistake is an error that this project's code raises in words for the user, one that the
@@ -51,11 +51,13 @@ def run_program(main: Callable[[], object]) -> None:
 
     Args:
         main: The program. It does not find `--traceback` in `sys.argv`.
+        keeps_programs: Whether compiled programs are kept for the next start.
     """
     whole = TRACEBACK in sys.argv
     sys.argv = [word for word in sys.argv if word != TRACEBACK]
     try:
-        keep_programs()
+        if keeps_programs:
+            keep_programs()
         main()
     except KeyboardInterrupt as error:
         if type(error) is not KeyboardInterrupt or whole:
