@@ -124,7 +124,7 @@ def median(seconds: list[float]) -> float:
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Commit, device, processor and versions, for the record."""
+    """Commit, device, processor and versions, for the record; of what is not there, that."""
     device = jax.devices()[0]
     return {
         "commit": _commit(),
@@ -133,9 +133,16 @@ def environment(*packages: str) -> dict[str, Any]:
         "processor": _processor(),
         "cpus": available_cores(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
         "time": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -57,11 +57,9 @@ def _panel(axis: Axes, rows: list[dict[str, Any]]) -> None:
         colour = colours.PRECONDITIONINGS[row["preconditioning"]]
         face = "none" if row["by_twos"] else colour
         axis.plot(row["work"], row["error"], "o", color=colour, mfc=face, markersize=5, alpha=0.8)
-        if (row["method"], row["preconditioning"], row["by_twos"]) == (
-            "standard",
-            "frobenius",
-            False,
-        ):
+        known = row["method"], row["preconditioning"]
+        # What the library takes at this shape.
+        if known == ("standard", "frobenius") and row["by_twos"] == (row["aspect"] > 3 / 2):
             axis.plot(row["work"], row["error"], "*", color=colours.INK, markersize=10)
     edge = sorted((row for row in rows if row["front"]), key=lambda row: row["flops"])
     axis.step(

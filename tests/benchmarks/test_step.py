@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import peaks, step
+from benchmarks.harness import environment
 
 pytestmark = pytest.mark.one_stack
 
@@ -26,6 +27,10 @@ def test_step_benchmark_measures_every_case_and_peer(tmp_path, capsys, monkeypat
         assert rows["adamw"]["share_of_peak"] is None
         assert rows["torch"]["share_of_peak"].keys() == record["matmul_peak_flops"].keys()
     assert record["environment"]["versions"]["jax"]
+
+
+def test_a_package_that_is_not_there_is_said_to_be_missing():
+    assert environment("numpy", "no_such_package")["versions"]["no_such_package"] == "not installed"
 
 
 def test_newton_schulz_flops_are_those_of_the_compiled_products():
