@@ -157,6 +157,9 @@ def _polynomial(
     if has_square(abc):
         apart += c * mean * mean
         rest += c * arithmetic.product(own, gram)
+    # Any number near it will do. One of few digits is the same whatever order the trace is summed
+    # in, and a matrix has the same bits in every batch.
+    apart = lax.reduce_precision(apart, exponent_bits=8, mantissa_bits=7)
     identity = rows.own(jnp.eye(gram.shape[-1], dtype=arithmetic.wide))
     return a + apart, arithmetic.store(rest - apart * jnp.broadcast_to(identity, rest.shape))
 

@@ -27,11 +27,12 @@ def orthogonalize(
 
     The result does not depend on the scale of `x`, from 1e-30 to 1e30; a zero matrix gives exact
     zeros, and a derivative of zero; a finite matrix never gives NaN. Wide and tall matrices cost
-    the same: the iteration runs on the smaller Gram matrix.
+    the same: the iteration runs on the smaller Gram matrix. Where a matrix is more than 3/2 as long
+    as wide, two steps are taken at once, with fewer products and no more rounding.
 
     Where a matrix lacks rank, its null directions stay near 0 in float32 (1e-5 measured). Rounding
-    to bfloat16 fills them with noise, which the steps amplify: to singular values of 0.07 to 0.24
-    for a 64x128 matrix of rank 32.
+    to bfloat16 fills them with noise, which the steps amplify: to singular values of 0.04 to 0.24
+    for 64x128 matrices of rank 32.
 
     Args:
       x: matrices in the last two axes, any leading axes; float32, bfloat16, float16, float64 or

@@ -47,7 +47,7 @@ def precondition(
     Returns:
       The iterate ``X_0``, stored, and its Gram matrix where that is known already.
     """
-    x, gram = _divide_by_norm(x), None
+    x, gram = _divide_by_norm(x, arithmetic.norm_bits), None
     if name == "spectral":
         x = _divide_by_largest_singular_value(x)
     elif name != "frobenius":
@@ -65,7 +65,9 @@ def _safe(divisor: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     return jnp.where(divisor == 0, 1, divisor)
 
 
-def _divide_by_norm(x: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*batch rows cols"]:
+def _divide_by_norm(
+    x: Inexact[Array, "*batch rows cols"], bits: int | None
+) -> Inexact[Array, "*batch rows cols"]:
     """Divide by the Frobenius norm, after the largest component: its square can't overflow."""
     components = (
         jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
@@ -76,7 +78,10 @@ def _divide_by_norm(x: Inexact[Array, "*batch rows cols"]) -> Inexact[Array, "*b
     x = (x * quarter) / _safe(peak * quarter)
     # At a zero matrix there is no derivative: 0 is given for it. A root of 0 would make it NaN.
     x = jnp.where(peak == 0, jnp.zeros((), x.dtype), x)
-    return x / jnp.sqrt(_safe(jnp.sum(jnp.square(jnp.abs(x)), axis=(-2, -1), keepdims=True)))
+    norm = jnp.sqrt(_safe(jnp.sum(jnp.square(jnp.abs(x)), axis=(-2, -1), keepdims=True)))
+    if bits is not None:
+        norm = lax.reduce_precision(norm, exponent_bits=8, mantissa_bits=bits)
+    return x / norm
 
 
 def _divide_by_largest_singular_value(

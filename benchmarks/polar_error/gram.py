@@ -99,7 +99,7 @@ def _polynomial(
     if apart == "nothing":
         return 0.0, small.store(a * identity + rest)
     mean = small.trace(gram)[..., None, None] / gram.shape[-1]
-    mean = b * mean + c * mean * mean
+    mean = lax.reduce_precision(b * mean + c * mean * mean, 8, 7)
     return a + mean, small.store(rest - mean * identity)
 
 

@@ -21,8 +21,8 @@ collective moves two bytes per element on every backend.
 
 What is promised of numbers: local, exchanged and replicated matrices are orthogonalized whole, by
 the code that runs on one device. From the same gradients their momenta and, in bfloat16, their
-orthogonalized matrices have the same bits where ``mu M + G`` is rounded alike: always for a ``mu``
-that is a power of two (tested on CPUs, for jax 0.10 and 0.12). Otherwise a compiler may contract
+orthogonalized matrices have the same bits where ``mu M + G`` is rounded alike, as for a ``mu`` that
+is a power of two (tested on CPUs, for jax 0.10 and 0.12). Otherwise a compiler may contract
 the product and the sum into one multiply-add in one program and not in the other, a last bit of
 float32. The same holds of scale, weight decay and learning rate, ``s O + wd W``. Matrices that are
 split sum their products in another order; and so do tall ones on TPUs and GPUs, since here they are

@@ -438,8 +438,10 @@ def random_layout(seed):
         # its norm in the order of the pieces that it is put together from.
         ({"stack": (8, 16, 16)}, {"stack": P()}, 300),
         (*random_layout(0), 5),
+        # The norm of one of its matrices differed in the last bit, as its squares were summed.
+        (*random_layout(2), 5),
     ],
-    ids=["one matrix each", "random"],
+    ids=["one matrix each", "random", "of which a norm is summed otherwise"],
 )
 def test_whole_matrices_have_the_same_bits_in_any_layout(shapes, specs, count):
     """The promise: momenta, and in bfloat16 orthogonalized matrices, from the same gradients.
