@@ -90,8 +90,8 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "norm of the whole stack": Mutant(
         "_preconditioning.py",
-        "return x / jnp.sqrt(_safe(jnp.sum(jnp.square(jnp.abs(x)), axis=(-2, -1), keepdims=True)))",
-        "return x / jnp.sqrt(_safe(jnp.sum(jnp.square(jnp.abs(x)), axis=-1, keepdims=True)))",
+        "norm = jnp.sqrt(_safe(jnp.sum(jnp.square(jnp.abs(x)), axis=(-2, -1), keepdims=True)))",
+        "norm = jnp.sqrt(_safe(jnp.sum(jnp.square(jnp.abs(x)), axis=-1, keepdims=True)))",
         f"{ORTHOGONALIZE} -k singular_basis",
     ),
     "zero matrix without a guard": Mutant(

@@ -5,7 +5,8 @@
 2. `whole`: attention's inner products (causal: half of the square) and the head besides; the
    embedding is a lookup.
 3. `newton_schulz`: what Muon adds, which AdamW does not pay: 4 m^2 n + 2 m^3 for each step on each
-   m x n matrix, m <= n; `cubic5` needs no 2 m^3.
+   m x n matrix, m <= n; `cubic5` needs no 2 m^3. These are the products of steps one by one; where
+   the library takes two at once they are fewer.
 
 Elementwise work is in none of them.
 """

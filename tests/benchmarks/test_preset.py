@@ -4,6 +4,8 @@ import pytest
 
 from benchmarks import preset
 from examples.moonlight.model import config as moonlight_config
+from muon_jax._polynomials import resolve_schedule
+from muon_jax._products import of_iteration
 from tests.moonlight import toy
 
 pytestmark = pytest.mark.one_stack
@@ -36,12 +38,11 @@ def test_the_models_flops_are_those_of_its_products(row):
 
 
 def test_newton_schulzs_flops_are_those_of_five_steps(row):
-    step = 0
+    flops, schedule = 0, resolve_schedule("standard")
     for kind in (ATTENTION, EXPERTS, OTHERS):
-        for (rows, columns), count in kind.items():
-            m, n = sorted((rows, columns))
-            step += count * (4 * m * m * n + 2 * m**3)
-    assert row["flops"]["newton-schulz"] == 5 * step
+        for shape, count in kind.items():
+            flops += count * of_iteration(schedule, *shape).flops(*shape)
+    assert row["flops"]["newton-schulz"] == flops
 
 
 def test_memory_holds_the_state_and_the_tokens(row):
