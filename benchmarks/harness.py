@@ -124,7 +124,7 @@ def median(seconds: list[float]) -> float:
 
 
 def environment(*packages: str) -> dict[str, Any]:
-    """Commit, device, processor and versions, for the record; of what is not there, that."""
+    """Commit, device, processor and versions, for the record; "not installed" is one, too."""
     device = jax.devices()[0]
     return {
         "commit": _commit(),

@@ -9,6 +9,7 @@ short ones, instead of 10 and 5; 2 x 512^2 x (6 x 2048 + 11 x 512) = 9.4 GFLOP i
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from muon_jax._polynomials import Schedule
@@ -46,14 +47,18 @@ class Products(NamedTuple):
 
 def one_by_one(schedule: Schedule) -> Products:
     """The products of each step by itself."""
-    return Products(2 * len(schedule), sum(map(has_square, schedule)))
+    return of_steps([(abc,) for abc in schedule])
 
 
 def of_iteration(schedule: Schedule, rows: int, cols: int) -> Products:
     """The products of the iteration, as it is run on matrices of this shape."""
-    taken = at_once(schedule, rows, cols)
-    squares = sum(map(has_square, schedule))
-    return Products(2 * len(taken), squares + 3 * (len(schedule) - len(taken)))
+    return of_steps(at_once(schedule, rows, cols))
+
+
+def of_steps(taken: Sequence[Schedule]) -> Products:
+    """The products of steps that are taken together, any number at once."""
+    squares = sum(has_square(abc) for steps in taken for abc in steps)
+    return Products(2 * len(taken), squares + 3 * sum(len(steps) - 1 for steps in taken))
 
 
 def at_once(schedule: Schedule, rows: int, cols: int) -> list[Schedule]:

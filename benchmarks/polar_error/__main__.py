@@ -28,7 +28,7 @@ from muon_jax import SCHEDULES
 from muon_jax._newton_schulz import take
 from muon_jax._polynomials import Schedule, resolve_schedule
 from muon_jax._preconditioning import Preconditioning, precondition
-from muon_jax._products import Products, one_by_one
+from muon_jax._products import Products, of_steps, one_by_one
 
 STANDARD = resolve_schedule("standard")
 HEADS = ("gaussian", "ill-cond.", "low-rank")
@@ -72,9 +72,8 @@ class Method:
     def products(self) -> Products:
         """Matrix products of one matrix."""
         spectral = self.preconditioning == "spectral"
-        saved = len(self.schedule) - len(self.steps)
-        long, short = one_by_one(self.schedule)
-        return Products(long + spectral - 2 * saved, short + 3 * saved)
+        long, short = of_steps(self.steps)
+        return Products(long + spectral, short)
 
     def errors(self, problems: list[Problem], dtype: str) -> list[dict[str, float]]:
         """The errors of all problems."""

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 
 from muon_jax._arithmetic import Arithmetic, adjoint, full_precision_product
 from muon_jax._polynomials import Coefficients, Schedule
-from muon_jax._products import Products, has_square
+from muon_jax._products import Products, of_steps
 
 Apart = Literal["nothing", "a", "mean"]
 """What multiple of I stays a number, which nothing rounds: none, P's own a, or about P's mean."""
@@ -42,9 +42,7 @@ def segments(schedule: Schedule, restarts: tuple[int, ...]) -> Iterator[Schedule
 
 def products(schedule: Schedule, restarts: tuple[int, ...]) -> Products:
     """Two long products between restarts, and three short ones for each step that is not first."""
-    parts = [*segments(schedule, restarts)]
-    squares = sum(map(has_square, schedule))
-    return Products(2 * len(parts), squares + sum(3 * (len(steps) - 1) for steps in parts))
+    return of_steps([*segments(schedule, restarts)])
 
 
 def gram_newton_schulz(
