@@ -75,12 +75,7 @@ def step(
     polynomial = b * widen(own_gram)
     if has_square(abc):
         polynomial += c * product(own_gram, gram)
-    polynomial = store(polynomial)
-    if is_tall(x.shape):
-        moved = product(x, polynomial)
-    else:
-        moved = product(polynomial, arithmetic.adjoint(x))
-    return store(a * widen(rows.own(x)) + moved)
+    return _apply(a, store(polynomial), x, arithmetic, rows)
 
 
 def two_steps(
@@ -115,8 +110,7 @@ def two_steps(
     other, second_polynomial = _polynomial(gram, own, second, arithmetic, rows)
     both = scale * widen(second_polynomial) + other * widen(polynomial)
     both = store(both + product(second_polynomial, whole))
-    moved = product(x, both) if is_tall(x.shape) else product(both, arithmetic.adjoint(x))
-    return store(scale * other * widen(rows.own(x)) + moved)
+    return _apply(scale * other, both, x, arithmetic, rows)
 
 
 def take(
@@ -139,6 +133,19 @@ def _gram(
     """``X X^T``, or ``X^T X`` of a tall X: whole, and rounded."""
     short = short_side(x)
     return rows.gather(arithmetic.store(arithmetic.product(rows.own(short), short)))
+
+
+def _apply(
+    multiple: Any,
+    rest: Inexact[Array, "*batch own short"],
+    x: Inexact[Array, "*batch rows cols"],
+    arithmetic: Arithmetic,
+    rows: Rows,
+) -> Inexact[Array, "*batch _ cols"]:
+    """``P X`` of ``P = multiple I + rest``, of which own rows are given; ``X P`` of a tall X."""
+    product = arithmetic.product
+    moved = product(x, rest) if is_tall(x.shape) else product(rest, arithmetic.adjoint(x))
+    return arithmetic.store(multiple * arithmetic.widen(rows.own(x)) + moved)
 
 
 def _polynomial(

@@ -54,8 +54,8 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "polynomial left unrounded": Mutant(
         "_newton_schulz.py",
-        "    polynomial = store(polynomial)\n",
-        "    product = lambda p, y: jnp.matmul(p, widen(y).mT)\n",
+        "return _apply(a, store(polynomial), x, arithmetic, rows)",
+        "return _apply(a, polynomial, x, rounded_float32(), rows)",
         f"{ORTHOGONALIZE} -k polynomial_is_rounded",
     ),
     "Gram matrix left unrounded": Mutant(

@@ -558,6 +558,21 @@ def test_the_number_of_products_does_not_grow_with_depth():
     assert 0 < shallow == deep
 
 
+def kernels(compiled):
+    """A program's fused computations that differ by more than the names in them.
+
+    XLA:CPU compiles each of these once.
+    """
+    fused = re.findall(r"^%[\w.-]+ \(.*?^}", compiled.as_text(), re.M | re.S)
+    bodies = [re.sub(r", metadata=\{.*?\}", "", text.split("\n", 1)[1]) for text in fused]
+    return {re.sub(r"%[\w.-]+", "%", body) for body in bodies}
+
+
+def test_the_number_of_kernels_does_not_grow_with_depth():
+    shallow, deep = (kernels(compiled_update(layers(n))) for n in (12, 24))
+    assert 0 < len(shallow) == len(deep)
+
+
 @pytest.mark.parametrize("matrices_at_once", [1, 5, 8])
 def test_chunks_add_no_products_to_the_program(matrices_at_once):
     """Chunks of one length are one loop; of two, as 16 matrices by fives make them, are two."""

@@ -21,7 +21,7 @@ Shapes are suffixes, see `moonlight.py`; `t` and `s` are the queries and keys of
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,16 +113,15 @@ def attention(
     return out_bthw[:, : plan.time], max_logit_h, hot_h
 
 
-class _Logits(NamedTuple):
-    """The logits of a block, float32 `[b, h, t, s]`, and which of them exist."""
-
-    value_bhts: jax.Array
-    seen_bhts: jax.Array
-
-
 def _logits(
     plan: _Plan, q_bthp: jax.Array, k_bshp: jax.Array, segment_bt: Any, i: jax.Array, j: jax.Array
-) -> _Logits:
+) -> jax.Array:
+    """The logits of a block, float32 `[b, h, t, s]`; `_LOWEST` where a query reads no key.
+
+    Against a number that is no logit either, in a row of a block with nothing to read, its power
+    is 1, not 0. That is forgotten when the row's first logit comes, in its last block at the
+    latest.
+    """
     logit_bhts = jnp.einsum("bthp,bshp->bhts", q_bthp, k_bshp, preferred_element_type=jnp.float32)
     place_t = jnp.arange(plan.block)
     seen_ts = i * plan.block + place_t[:, None] >= j * plan.block + place_t[None]
@@ -130,7 +129,7 @@ def _logits(
     if segment_bt is not None:
         own_bts = plan.rows(segment_bt, i)[:, :, None] == plan.rows(segment_bt, j)[:, None]
         seen_bhts = seen_bhts & own_bts[:, None]
-    return _Logits(logit_bhts * q_bthp.shape[-1] ** -0.5, seen_bhts)
+    return jnp.where(seen_bhts, logit_bhts * q_bthp.shape[-1] ** -0.5, _LOWEST)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -150,19 +149,16 @@ def _visit_rows(
 
     def step(carry: Any, i: jax.Array, j: jax.Array) -> Any:
         out_bthw, log_bth, (top_bht, total_bht, sum_bhtw), max_logit_h, hot_h = carry
-        logits = _logits(plan, plan.rows(q_bthp, i), plan.rows(k_bshp, j), segment_bt, i, j)
-        value_bhts, seen_bhts = logits
-
-        counts_bhts = seen_bhts & _counts(plan, segment_bt, i)
-        measured_bhts = jnp.where(counts_bhts, value_bhts, -jnp.inf)
+        logit_bhts = _logits(plan, plan.rows(q_bthp, i), plan.rows(k_bshp, j), segment_bt, i, j)
+        measured_bhts = jnp.where(_counts(plan, segment_bt, i), logit_bhts, -jnp.inf)
         max_logit_h = jnp.maximum(max_logit_h, measured_bhts.max(axis=(0, 2, 3)))
         if plan.hot_above is not None:
             hot_h += (measured_bhts > plan.hot_above).sum((0, 2, 3), dtype=jnp.float32)
 
         begun = j > 0  # What is left of the row before does not count.
         top_bht = jnp.where(begun, top_bht, _LOWEST)
-        new_bht = jnp.maximum(top_bht, jnp.where(seen_bhts, value_bhts, _LOWEST).max(axis=3))
-        power_bhts = jnp.where(seen_bhts, jnp.exp(value_bhts - new_bht[..., None]), 0)
+        new_bht = jnp.maximum(top_bht, logit_bhts.max(axis=3))
+        power_bhts = jnp.exp(logit_bhts - new_bht[..., None])
         keep_bht = jnp.where(begun, jnp.exp(top_bht - new_bht), 0)
         total_bht = keep_bht * total_bht + power_bhts.sum(axis=3)
         sum_bhtw = keep_bht[..., None] * sum_bhtw + jnp.einsum(
@@ -172,10 +168,9 @@ def _visit_rows(
             preferred_element_type=jnp.float32,
         )
         # The row's last block is its diagonal, whose writing stays. Each query reads itself there.
-        there_bht = jnp.maximum(total_bht, jnp.finfo(jnp.float32).tiny)
-        row_bthw = (sum_bhtw / there_bht[..., None]).swapaxes(1, 2)
+        row_bthw = (sum_bhtw / total_bht[..., None]).swapaxes(1, 2)
         out_bthw = plan.put(out_bthw, row_bthw, i)
-        log_bth = plan.put(log_bth, (new_bht + jnp.log(there_bht)).swapaxes(1, 2), i)
+        log_bth = plan.put(log_bth, (new_bht + jnp.log(total_bht)).swapaxes(1, 2), i)
         return out_bthw, log_bth, (new_bht, total_bht, sum_bhtw), max_logit_h, hot_h
 
     row_bht = jnp.zeros((batch, heads, plan.block), jnp.float32)
@@ -215,11 +210,11 @@ def _backward(plan: _Plan, saved: Any, grads: Any):
         d_q_bthp, d_k_bshp, d_v_bshw, (d_key_bshp, d_value_bshw) = carry
         rows_bthp, keys_bshp = plan.rows(q_bthp, i), plan.rows(k_bshp, j)
         grad_bthw = plan.rows(g_bthw, i)
-        value_bhts, seen_bhts = _logits(plan, rows_bthp, keys_bshp, segment_bt, i, j)
+        logit_bhts = _logits(plan, rows_bthp, keys_bshp, segment_bt, i, j)
         log_bht1, mean_bht1 = (
             plan.rows(x_bth, i).swapaxes(1, 2)[..., None] for x_bth in (log_bth, mean_bth)
         )
-        prob_bhts = jnp.where(seen_bhts, jnp.exp(value_bhts - log_bht1), 0)
+        prob_bhts = jnp.exp(logit_bhts - log_bht1)
         product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         d_prob_bhts = product("bthw,bshw->bhts", grad_bthw, plan.rows(v_bshw, j))
         d_logit_bhts = (scale * prob_bhts * (d_prob_bhts - mean_bht1)).astype(q_bthp.dtype)
