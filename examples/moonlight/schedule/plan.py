@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Shape = Literal["rise", "linear", "cosine"]
@@ -97,6 +98,10 @@ class Plan:
         schedules = [segment.learning_rate for segment in self.segments]
         rate = optax.join_schedules(schedules, self.starts[1:-1])(jnp.asarray(step))
         return jnp.asarray(rate, jnp.float32)
+
+    def rates(self, steps: np.ndarray) -> np.ndarray:
+        """The learning rates of some steps, of one program: step by step they take a second."""
+        return np.asarray(jax.jit(lambda steps: self.learning_rate(steps))(steps))
 
     def bias_rate(self, step: jax.typing.ArrayLike) -> jax.Array:
         """The router biases' rate in a step, float32; an `optax.Schedule`, traced or not."""

@@ -17,8 +17,10 @@ What that leaves open, and what is chosen here:
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from rich import box
 from rich.table import Table
 
@@ -95,9 +97,9 @@ def plan_table(plan: Plan, recipe: Recipe) -> Table:
     for column in columns + ("mix",) * bool(names):
         words = column in ("stage", "", "mix")
         table.add_column(column, justify="left" if words else "right", no_wrap=True)
-    for start, segment in zip(plan.starts, plan.segments, strict=False):
+    rates = plan.rates(np.array([*itertools.pairwise(plan.starts)]) - [0, 1])
+    for start, segment, (first, last) in zip(plan.starts, plan.segments, rates, strict=False):
         end = start + segment.steps
-        first, last = (float(plan.learning_rate(step)) for step in (start, end - 1))
         weights = " : ".join(f"{segment.mix.get(name, 0):g}" for name in names)
         table.add_row(
             segment.stage,

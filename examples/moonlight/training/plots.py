@@ -1,5 +1,6 @@
 """Loss curves: of one run, and of optimizers against each other. And the plan of a run."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -81,14 +82,20 @@ def draw_plan(path: Path, plan: Plan, *, title: str) -> None:
     figure, rows = plt.subplots(
         3, 1, figsize=(8, 6.4), sharex=True, height_ratios=(3, 1.4, 1.4), layout="constrained"
     )
+    # Enough points for a curve; a segment's last step, not the next one's first.
+    places = [
+        np.unique(np.linspace(start, end - 1, 200).astype(int))
+        for start, end in itertools.pairwise(plan.starts)
+    ]
+    ends = np.cumsum([len(steps) for steps in places])
+    drawn_rates = np.split(plan.rates(np.concatenate(places)), ends[:-1])
     tokens, rates, batches, bias_rates = [], [], [], []
-    for start, segment in zip(plan.starts, plan.segments, strict=False):
-        # Enough points for a curve; the last step, not the next segment's first.
-        steps = np.unique(np.linspace(start, start + segment.steps - 1, 200).astype(int))
+    for segment, start, steps, drawn in zip(
+        plan.segments, plan.starts, places, drawn_rates, strict=False
+    ):
         first, each = plan.tokens(start), segment.batch * plan.sequence_length
         tokens += [first / size, *((first + (steps - start + 0.5) * each) / size)]
         tokens += [(first + segment.steps * each) / size]
-        drawn = np.asarray(plan.learning_rate(steps)).tolist()
         rates += [drawn[0], *drawn, drawn[-1]]
         batches += [segment.batch] * (len(steps) + 2)
         bias_rates += [segment.bias_rate] * (len(steps) + 2)
