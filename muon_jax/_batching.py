@@ -12,16 +12,14 @@ chunks there are. The batch itself is held whole, narrow, and its results take i
 """
 
 import collections
-import functools
 import itertools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jaxtyping import Array, Inexact
 
 from muon_jax._common.loops import BatchFunction, in_chunks
+from muon_jax._common.pieces import cut
 from muon_jax._matrices import LeafViews
 from muon_jax._momentum import heavy_ball
 from muon_jax._update_rule import UpdateRule
@@ -103,31 +101,5 @@ def _cut(
     whole: Inexact[Array, "_ _ _"], parts: list[Inexact[Array, "_ _ _"]]
 ) -> list[Inexact[Array, "_ _ _"]]:
     """Undo `concatenate`."""
-    lengths = [len(part) for part in parts]
-    cut = functools.partial(_cut_at_constants, lengths=lengths)
-    if len(parts) == 1 or {*lengths} != {1}:
-        return cut(whole)
-    return lax.platform_dependent(whole, cpu=_cut_at_arrays, default=cut)
-
-
-def _cut_at_constants(
-    whole: Inexact[Array, "_ _ _"], lengths: list[int]
-) -> list[Inexact[Array, "_ _ _"]]:
-    ends = itertools.accumulate(lengths, initial=0)
-    return [whole[start:stop] for start, stop in itertools.pairwise(ends)]
-
-
-def _cut_at_arrays(whole: Inexact[Array, "_ _ _"]) -> list[Inexact[Array, "_ _ _"]]:
-    """Cut into single matrices, each of whose places is read as the program runs.
-
-    XLA:CPU compiles alike kernels once. Constants make kernels unlike: a program of 288 leaves had
-    288 kernels that differed in where they read, and took 6.2 s to compile instead of 0.6. The
-    barrier keeps a place from being folded to a constant, and its second entry from being a scalar,
-    which would become a constant of the kernel all the same (jax 0.10).
-    """
-    _, *matrix = whole.shape
-    zero, pieces = np.uint32(0), []
-    for number in range(len(whole)):
-        place, _ = lax.optimization_barrier(jnp.asarray([number, len(whole)], jnp.uint32))
-        pieces.append(lax.dynamic_slice(whole, (place, zero, zero), (1, *matrix)))
-    return pieces
+    ends = itertools.accumulate((len(part) for part in parts), initial=0)
+    return cut(whole, [*itertools.pairwise(ends)], axis=0)

@@ -2,7 +2,8 @@
 
 paths, prefix, trees  the name of a leaf in any container; a tree of settings beside it
 checks, parameters    wrong numbers, wrong trees: refused by argument and leaf
-dtypes, loops         dtypes without implicit promotion; a batch in chunks
+dtypes                dtypes without implicit promotion
+loops, pieces         a batch in chunks, one after the other; an array cut in pieces
 injectable            arguments that `optax.inject_hyperparams` shall not take for schedules
 tables, alike         text for reports; names that differ in numbers only, as one
 """

@@ -1,5 +1,6 @@
 """Run a group: its members' directions as one stack, part after part, and each member's results."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from muon_jax._common.loops import map_chunks
+from muon_jax._common.pieces import cut
 from muon_jax._matrices import MatrixView
 from muon_jax._mesh.layout import Layout, local_view
 from muon_jax._mesh.owner_runners import ExchangeRunner, SplitRunner
@@ -61,23 +63,24 @@ def run_group(
         for run, (start, stop) in zip(runs, bounds, strict=True)
     ]
 
-    out, start = [], 0
-    for member in group.members:
-        stop = start + member.matrices
+    ends = itertools.accumulate((member.matrices for member in group.members), initial=0)
+    members = [*itertools.pairwise(ends)]
+    results = _cut_out([result for result, _ in outcomes], bounds, members)
+    factors: Sequence[Any] = [None] * len(members)
+    if rule.is_measured:
+        measured = [factors for _, factors in outcomes if factors is not None]
+        factors = _cut_out(measured, bounds, members)
+
+    out = []
+    for member, result, factor in zip(group.members, results, factors, strict=True):
         leaf = leaves[member.leaf]
         view = leaf.views[member.view]
         _, fan_in, fan_out = local_view(view, leaf.layout.of_views.param, sizes).matrices
         shape = (fan_out, fan_in) if view.is_tall else (fan_in, fan_out)
-        results = _cut_out([result for result, _ in outcomes], bounds, start, stop)
-        results = results.reshape(-1, member.matrices, *shape)
+        result = result.reshape(-1, member.matrices, *shape)
         where = (view, leaf.layout.of_views, group.key, sizes)
-        results = _unstacked(results.mT if view.is_tall else results, *where)
-        factors = None
-        if rule.is_measured:
-            factors = [factors for _, factors in outcomes if factors is not None]
-            factors = _unstacked(_cut_out(factors, bounds, start, stop), *where)
-        out.append((member, results, factors))
-        start = stop
+        result = _unstacked(result.mT if view.is_tall else result, *where)
+        out.append((member, result, None if factor is None else _unstacked(factor, *where)))
     return out
 
 
@@ -109,15 +112,22 @@ def _run_alike(
 
 
 def _cut_out(
-    outcomes: Sequence[jax.Array], bounds: Sequence[tuple[int, int]], start: int, stop: int
-) -> jax.Array:
-    """Matrices `start` to `stop` of a group, out of the runs that hold them."""
-    held = [
-        outcome[:, max(start - first, 0) : stop - first]
-        for outcome, (first, end) in zip(outcomes, bounds, strict=True)
-        if first < stop and start < end
-    ]
-    return jnp.concatenate(held, axis=1) if len(held) > 1 else held[0]
+    outcomes: Sequence[jax.Array],
+    runs: Sequence[tuple[int, int]],
+    members: Sequence[tuple[int, int]],
+) -> list[jax.Array]:
+    """Each member's matrices, out of the runs that hold them."""
+    held: list[list[jax.Array]] = [[] for _ in members]
+    for outcome, (first, end) in zip(outcomes, runs, strict=True):
+        here = [
+            (pieces, (max(start, first) - first, min(stop, end) - first))
+            for pieces, (start, stop) in zip(held, members, strict=True)
+            if first < stop and start < end
+        ]
+        found = cut(outcome, [inside for _, inside in here], axis=1)
+        for (pieces, _), piece in zip(here, found, strict=True):
+            pieces.append(piece)
+    return [jnp.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0] for pieces in held]
 
 
 def _unstacked(
