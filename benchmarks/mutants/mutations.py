@@ -55,7 +55,8 @@ MUTANTS: dict[str, Mutant] = {
     "polynomial left unrounded": Mutant(
         "_newton_schulz.py",
         "return _apply(a, store(polynomial), x, arithmetic, rows)",
-        "return _apply(a, polynomial, x, rounded_float32(), rows)",
+        "product = lambda p, y: jnp.matmul(p, widen(y).mT)\n"
+        "    return _apply(a, polynomial, x, arithmetic._replace(product=product), rows)",
         f"{ORTHOGONALIZE} -k polynomial_is_rounded",
     ),
     "Gram matrix left unrounded": Mutant(
@@ -69,6 +70,12 @@ MUTANTS: dict[str, Mutant] = {
         "return a + apart, arithmetic.store(rest - apart * jnp.broadcast_to(identity, rest.shape))",
         "return a, arithmetic.store(rest)",
         "tests/optimizer/test_engines.py -k no_worse",
+    ),
+    "places in the code of kernels": Mutant(
+        "_common/pieces.py",
+        "cpu=at_arrays",
+        "cpu=at_constants",
+        "tests/optimizer/test_laws.py -k kernels_does",
     ),
     "steep steps taken two at once": Mutant(
         "_products.py",
