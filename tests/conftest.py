@@ -21,6 +21,10 @@ if (flags := os.environ.get("XLA_FLAGS")) and "PYTEST_XDIST_WORKER" not in os.en
 # No test reads or writes the cache of compiled programs of whoever runs the tests.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = ""
 
+# Where in Python an operation comes from is no test's affair, and writing it takes a tenth of the
+# time of tests that compile much.
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
+
 # Before jax is imported: the flags are read once.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
