@@ -1,5 +1,6 @@
 """A program outlives its terminal."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,3 +73,18 @@ run_program(main)
     )
     assert run.returncode == 1
     assert run.stdout.splitlines() == ["a line before it", "error: the disk is full"]
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_program_whose_reader_has_what_it_wanted_says_nothing(buffered: bool):
+    """Unbuffered, nothing is left over that a second try at writing would fail on."""
+    program = (
+        "from examples.moonlight.common.program import run_program\n"
+        "run_program(lambda: print('help', flush=True), keeps_programs=False)"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, *([] if buffered else ["-u"]), "-c", program]
+    ended = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")

@@ -3,6 +3,7 @@
 import dis
 import errno
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -150,9 +151,11 @@ def _tell(title: str, words: str, *, style: str) -> None:
 
 def _reader_left() -> bool:
     """Whether whoever read the standard output is gone; nothing more is written to it then."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    output = 1  # its file, whatever `sys.stdout` is
+    # What could not be written may be lost already, so that another try would find no fault.
+    watched = select.poll()
+    watched.register(output, 0)
+    if not any(event & select.POLLERR for _, event in watched.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
