@@ -73,7 +73,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "places in the code of kernels": Mutant(
         "_common/pieces.py",
-        "cpu=at_arrays",
+        "cpu=ones_at_arrays",
         "cpu=at_constants",
         "tests/optimizer/test_laws.py -k kernels_does",
     ),
