@@ -13,10 +13,9 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import environment, median, time_interleaved, write_json
+from benchmarks.harness import environment, make_console, median, time_interleaved, write_json
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.run_folder import engine
 from examples.moonlight.run_folder.checkpoint import Checkpoints
@@ -82,7 +81,7 @@ def main(args: Args) -> dict[str, float]:
     for name, value in seconds.items():
         peer = seconds[f"{name.split(',')[0]}, Orbax"]
         table.add_row(name, f"{value:.3f}", f"{value / peer:.2f}x")
-    Console().print(table)
+    make_console().print(table)
     write_json(
         args.output,
         {

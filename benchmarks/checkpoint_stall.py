@@ -22,10 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import environment, median, write_json
+from benchmarks.harness import environment, make_console, median, write_json
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.common.processes.agreement import gather
 from examples.moonlight.run_folder.checkpoint import Checkpoints
@@ -82,7 +81,7 @@ def main(args: Args) -> dict[str, Any]:
         }
         found[way] = values
         table.add_row(way, *(f"{value:.3f}" for value in values.values()))
-    Console().print(table)
+    make_console().print(table)
     output = args.output.with_stem(f"{args.output.stem}_{args.processes}")
     write_json(
         output, {"environment": environment("jax", "orbax-checkpoint"), **found, "all": rows}

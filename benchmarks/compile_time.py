@@ -14,11 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import targets
-from benchmarks.harness import check_known, environment, write_json
+from benchmarks.harness import check_known, environment, make_console, write_json
 from benchmarks.wire.cases import CASES, Optimizer
 from benchmarks.wire.steps import MESH_AXES, build
 from examples.moonlight.common.command_line import CommandLine
@@ -46,7 +45,7 @@ class Args:
 
 def main(args: Args) -> dict[str, float]:
     """Compile both, print and write the seconds."""
-    console = Console()
+    console = make_console()
     case, target = CASES[args.case], targets.TARGETS[args.target]
     mesh = targets.make_mesh(target, target.mesh, MESH_AXES[len(target.mesh)])
     seconds, processor, lengths = {}, {}, {}

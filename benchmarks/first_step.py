@@ -20,11 +20,10 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import step, targets
-from benchmarks.harness import check_known, environment, load_average, write_json
+from benchmarks.harness import check_known, environment, load_average, make_console, write_json
 from examples.moonlight.common.command_line import CommandLine
 
 HEADS = ("compiled anew", "processor", "loaded", "processor", "of the new one")
@@ -98,7 +97,7 @@ def main(args: Args) -> list[dict[str, Any]]:
     """Measure, print and write."""
     check_known(args.cases, get_args(step.Case))
     check_known(args.peers, [peer for peer in step.PEERS if peer != "torch"])
-    console = Console()
+    console = make_console()
     load = load_average(console)
     table = Table(title="seconds to the first step", title_justify="left", box=None)
     for column in ("case", "optimizer", *HEADS):

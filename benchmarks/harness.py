@@ -19,8 +19,17 @@ from examples.one_thread import available_cores
 # Programs that run beside this one; torch's threads, which wait for each other, suffer most.
 BUSY = 0.5
 
+# Columns of a table in a file or a pipe, which have no width of their own.
+COLUMNS = 120
+
 Name = TypeVar("Name", bound=str)
 Built = TypeVar("Built")
+
+
+def make_console() -> Console:
+    """Where a benchmark prints: as wide as the terminal, or as the variable COLUMNS says."""
+    asked_for = "COLUMNS" in os.environ or Console().is_terminal
+    return Console(width=None if asked_for else COLUMNS)
 
 
 def wall_clock(call: Callable[[], Any]) -> float:

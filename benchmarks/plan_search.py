@@ -15,10 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from optax.contrib import MuonDimensionNumbers
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import environment, write_json
+from benchmarks.harness import environment, make_console, write_json
 from benchmarks.scale.cases import SCALES
 from benchmarks.targets import TARGETS
 from benchmarks.wire.cases import CASES
@@ -130,7 +129,7 @@ class Args:
 
 def main(args: Args) -> dict[str, dict[str, float]]:
     """Print and write the costs."""
-    console = Console()
+    console = make_console()
     rows = {
         name: less(search)
         for name, search in searches()

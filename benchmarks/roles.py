@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import environment, median, time_interleaved, write_json
+from benchmarks.harness import environment, make_console, median, time_interleaved, write_json
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.execution.options import Execution
@@ -82,7 +81,7 @@ def main(args: Args) -> dict[str, Any]:
         results[name] = {"parameters": leaves, "seconds": seconds}
         ratio = f"{reading / trace:.2f}x"
         table.add_row(name, f"{leaves:,}", f"{trace:.2f}", f"{reading:.2f}", ratio)
-    Console().print(table)
+    make_console().print(table)
     record = {"environment": environment("jax", "flax"), "programs": results}
     write_json(args.output, record)
     return record

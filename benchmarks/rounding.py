@@ -17,10 +17,9 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.harness import check_known, environment, write_json
+from benchmarks.harness import check_known, environment, make_console, write_json
 from examples.moonlight.common.command_line import CommandLine
 from examples.moonlight.model.config import MoonlightConfig
 from examples.moonlight.model.execution.options import Execution
@@ -173,7 +172,7 @@ def differences(losses: dict[str, list[list[float]]]) -> dict[str, dict[str, flo
 def main(args: Args) -> dict[str, Any]:
     """Train with every optimizer on every mesh, print the differences, write the JSON."""
     check_known(args.optimizers, OPTIMIZERS)
-    console = Console()
+    console = make_console()
     config = dataclasses.replace(MoonlightConfig.preset(args.preset), vocab_size=256)
     batches = [
         text_batches(args.steps, args.batch_size, args.sequence_length, seed)

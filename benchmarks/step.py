@@ -29,7 +29,6 @@ import optax
 from jax import lax
 from optax.contrib import MuonDimensionNumbers
 from optax.contrib import muon as optax_muon
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.device_clock import WALL, Clocks
@@ -37,6 +36,7 @@ from benchmarks.harness import (
     attempt_each,
     environment,
     load_average,
+    make_console,
     median,
     time_interleaved,
     write_json,
@@ -321,7 +321,7 @@ def table_of(case: Case, result: dict[str, Any], scale: int) -> Table:
 
 def main(args: Args) -> dict[str, Any]:
     """Run the benchmark, print its tables, write its JSON."""
-    console = Console()
+    console = make_console()
     load = load_average(console)
     versions = ["jax", "jaxlib", "optax", *(["torch"] if "torch" in args.peers else [])]
     record: dict[str, Any] = {

@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import hlo, targets
-from benchmarks.harness import environment, write_json
+from benchmarks.harness import environment, make_console, write_json
 from examples.moonlight.common.command_line import CommandLine
 from muon_jax._mesh.tiles import scatter_waste
 
@@ -68,7 +67,7 @@ def sent(shape: tuple[int, int], dim: int, minor: int, mesh: Mesh) -> float:
 
 def main(args: Args) -> list[dict[str, Any]]:
     """Compile, print the table, write the JSON."""
-    console, rows = Console(), []
+    console, rows = make_console(), []
     mesh = targets.make_mesh(TARGET, TARGET.mesh, ("x",))
     title = f"Bytes of a reduce-scatter, to its elements',\n{targets.compiler(TARGET)}"
     table = Table(title=title, title_justify="left")

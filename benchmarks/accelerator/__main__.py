@@ -27,13 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from benchmarks import step
 from benchmarks.accelerator.tables import all_tables
 from benchmarks.accelerator.work import Sizes, Work, all_work
 from benchmarks.device_clock import choose_clocks
-from benchmarks.harness import describe, environment, load_average, write_json
+from benchmarks.harness import describe, environment, load_average, make_console, write_json
 from benchmarks.orthogonalize.measure import add_shares
 from benchmarks.report.figures import draw_accelerator
 from examples.moonlight.common.command_line import CommandLine
@@ -139,7 +138,7 @@ def summarize(store: Store, work: list[Work], here: dict[str, Any]) -> dict[str,
 def main(args: Args) -> dict[str, Any]:
     """Measures what is missing, prints the tables, writes the JSON and the picture."""
     start = time.perf_counter()
-    console = Console()
+    console = make_console()
     load = load_average(console)
     no_torch = why_no_torch()
     versions = ["jax", "jaxlib", "optax", *([] if no_torch else ["torch"])]

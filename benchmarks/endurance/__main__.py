@@ -15,19 +15,17 @@ import tempfile
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks.endurance import ordeals
 from benchmarks.endurance.args import Args
 from benchmarks.endurance.report import Report
 from benchmarks.endurance.trial import EVERY, STEPS, Trial, outcome
-from benchmarks.harness import environment, write_json
+from benchmarks.harness import environment, make_console, write_json
 from examples.moonlight.common.command_line import CommandLine
 
 
 def main(args: Args) -> int:
     """Runs all trials, prints the table, writes every row; 1 if there is a fault."""
-    console = Console()
+    console = make_console()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         report = Report(folder)

@@ -13,9 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness import make_console
 from benchmarks.mutants.mutations import MUTANTS, ROOT, Mutant, fits
 from examples.moonlight.common.command_line import CommandLine
 
@@ -60,7 +60,7 @@ def survives(mutant: Mutant) -> bool:
 
 def main(args: Args) -> int:
     """Run the mutations, print a table, and return 1 if one survives or fits no more."""
-    console = Console()
+    console = make_console()
     chosen = {
         name: mutant
         for name, mutant in MUTANTS.items()

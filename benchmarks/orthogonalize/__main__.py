@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.progress import track
 
-from benchmarks.harness import environment, load_average, write_json
+from benchmarks.harness import environment, load_average, make_console, write_json
 from benchmarks.model_shapes import MatrixShape, Model, matrices_of
 from benchmarks.orthogonalize.measure import Limits, add_shares, measure
 from benchmarks.orthogonalize.sides import PEERS, Peer
@@ -54,7 +53,7 @@ def scaled(shape: MatrixShape, scale: int) -> MatrixShape:
 
 def main(args: Args) -> dict[str, Any]:
     """Run the benchmark, print its table, write its JSON after every row."""
-    console = Console()
+    console = make_console()
     load = load_average(console)
     with console.status("measuring the speed of plain products"):
         peaks = matmul_peaks()

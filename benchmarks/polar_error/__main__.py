@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.harness import environment, write_json
+from benchmarks.harness import environment, make_console, write_json
 from benchmarks.polar_error import derive, figure
 from benchmarks.polar_error.gram import ARITHMETICS
 from benchmarks.polar_error.spectra import SPECTRA, Problem, problem
@@ -157,7 +157,7 @@ def show(console: Console, rows: list[dict[str, Any]], title: str) -> None:
 def main(args: Args) -> dict[str, Any]:
     """Measure, print, draw and write."""
     rows = list(measure(args))
-    console = Console()
+    console = make_console()
     for dtype, aspect in itertools.product(args.dtypes, args.aspects):
         here = [row for row in rows if (row["dtype"], row["aspect"]) == (dtype, aspect)]
         for row in here:

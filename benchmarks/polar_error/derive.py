@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.harness import make_console
 from examples.moonlight.common.command_line import CommandLine
 from muon_jax._polynomials import Coefficients, Schedule, with_margin
 
@@ -161,8 +161,8 @@ def main(args: Args) -> dict[int, tuple[int, ...]]:
         row = [str(products), f"{low:.4f}", shown, f"{error:.4f}", cubics, f"{max(orders):.4f}"]
         table.add_row(*row, "yes" if optimal else "NO")
         if args.coefficients:
-            Console().print(products, steps)
-    Console().print(table)
+            make_console().print(products, steps)
+    make_console().print(table)
     return found
 
 

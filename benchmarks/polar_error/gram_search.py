@@ -13,11 +13,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.harness import environment, write_json
+from benchmarks.harness import environment, make_console, write_json
 from benchmarks.polar_error.gram import ARITHMETICS, Apart, gram_newton_schulz, products
 from benchmarks.polar_error.spectra import SEARCHED, Problem, problem
 from examples.moonlight.common.command_line import CommandLine
@@ -157,7 +156,7 @@ def rows(args: Args) -> Iterator[dict[str, Any]]:
 def main(args: Args) -> dict[str, Any]:
     """Search, print what passes everywhere and what breaks, and write all of it."""
     found = list(rows(args))
-    console = Console()
+    console = make_console()
     table = Table(
         title="distance from exact arithmetic to the plain iteration's, the largest; + passes",
         title_justify="left",

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import targets
-from benchmarks.harness import environment, write_json
+from benchmarks.harness import environment, make_console, write_json
 from benchmarks.scale.cases import GIB, SCALES
 from benchmarks.scale.spent import seconds
 from examples.moonlight.common.command_line import CommandLine
@@ -213,7 +213,7 @@ def main(args: Args) -> dict[str, Any]:
     """Compile one target after the other, save each row at once, print the tables."""
     if unknown := [name for name in args.targets if name not in SCALES]:
         raise SystemExit(f"unknown: {', '.join(unknown)}; known: {', '.join(SCALES)}")
-    console = Console()
+    console = make_console()
     left_out: dict[str, str] = {}
     new: list[dict[str, Any]] = []
     for name in args.targets:

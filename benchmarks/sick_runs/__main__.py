@@ -16,7 +16,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from benchmarks.harness import environment, write_json
+from benchmarks.harness import environment, make_console, write_json
 from benchmarks.sick_runs import figure
 from benchmarks.sick_runs.cases import CASES
 from benchmarks.sick_runs.train import batches, run
@@ -51,7 +51,7 @@ class Args:
 
 def main(args: Args) -> None:
     """Train and write the record, or read one; draw the pictures, print the table."""
-    console = Console()
+    console = make_console()
     if args.record is None:
         write_json(args.output, _train(args, console))
     record = json.loads((args.record or args.output).read_text())

@@ -19,11 +19,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks import targets
-from benchmarks.harness import check_known, environment, write_json
+from benchmarks.harness import check_known, environment, make_console, write_json
 from benchmarks.targets import TARGETS
 from benchmarks.traffic.steps import CASES
 from examples.moonlight.common.command_line import CommandLine
@@ -80,7 +79,7 @@ def main(args: Args) -> dict[str, Any]:
     """Compile, print the tables, write the JSON."""
     check_known(args.targets, TARGETS)
     check_known(args.cases, CASES)
-    console = Console()
+    console = make_console()
     record: dict[str, Any] = {"left_out": {}, "rows": []}
     for name in args.targets:
         if reason := targets.missing(TARGETS[name]):

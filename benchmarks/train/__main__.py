@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.harness import (
     environment,
     limit_threads,
     load_average,
+    make_console,
     median,
     time_interleaved,
     write_json,
@@ -165,7 +165,7 @@ def main(args: Args, moonlight: MoonlightConfig | None = None) -> dict[str, Any]
     """
     if args.threads is not None:
         limit_threads(args.threads)  # before the first computation, which starts XLA's threads
-    console = Console()
+    console = make_console()
     moonlight = moonlight or MoonlightConfig.preset(args.preset)
     load = load_average(console)
     record: dict[str, Any] = {

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from benchmarks import targets
-from benchmarks.harness import check_known, environment, write_json
+from benchmarks.harness import check_known, environment, make_console, write_json
 from benchmarks.targets import TARGETS, Target
 from benchmarks.wire.cases import CASES, OPTIMIZERS
 from benchmarks.wire.limits import complete
@@ -101,7 +101,7 @@ def main(args: Args) -> dict[str, Any]:
     """Compile, print the tables, write the JSON."""
     check_known(args.targets, TARGETS)
     check_known(args.cases, CASES)
-    console = Console()
+    console = make_console()
     record: dict[str, Any] = {"left_out": {}, "rows": []}
     for name in args.targets:
         target = TARGETS[name]
