@@ -5,6 +5,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
@@ -20,7 +21,7 @@ from examples.one_thread import available_cores
 BUSY = 0.5
 
 # Columns of a table in a file or a pipe, which have no width of their own.
-COLUMNS = 120
+ELSEWHERE = 120
 
 Name = TypeVar("Name", bound=str)
 Built = TypeVar("Built")
@@ -28,8 +29,8 @@ Built = TypeVar("Built")
 
 def make_console() -> Console:
     """Where a benchmark prints: as wide as the terminal, or as the variable COLUMNS says."""
-    asked_for = "COLUMNS" in os.environ or Console().is_terminal
-    return Console(width=None if asked_for else COLUMNS)
+    asked_for = os.environ.get("COLUMNS", "").isdigit() or sys.stdout.isatty()
+    return Console(width=None if asked_for else ELSEWHERE)
 
 
 def wall_clock(call: Callable[[], Any]) -> float:

@@ -102,4 +102,6 @@ def _cut(
 ) -> list[Inexact[Array, "_ _ _"]]:
     """Undo `concatenate`."""
     ends = itertools.accumulate((len(part) for part in parts), initial=0)
-    return cut(whole, [*itertools.pairwise(ends)], axis=0)
+    # A stack may lie on several devices along its first axis, and then so does the batch.
+    is_local = all(len(part) == 1 for part in parts)
+    return cut(whole, [*itertools.pairwise(ends)], axis=0, is_local=is_local)

@@ -124,7 +124,7 @@ def _cut_out(
             for pieces, (start, stop) in zip(held, members, strict=True)
             if first < stop and start < end
         ]
-        found = cut(outcome, [inside for _, inside in here], axis=1)
+        found = cut(outcome, [inside for _, inside in here], axis=1, is_local=True)
         for (pieces, _), piece in zip(here, found, strict=True):
             pieces.append(piece)
     return [jnp.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0] for pieces in held]

@@ -1,6 +1,7 @@
 """A program outlives its terminal."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -76,13 +77,15 @@ run_program(main)
 
 
 @pytest.mark.parametrize("buffered", [True, False])
-def test_a_program_whose_reader_has_what_it_wanted_says_nothing(buffered: bool):
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_a_program_whose_reader_has_what_it_wanted_says_nothing(kind: str, buffered: bool):
     """Unbuffered, nothing is left over that a second try at writing would fail on."""
     program = (
         "from examples.moonlight.common.program import run_program\n"
         "run_program(lambda: print('help', flush=True), keeps_programs=False)"
     )
-    reader, writer = os.pipe()
+    pair = os.pipe() if kind == "pipe" else [end.detach() for end in socket.socketpair()]
+    reader, writer = pair
     os.close(reader)
     command = [sys.executable, *([] if buffered else ["-u"]), "-c", program]
     ended = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)

@@ -14,6 +14,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding, PartitionSpec
 
 from muon_jax import MuonDimensionNumbers, UpdateNorm, muon, scale_by_muon
 from tests.checkers import (
@@ -559,11 +560,8 @@ def test_the_number_of_products_does_not_grow_with_depth():
 
 
 def kernels(compiled):
-    """A program's fused computations that differ by more than the names in them.
-
-    XLA:CPU compiles each of these once.
-    """
-    fused = re.findall(r"^%[\w.-]+ \(.*?^}", compiled.as_text(), re.M | re.S)
+    """What a program fuses, as far as it differs by more than names: XLA:CPU compiles each once."""
+    fused = re.findall(r"^%(?:fused|wrapped)_[\w.-]+ \(.*?^}", compiled.as_text(), re.M | re.S)
     bodies = [re.sub(r", metadata=\{.*?\}", "", text.split("\n", 1)[1]) for text in fused]
     return {re.sub(r"%[\w.-]+", "%", body) for body in bodies}
 
@@ -571,6 +569,15 @@ def kernels(compiled):
 def test_the_number_of_kernels_does_not_grow_with_depth():
     shallow, deep = (kernels(compiled_update(layers(n))) for n in (12, 24))
     assert 0 < len(shallow) == len(deep)
+
+
+def test_a_stack_on_several_devices_is_not_gathered_for_the_matrices_beside_it():
+    """They are one batch; without `mesh=` XLA divides it among the devices, as the stack is."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    place = lambda *spec: NamedSharding(mesh, PartitionSpec(*spec))  # noqa: E731
+    params = {f"mix_{i}": jax.device_put(array((16, 32), i), place()) for i in range(4)}
+    params["experts"] = jax.device_put(array((8, 16, 32), 4), place("data"))
+    assert "all-gather" not in compiled_update(params).as_text()
 
 
 @pytest.mark.parametrize("matrices_at_once", [1, 5, 8])

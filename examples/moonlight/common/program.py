@@ -155,7 +155,8 @@ def _reader_left() -> bool:
     # What could not be written may be lost already, so that another try would find no fault.
     watched = select.poll()
     watched.register(output, 0)
-    if not any(event & select.POLLERR for _, event in watched.poll(0)):
+    gone = select.POLLERR | select.POLLHUP  # of a pipe, and of a socket
+    if not any(event & gone for _, event in watched.poll(0)):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     return True

@@ -100,7 +100,8 @@ class Plan:
         return jnp.asarray(rate, jnp.float32)
 
     def rates(self, steps: np.ndarray) -> np.ndarray:
-        """The learning rates of some steps, of one program: step by step they take a second."""
+        """The learning rates of some steps, by one program; a call for each takes a second."""
+        # Not `jit(self.learning_rate)`: its key would be the plan, whose mixes have no hash.
         return np.asarray(jax.jit(lambda steps: self.learning_rate(steps))(steps))
 
     def bias_rate(self, step: jax.typing.ArrayLike) -> jax.Array:

@@ -118,9 +118,9 @@ def _logits(
 ) -> jax.Array:
     """The logits of a block, float32 `[b, h, t, s]`; `_LOWEST` where a query reads no key.
 
-    Against a number that is no logit either, in a row of a block with nothing to read, its power
-    is 1, not 0. That is forgotten when the row's first logit comes, in its last block at the
-    latest.
+    A row that has read nothing in the blocks so far has `_LOWEST` for its largest logit, and each
+    key of theirs counts 1, not 0. The first real logit, at the latest the diagonal's, multiplies
+    that sum by exp(_LOWEST - logit) = 0.
     """
     logit_bhts = jnp.einsum("bthp,bshp->bhts", q_bthp, k_bshp, preferred_element_type=jnp.float32)
     place_t = jnp.arange(plan.block)
