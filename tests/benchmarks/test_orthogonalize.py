@@ -165,3 +165,10 @@ def test_shares_are_of_the_fastest_peak_of_all_rows():
 def test_an_error_is_described_in_a_line():
     assert harness.describe(ValueError("first\nsecond")) == "ValueError: first"
     assert harness.describe(KeyError()) == "KeyError: nothing"
+
+
+def test_tables_are_wide_enough_where_there_is_no_terminal(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert harness.make_console().width == harness.ELSEWHERE
+    monkeypatch.setenv("COLUMNS", "70")
+    assert harness.make_console().width == 70
