@@ -23,6 +23,8 @@ from jax import lax
 
 from muon_jax import _processor
 from muon_jax._matrices import is_tall
+from muon_jax._symmetric import Finish, mirrored, panels
+from muon_jax._transposition import transpose_in_tiles
 
 
 class Arithmetic(NamedTuple):
@@ -36,6 +38,7 @@ class Arithmetic(NamedTuple):
       unroll: how many steps the program's loop over them holds.
       writes_adjoint: whether the ``X^T`` of a real ``X`` is written out. Elsewhere the compiler
         reads ``X`` in the other order, at no cost.
+      mirrors: whether half of a symmetric product is left out where that is faster.
       picks: whether elements are read one by one. TPUs keep matrices in tiles, and read them whole.
       norm_bits: the bits of mantissa that a norm is rounded to; None leaves it. The order in which
         a program sums shows in a float32's last bits, of which a matrix that is rounded to bfloat16
@@ -49,6 +52,7 @@ class Arithmetic(NamedTuple):
     held: Any
     unroll: int = 1
     writes_adjoint: bool = False
+    mirrors: bool = False
     picks: bool = False
     norm_bits: int | None = None
     batch_bytes: int | None = None
@@ -60,6 +64,19 @@ class Arithmetic(NamedTuple):
     def adjoint(self, x: jax.Array) -> jax.Array:
         """``X^H`` of a stored ``X``, as the second factor of a product."""
         return transpose_in_tiles(x) if self.writes_adjoint else adjoint(x)
+
+    def square(self, x: jax.Array, own: jax.Array, finish: Finish, *beside: jax.Array) -> jax.Array:
+        """``finish(X X^H, *beside)``, rounded: some rows of it.
+
+        Args:
+          x: stored matrices, whole.
+          own: the rows of `x` that are asked for; `x` itself for all.
+          finish: entry by entry, and wide. What it makes of Hermitian matrices is Hermitian.
+          beside: rows of other Hermitian matrices, as many as `own`; `finish` takes them last.
+        """
+        if self.mirrors and own is x and panels(*x.shape[-2:]) > 1:
+            return mirrored(x, self.product, lambda *args: self.store(finish(*args)), beside)
+        return self.store(finish(self.product(own, x), *beside))
 
     def trace(self, x: jax.Array) -> jax.Array:
         """The trace of stored Hermitian matrices, wide and real."""
@@ -81,7 +98,7 @@ def engines(dtype: jnp.dtype) -> dict[str, Arithmetic]:
     )
     cpu = rounded_float32()
     if _processor.multiplies_bfloat16():
-        cpu = mixed._replace(writes_adjoint=True, picks=True, batch_bytes=CACHE_BYTES)
+        cpu = mixed._replace(writes_adjoint=True, mirrors=True, picks=True, batch_bytes=CACHE_BYTES)
     return {"cpu": cpu, "tpu": mixed._replace(unroll=TPU_UNROLL), "default": mixed}
 
 
@@ -109,9 +126,6 @@ ONE_BY_ONE = 0
 
 CACHE_BYTES = 2**20
 """1 MiB: small matrices share what each operation costs, and stay in the cache."""
-
-TILE = 32
-"""Rows and columns that XLA:CPU transposes at a time: a cache line of bfloat16."""
 
 
 def _round_to_bfloat16(x: jax.Array) -> jax.Array:
@@ -144,21 +158,6 @@ def _(
     wide = [array.astype(jnp.float32) for array in (x, y, dx, dy)]
     rate = full_precision_product(wide[2], wide[1]) + full_precision_product(wide[0], wide[3])
     return bfloat16_product(x, y), rate
-
-
-def transpose_in_tiles(x: jax.Array) -> jax.Array:
-    """``X^T``, written out; XLA:CPU walks whole columns of ``X`` for it unless it is cut in tiles.
-
-    The barriers keep XLA from folding the transposition into a product, in a layout which is slow.
-    """
-    *batch, rows, cols = x.shape
-    x, first = lax.optimization_barrier(x), len(batch)
-    if rows % TILE or cols % TILE:
-        return lax.optimization_barrier(x.mT)
-    tiles = x.reshape(*batch, rows // TILE, TILE, cols // TILE, TILE)
-    order = (*range(first), first + 2, first, first + 3, first + 1)
-    turned = lax.optimization_barrier(tiles.transpose(order))
-    return turned.swapaxes(first + 1, first + 2).reshape(*batch, cols, rows)
 
 
 def adjoint(x: jax.Array) -> jax.Array:

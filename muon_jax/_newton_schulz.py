@@ -69,13 +69,15 @@ def step(
     c is the number 0 has no A A.
     """
     a, b, c = abc
-    store, product, widen = arithmetic.store, arithmetic.product, arithmetic.widen
     gram = _gram(x, arithmetic, rows) if gram is None else gram
-    own_gram = rows.own(gram)
-    polynomial = b * widen(own_gram)
+    own = rows.own(gram)
     if has_square(abc):
-        polynomial += c * product(own_gram, gram)
-    return _apply(a, store(polynomial), x, arithmetic, rows)
+        polynomial = arithmetic.square(
+            gram, own, lambda sums, own: b * arithmetic.widen(own) + c * sums, own
+        )
+    else:
+        polynomial = arithmetic.store(b * arithmetic.widen(own))
+    return _apply(a, polynomial, x, arithmetic, rows)
 
 
 def two_steps(
@@ -132,7 +134,7 @@ def _gram(
 ) -> Inexact[Array, "*batch short short"]:
     """``X X^T``, or ``X^T X`` of a tall X: whole, and rounded."""
     short = short_side(x)
-    return rows.gather(arithmetic.store(arithmetic.product(rows.own(short), short)))
+    return rows.gather(arithmetic.square(short, rows.own(short), lambda sums: sums))
 
 
 def _apply(

@@ -99,7 +99,7 @@ def _aol(
     """Scales of rows, or of columns, that bound the spectral norm by 1 (arXiv 2512.04632)."""
     scale = lax.rsqrt(_safe(jnp.sum(jnp.abs(gram), axis=-1)))
     of_rows, of_cols = scale[..., :, None], scale[..., None, :]
-    return x * (of_cols if is_tall(x.shape) else of_rows), gram * of_rows * of_cols
+    return x * (of_cols if is_tall(x.shape) else of_rows), gram * (of_rows * of_cols)
 
 
 def _schatten(

@@ -36,8 +36,8 @@ MUTANTS: dict[str, Mutant] = {
     # --- Newton-Schulz
     "sign of b flipped": Mutant(
         "_newton_schulz.py",
-        "polynomial = b * ",
-        "polynomial = -b * ",
+        "lambda sums, own: b * ",
+        "lambda sums, own: -b * ",
         f"{ORTHOGONALIZE} -k singular_basis",
     ),
     "no transposition back": Mutant(
@@ -54,16 +54,29 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "polynomial left unrounded": Mutant(
         "_newton_schulz.py",
-        "return _apply(a, store(polynomial), x, arithmetic, rows)",
-        "product = lambda p, y: jnp.matmul(p, widen(y).mT)\n"
+        "return _apply(a, polynomial, x, arithmetic, rows)",
+        "product = lambda p, y: jnp.matmul(p, arithmetic.widen(y).mT)\n"
+        "    polynomial = b * arithmetic.widen(own) + c * arithmetic.product(own, gram)\n"
         "    return _apply(a, polynomial, x, arithmetic._replace(product=product), rows)",
         f"{ORTHOGONALIZE} -k polynomial_is_rounded",
     ),
     "Gram matrix left unrounded": Mutant(
         "_newton_schulz.py",
-        "return rows.gather(arithmetic.store(arithmetic.product(rows.own(short), short)))",
+        "return rows.gather(arithmetic.square(short, rows.own(short), lambda sums: sums))",
         "return rows.gather(arithmetic.product(rows.own(short), short))",
         f"{ORTHOGONALIZE} -k 'is_rounded'",
+    ),
+    "mirror image of another block": Mutant(
+        "_symmetric.py",
+        "transpose_in_tiles(panel[..., start:stop])",
+        "transpose_in_tiles(panel[..., : stop - start])",
+        "tests/optimizer/test_symmetric.py -k 'bits_are'",
+    ),
+    "scales that leave a Gram matrix unsymmetric": Mutant(
+        "_preconditioning.py",
+        "gram * (of_rows * of_cols)",
+        "gram * of_rows * of_cols",
+        "tests/optimizer/test_symmetric.py -k 'aol'",
     ),
     "two steps at once with a multiple of I rounded": Mutant(
         "_newton_schulz.py",

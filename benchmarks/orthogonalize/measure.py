@@ -13,7 +13,7 @@ from benchmarks.model_shapes import MatrixShape
 from benchmarks.orthogonalize.accuracy import Spectrum
 from benchmarks.orthogonalize.sides import PEERS, Peer, Side, build
 from benchmarks.peaks import highest, matmul_peaks, shares_of
-from benchmarks.step import newton_schulz_flops
+from benchmarks.step import computed_flops, newton_schulz_flops
 
 # What the slowest peer is taken to reach of the fastest products until it is measured: Optax in
 # float32 on CPU, beside other work, had 0.11 to 0.17 of bfloat16's.
@@ -140,7 +140,7 @@ def measure(
         rows[peer] = {
             "matrix_s": median(each),
             "matrix_s_all": each,
-            "flops": newton_schulz_flops(shapes, peer),
+            "flops": computed_flops(shapes, peer),
             "compile_s": side.compile_s,
             "polar_error": spectrum and spectrum.polar_error(side.first()),
             **side.notes,

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact, Num
 
+from muon_jax._common.bits import from_bits, to_bits
+
 BatchFunction = Callable[[Inexact[Array, "batch rows cols"]], Inexact[Array, "batch rows cols"]]
 
 Transport = Callable[[Any], Any]
@@ -91,22 +93,10 @@ def _on_bits(loop: Callable[..., Any], arrays: list[jax.Array]) -> Any:
 
     @jax.custom_jvp
     def stored(arrays: list[jax.Array]) -> Any:
-        return loop(arrays, _to_bits, _from_bits)
+        return loop(arrays, to_bits, from_bits)
 
     @stored.defjvp
     def _(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
         return jax.jvp(lambda arrays: loop(arrays, same, same), primals, tangents)
 
     return stored(arrays)
-
-
-def _to_bits(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda x: lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x, tree
-    )
-
-
-def _from_bits(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda x: lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x, tree
-    )

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Inexact, Num
 
+from muon_jax._common.bits import moved
 from muon_jax._mesh.cost import exchange_stages
 from muon_jax._newton_schulz import Rows
 
@@ -32,7 +33,7 @@ def all_to_all(
             bits = lax.all_to_all(bits, stage, number, number, tiled=True)
         return bits.reshape(x.shape)
 
-    return _moved(x, exchange)
+    return moved(x, exchange)
 
 
 def all_gather(x: Num[Array, "*shape"], axes: Sequence[str]) -> Num[Array, "devices *shape"]:
@@ -47,7 +48,7 @@ def all_gather(x: Num[Array, "*shape"], axes: Sequence[str]) -> Num[Array, "devi
             bits = lax.all_gather(bits, axis, to="invarying")
         return bits.reshape(math.prod(bits.shape[: bits.ndim - x.ndim]), *x.shape)
 
-    return _moved(x, gather)
+    return moved(x, gather)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,29 +89,9 @@ class RowShare(Rows):
             )
 
         with jax.named_scope("muon.split"):
-            return _moved(x.astype(self.dtype), gather).astype(x.dtype)
+            return moved(x.astype(self.dtype), gather).astype(x.dtype)
 
 
 def axes_index(axes: Sequence[str]) -> jax.Array | int:
     """This device's row-major coordinate along `axes`."""
     return lax.axis_index(tuple(axes)) if axes else 0
-
-
-def _moved(x: jax.Array, move: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Apply a function that only moves elements, to bfloat16 as to its bits.
-
-    XLA:CPU widens a bfloat16 collective to float32, and leaves integers alone. Bits have no
-    derivative, so that of the moved values is given by hand: it moves like them.
-    """
-    if x.dtype != jnp.bfloat16:
-        return move(x)
-
-    @jax.custom_jvp
-    def moved(x: jax.Array) -> jax.Array:
-        return lax.bitcast_convert_type(move(lax.bitcast_convert_type(x, jnp.uint16)), x.dtype)
-
-    @moved.defjvp
-    def _(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        return moved(*primals), move(*tangents)
-
-    return moved(x)

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from benchmarks import peaks, step
+from benchmarks import hlo, peaks, step
 from benchmarks.harness import environment
+from muon_jax._newton_schulz import newton_schulz
+from muon_jax._polynomials import resolve_schedule
 
 pytestmark = pytest.mark.one_stack
 
@@ -52,3 +54,15 @@ def test_newton_schulz_flops_are_those_of_the_compiled_products():
     # 6 long products and 11 short ones, of 10 and 5: 35 of 45 such as the short.
     ours = step.newton_schulz_flops(shapes, "muon_jax")
     assert ours * 45 == step.newton_schulz_flops(shapes) * 35
+
+
+@pytest.mark.parametrize("shape", [(2, 256, 1024), (1, 512, 1024), (1, 1024, 1024)])
+def test_computed_flops_are_those_of_the_program_here(shape):
+    """The last two are mirrored where the processor multiplies bfloat16."""
+    import jax
+
+    schedule = resolve_schedule("standard", step.NS_STEPS)
+    x = jax.ShapeDtypeStruct(shape, "bfloat16")
+    counted = hlo.flops(newton_schulz.lower(x, schedule).compile().as_text())
+    assert counted == step.computed_flops({"x": shape}, "muon_jax")
+    assert step.computed_flops({"x": shape}, "torch") == step.newton_schulz_flops({"x": shape})

@@ -13,22 +13,21 @@ import pytest
 from muon_jax import SCHEDULES, _newton_schulz, _processor
 from muon_jax._arithmetic import (
     CACHE_BYTES,
-    TILE,
     adjoint,
     engines,
     rounded_float32,
-    transpose_in_tiles,
 )
 from muon_jax._newton_schulz import ALL_ROWS, iterate, step, two_steps
 from muon_jax._orthogonalize import Iteration
 from muon_jax._polynomials import resolve_schedule
 from muon_jax._preconditioning import Preconditioning
+from muon_jax._transposition import TILE, transpose_in_tiles
 
 # All round every product once, but sum it in another order; measured: 5.3e-3 at most.
 ORDER_OF_SUMS = 1e-2
 
 ACCELERATORS = engines(jnp.dtype(jnp.bfloat16))["default"]
-NATIVE = ACCELERATORS._replace(writes_adjoint=True, batch_bytes=CACHE_BYTES)
+NATIVE = ACCELERATORS._replace(writes_adjoint=True, mirrors=True, batch_bytes=CACHE_BYTES)
 ENGINES = {"accelerators": ACCELERATORS, "native": NATIVE, "rounded": rounded_float32()}
 
 # Where XLA:CPU multiplies no bfloat16 at all, there is nothing to run.

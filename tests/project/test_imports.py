@@ -15,7 +15,8 @@ FOLDERS = ("muon_jax", "examples", "benchmarks")
 
 # The library's story begins with one matrix after the other, and knows of no mesh there.
 KERNEL = (
-    *("_polynomials", "_products", "_processor", "_arithmetic", "_preconditioning"),
+    *("_polynomials", "_products", "_processor", "_transposition", "_symmetric"),
+    *("_arithmetic", "_preconditioning"),
     "_newton_schulz",
     *("_matrices", "_orthogonalize", "_scaling", "_momentum", "_update_rule", "_batching"),
     "_routes",

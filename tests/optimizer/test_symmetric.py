@@ -1,0 +1,123 @@
+"""Products of a matrix by itself, of which half is computed: bits, FLOPs, derivatives."""
+
+import functools
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from muon_jax import _processor
+from muon_jax._arithmetic import CACHE_BYTES, bfloat16_product, engines, to_bfloat16
+from muon_jax._newton_schulz import ALL_ROWS, iterate
+from muon_jax._polynomials import resolve_schedule
+from muon_jax._symmetric import left_out, mirrored, panels
+
+pytestmark = pytest.mark.skipif(
+    not _processor.product_is_right(), reason="this jaxlib has no bfloat16 product on CPU"
+)
+
+MIRRORING = engines(jnp.dtype(jnp.bfloat16))["default"]._replace(
+    writes_adjoint=True, mirrors=True, picks=True, batch_bytes=CACHE_BYTES
+)
+
+# Panels of whole tiles and others, square and wide, alone and in a batch.
+SHAPES = [(512, 1024), (801, 1100), (1056, 1024), (1100, 1300), (2, 544, 1024)]
+
+
+def gaussian(shape, dtype="bfloat16"):
+    x = jax.random.normal(jax.random.key(0), shape) / shape[-1] ** 0.5
+    return x.astype(dtype)
+
+
+def polynomial(sums, gram):
+    return to_bfloat16(-4.775 * gram.astype(jnp.float32) + 2.0315 * sums)
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_bits_are_those_of_the_whole_product(shape):
+    assert panels(*shape[-2:]) > 1
+    x = gaussian(shape)
+    gram = jax.jit(lambda x: to_bfloat16(bfloat16_product(x, x)))(x)
+    half = jax.jit(lambda x: mirrored(x, bfloat16_product, to_bfloat16, []))(x)
+    np.testing.assert_array_equal(half, gram)
+    whole = jax.jit(lambda x, gram: polynomial(bfloat16_product(x, x), gram))(x, gram)
+    half = jax.jit(lambda x, gram: mirrored(x, bfloat16_product, polynomial, [gram]))(x, gram)
+    np.testing.assert_array_equal(half, whole)
+
+
+@pytest.mark.bits
+@pytest.mark.parametrize("preconditioning", ["frobenius", "aol", "schatten"])
+@pytest.mark.parametrize("shape", [(1024, 1024), (544, 2048)], ids=["one by one", "two at once"])
+def test_the_iteration_has_the_bits_that_it_has_with_whole_products(shape, preconditioning):
+    """So it does not show which devices of a mesh compute whole matrices, and which share them."""
+    assert left_out(*shape) > 0
+    half, whole = (
+        jax.jit(
+            functools.partial(
+                iterate,
+                resolve_schedule("standard"),
+                preconditioning,
+                ALL_ROWS,
+                MIRRORING._replace(mirrors=mirrors),
+            )
+        )(gaussian(shape))
+        for mirrors in (True, False)
+    )
+    np.testing.assert_array_equal(half, whole)
+
+
+def multiplied(function, *args):
+    """FLOPs of the matrix products that a function traces."""
+
+    def of(jaxpr):
+        total = 0
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                (contracting, _), _ = eqn.params["dimension_numbers"]
+                length = eqn.invars[0].aval.shape[contracting[0]]
+                total += 2 * length * eqn.outvars[0].aval.size
+            total += sum(map(of, jax.extend.core.jaxprs_in_params(eqn.params)))
+        return total
+
+    return of(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_is_left_out_is_counted(shape):
+    x = gaussian(shape)
+    whole = multiplied(lambda x: bfloat16_product(x, x), x)
+    half = multiplied(lambda x: mirrored(x, bfloat16_product, to_bfloat16, []), x)
+    assert half / whole == pytest.approx(1 - left_out(*shape[-2:]))
+
+
+def test_panels_grow_with_the_rows_where_columns_are_many():
+    assert [panels(rows, 1024) for rows in (64, 511, 512, 768, 1024, 4096)] == [1, 1, 2, 3, 4, 4]
+    assert panels(1023, 1023) == 1
+    assert left_out(1023, 1023) == 0
+    assert left_out(4096, 4096) == 3 / 8
+
+
+def test_the_derivative_is_that_of_the_whole_product():
+    x, dx = gaussian((512, 1024)), gaussian((512, 1024))[::-1]
+
+    def derivative(square):
+        return jax.jit(lambda x, dx: jax.jvp(square, (x,), (dx,))[1])(x, dx)
+
+    half = derivative(lambda x: mirrored(x, bfloat16_product, to_bfloat16, []))
+    whole = derivative(lambda x: to_bfloat16(bfloat16_product(x, x)))
+    # Rounded to bfloat16, with three digits.
+    np.testing.assert_allclose(*(np.asarray(y, np.float32) for y in (half, whole)), atol=0.02)
+    gradient = jax.grad(lambda x: mirrored(x, bfloat16_product, to_bfloat16, []).sum())(x)
+    column_sums = np.asarray(x, np.float64).sum(0)
+    expected = np.broadcast_to(2 * column_sums, x.shape)
+    error = np.linalg.norm(np.asarray(gradient, np.float64) - expected)
+    assert error < 0.02 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("platform", ["tpu", "default"])
+def test_accelerators_multiply_the_whole(platform):
+    """Nothing else was measured on any."""
+    assert not engines(jnp.dtype(jnp.bfloat16))[platform].mirrors
