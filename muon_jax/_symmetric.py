@@ -24,8 +24,8 @@ from muon_jax._common.bits import moved
 from muon_jax._transposition import TILE, transpose_in_tiles
 
 MOST_PANELS = 4
-PANEL_ROWS = 256
-LEAST_COLS = 1024
+PANEL_ROWS = 128
+LEAST_ROWS, LEAST_COLS = 384, 640
 
 Finish = Callable[..., Inexact[Array, "..."]]
 """From a block of the sums, and the same block of other symmetric matrices, to what is stored."""
@@ -35,9 +35,11 @@ def panels(rows: int, cols: int) -> int:
     """How many panels an X of this shape is cut into; 1 where the whole is about as fast.
 
     What is put together costs a pass over ``rows^2``, and what is left out ``rows^2 cols``: so the
-    columns decide (EXPERIMENTS.md).
+    columns decide (EXPERIMENTS.md), and few rows are not worth the compilation.
     """
-    return max(1, min(MOST_PANELS, rows // PANEL_ROWS)) if cols >= LEAST_COLS else 1
+    if rows < LEAST_ROWS or cols < LEAST_COLS:
+        return 1
+    return min(MOST_PANELS, rows // PANEL_ROWS)
 
 
 def left_out(rows: int, cols: int) -> float:

@@ -56,7 +56,7 @@ def test_newton_schulz_flops_are_those_of_the_compiled_products():
     assert ours * 45 == step.newton_schulz_flops(shapes) * 35
 
 
-@pytest.mark.parametrize("shape", [(2, 256, 1024), (1, 512, 1024), (1, 1024, 1024)])
+@pytest.mark.parametrize("shape", [(2, 256, 1024), (1, 384, 1024), (1, 640, 640)])
 def test_computed_flops_are_those_of_the_program_here(shape):
     """The last two are mirrored where the processor multiplies bfloat16."""
     import jax
