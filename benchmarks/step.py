@@ -138,20 +138,21 @@ def newton_schulz_flops(shapes: dict[str, tuple[int, ...]], peer: str = "optax")
 
 
 def computed_flops(shapes: dict[str, tuple[int, ...]], peer: str) -> int:
-    """Those of them that this process computes: of what is symmetric `muon_jax` mirrors half.
+    """FLOPs that this process computes: without what `muon_jax` mirrors on processors.
 
-    It does so on some processors, where that is faster (`muon_jax._symmetric`).
+    Which products it mirrors a part of is `muon_jax._symmetric`'s affair.
     """
-    total, known = newton_schulz_flops(shapes, peer), engines(jnp.dtype(jnp.bfloat16))
+    total = newton_schulz_flops(shapes, peer)
+    known = engines(jnp.dtype(jnp.bfloat16))
     if peer != "muon_jax" or not known.get(jax.default_backend(), known["default"]).mirrors:
         return total
     for shape in shapes.values():
         short, long = sorted(shape[-2:])
         taken = at_once(resolve_schedule("standard", NS_STEPS), short, long)
         squares = sum(len(steps) == 1 for steps in taken)
-        mirrored = len(taken) * long * left_out(short, long)
-        mirrored += squares * short * left_out(short, short)
-        total -= int(np.prod(shape[:-2])) * round(2 * short * short * mirrored)
+        lengths = len(taken) * long * left_out(short, long)
+        lengths += squares * short * left_out(short, short)
+        total -= int(np.prod(shape[:-2])) * round(2 * short * short * lengths)
     return total
 
 

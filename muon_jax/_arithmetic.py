@@ -38,7 +38,7 @@ class Arithmetic(NamedTuple):
       unroll: how many steps the program's loop over them holds.
       writes_adjoint: whether the ``X^T`` of a real ``X`` is written out. Elsewhere the compiler
         reads ``X`` in the other order, at no cost.
-      mirrors: whether half of a symmetric product is left out where that is faster.
+      mirrors: whether a part of symmetric products is mirrored where that is faster.
       picks: whether elements are read one by one. TPUs keep matrices in tiles, and read them whole.
       norm_bits: the bits of mantissa that a norm is rounded to; None leaves it. The order in which
         a program sums shows in a float32's last bits, of which a matrix that is rounded to bfloat16
@@ -65,7 +65,9 @@ class Arithmetic(NamedTuple):
         """``X^H`` of a stored ``X``, as the second factor of a product."""
         return transpose_in_tiles(x) if self.writes_adjoint else adjoint(x)
 
-    def square(self, x: jax.Array, own: jax.Array, finish: Finish, *beside: jax.Array) -> jax.Array:
+    def symmetric(
+        self, x: jax.Array, own: jax.Array, finish: Finish, *beside: jax.Array
+    ) -> jax.Array:
         """``finish(X X^H, *beside)``, rounded: some rows of it.
 
         Args:
@@ -74,7 +76,7 @@ class Arithmetic(NamedTuple):
           finish: entry by entry, and wide. What it makes of Hermitian matrices is Hermitian.
           beside: rows of other Hermitian matrices, as many as `own`; `finish` takes them last.
         """
-        if self.mirrors and own is x and panels(*x.shape[-2:]) > 1:
+        if self.mirrors and own.shape == x.shape and panels(*x.shape[-2:]) > 1:
             return mirrored(x, self.product, lambda *args: self.store(finish(*args)), beside)
         return self.store(finish(self.product(own, x), *beside))
 
@@ -93,13 +95,20 @@ def engines(dtype: jnp.dtype) -> dict[str, Arithmetic]:
         exact = Arithmetic(dtype, lambda x: x, full_precision_product, dtype)
         cpu = exact._replace(picks=True, batch_bytes=ONE_BY_ONE)
         return {"cpu": cpu, "tpu": exact._replace(unroll=TPU_UNROLL), "default": exact}
-    mixed = Arithmetic(
-        jnp.float32, to_bfloat16, bfloat16_product, jnp.bfloat16, norm_bits=NORM_BITS
-    )
-    cpu = rounded_float32()
-    if _processor.multiplies_bfloat16():
-        cpu = mixed._replace(writes_adjoint=True, mirrors=True, picks=True, batch_bytes=CACHE_BYTES)
+    mixed = mixed_bfloat16()
+    cpu = native_bfloat16() if _processor.multiplies_bfloat16() else rounded_float32()
     return {"cpu": cpu, "tpu": mixed._replace(unroll=TPU_UNROLL), "default": mixed}
+
+
+def mixed_bfloat16() -> Arithmetic:
+    """The engine of accelerators: bfloat16 factors, float32 sums."""
+    return Arithmetic(jnp.float32, to_bfloat16, bfloat16_product, jnp.bfloat16, norm_bits=NORM_BITS)
+
+
+def native_bfloat16() -> Arithmetic:
+    """The engine of processors that multiply bfloat16."""
+    mixed = mixed_bfloat16()
+    return mixed._replace(writes_adjoint=True, mirrors=True, picks=True, batch_bytes=CACHE_BYTES)
 
 
 def rounded_float32() -> Arithmetic:

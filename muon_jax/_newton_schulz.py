@@ -71,10 +71,12 @@ def step(
     a, b, c = abc
     gram = _gram(x, arithmetic, rows) if gram is None else gram
     own = rows.own(gram)
+
+    def with_square(sums: jax.Array, gram: jax.Array) -> jax.Array:
+        return b * arithmetic.widen(gram) + c * sums
+
     if has_square(abc):
-        polynomial = arithmetic.square(
-            gram, own, lambda sums, own: b * arithmetic.widen(own) + c * sums, own
-        )
+        polynomial = arithmetic.symmetric(gram, own, with_square, own)
     else:
         polynomial = arithmetic.store(b * arithmetic.widen(own))
     return _apply(a, polynomial, x, arithmetic, rows)
@@ -134,7 +136,7 @@ def _gram(
 ) -> Inexact[Array, "*batch short short"]:
     """``X X^T``, or ``X^T X`` of a tall X: whole, and rounded."""
     short = short_side(x)
-    return rows.gather(arithmetic.square(short, rows.own(short), lambda sums: sums))
+    return rows.gather(arithmetic.symmetric(short, rows.own(short), lambda sums: sums))
 
 
 def _apply(

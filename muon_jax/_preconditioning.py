@@ -99,7 +99,10 @@ def _aol(
     """Scales of rows, or of columns, that bound the spectral norm by 1 (arXiv 2512.04632)."""
     scale = lax.rsqrt(_safe(jnp.sum(jnp.abs(gram), axis=-1)))
     of_rows, of_cols = scale[..., :, None], scale[..., None, :]
-    return x * (of_cols if is_tall(x.shape) else of_rows), gram * (of_rows * of_cols)
+    # The larger first: symmetric to the last bit, and no entry is above the smaller of its row's
+    # and its column's sum, so that nothing overflows on the way.
+    larger, smaller = jnp.maximum(of_rows, of_cols), jnp.minimum(of_rows, of_cols)
+    return x * (of_cols if is_tall(x.shape) else of_rows), gram * larger * smaller
 
 
 def _schatten(

@@ -98,7 +98,8 @@ class ShardingReport:
       rows: one row for each shape group.
       leaves: one row for each parameter, in the order of ``jax.tree.leaves(params)``.
       devices: the number of devices in the mesh.
-      flops: FLOPs of Newton-Schulz on the busiest device, all groups together.
+      flops: FLOPs of Newton-Schulz on the busiest device, all groups together; of symmetric
+        products, too, of which CPUs mirror a part.
       balance: the busiest device's FLOPs, divided by an even share of all FLOPs.
       adam_gather_bytes: bytes that one device sends to gather AdamW's updates.
 

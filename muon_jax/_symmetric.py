@@ -1,4 +1,4 @@
-"""What is symmetric is computed in half: ``X X^T``, and a polynomial of it with a square.
+"""Symmetric products whose part above the diagonal is mirrored: ``X X^T``, and ``b A + c A A``.
 
 X is cut into panels of rows. Each is multiplied with the rows up to its own end, and a block above
 the diagonal is its mirror image, transposed. With four panels, 10 blocks of 16:
@@ -10,7 +10,7 @@ the diagonal is its mirror image, transposed. With four panels, 10 blocks of 16:
 
 The library that XLA:CPU multiplies bfloat16 with adds up an entry's products in one order, whatever
 rows are beside it, and the entry across the diagonal has the same products. So bits are those of
-the whole product (a test), as a mesh needs, where devices that share a matrix have rows of it.
+the whole product (tests).
 """
 
 import itertools
@@ -24,8 +24,13 @@ from muon_jax._common.bits import moved
 from muon_jax._transposition import TILE, transpose_in_tiles
 
 MOST_PANELS = 4
+"""Of four, 5/8 are multiplied; eight would leave out a sixteenth more, in twice the kernels."""
+
 PANEL_ROWS = 128
+"""What a panel has at least: 512x2048 takes 0.91 of the time with four panels, 0.93 with two."""
+
 LEAST_ROWS, LEAST_COLS = 384, 640
+"""What X has at least: 640x640 takes 0.87 of the time, 512x512 and 256x640 about all of it."""
 
 Finish = Callable[..., Inexact[Array, "..."]]
 """From a block of the sums, and the same block of other symmetric matrices, to what is stored."""

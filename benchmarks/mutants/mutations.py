@@ -36,8 +36,8 @@ MUTANTS: dict[str, Mutant] = {
     # --- Newton-Schulz
     "sign of b flipped": Mutant(
         "_newton_schulz.py",
-        "lambda sums, own: b * ",
-        "lambda sums, own: -b * ",
+        "return b * arithmetic.widen(gram) + c * sums",
+        "return -b * arithmetic.widen(gram) + c * sums",
         f"{ORTHOGONALIZE} -k singular_basis",
     ),
     "no transposition back": Mutant(
@@ -62,7 +62,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "Gram matrix left unrounded": Mutant(
         "_newton_schulz.py",
-        "return rows.gather(arithmetic.square(short, rows.own(short), lambda sums: sums))",
+        "return rows.gather(arithmetic.symmetric(short, rows.own(short), lambda sums: sums))",
         "return rows.gather(arithmetic.product(rows.own(short), short))",
         f"{ORTHOGONALIZE} -k 'is_rounded'",
     ),
@@ -74,7 +74,7 @@ MUTANTS: dict[str, Mutant] = {
     ),
     "scales that leave a Gram matrix unsymmetric": Mutant(
         "_preconditioning.py",
-        "gram * (of_rows * of_cols)",
+        "gram * larger * smaller",
         "gram * of_rows * of_cols",
         "tests/optimizer/test_symmetric.py -k 'aol'",
     ),

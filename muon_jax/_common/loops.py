@@ -1,8 +1,7 @@
 """Take a batch in chunks, one after the other: one program, and the memory of one chunk.
 
-Between chunks bfloat16 lies as its bits. XLA:CPU would put a batch together, and keep it, in
-float32, and leaves integers alone. Bits have no derivative, so that of a loop is given by hand: it
-is that of the same loop over values.
+Between chunks bfloat16 lies as its bits (`_common.bits` says why). The derivative of a loop over
+them is given by hand: it is that of the same loop over values.
 """
 
 import itertools

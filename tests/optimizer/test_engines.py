@@ -12,9 +12,9 @@ import pytest
 
 from muon_jax import SCHEDULES, _newton_schulz, _processor
 from muon_jax._arithmetic import (
-    CACHE_BYTES,
     adjoint,
     engines,
+    native_bfloat16,
     rounded_float32,
 )
 from muon_jax._newton_schulz import ALL_ROWS, iterate, step, two_steps
@@ -27,7 +27,7 @@ from muon_jax._transposition import TILE, transpose_in_tiles
 ORDER_OF_SUMS = 1e-2
 
 ACCELERATORS = engines(jnp.dtype(jnp.bfloat16))["default"]
-NATIVE = ACCELERATORS._replace(writes_adjoint=True, mirrors=True, batch_bytes=CACHE_BYTES)
+NATIVE = native_bfloat16()
 ENGINES = {"accelerators": ACCELERATORS, "native": NATIVE, "rounded": rounded_float32()}
 
 # Where XLA:CPU multiplies no bfloat16 at all, there is nothing to run.
