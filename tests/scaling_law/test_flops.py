@@ -79,8 +79,10 @@ def test_the_unit_of_the_papers_compute():
 # --- Newton-Schulz --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(512, 768), (768, 512), (640, 640)], ids=str)
+@pytest.mark.parametrize("shape", [(512, 608), (608, 512), (608, 608)], ids=str)
 def test_a_step_of_newton_schulz_costs_what_xla_counts(shape):
+    """Below the sizes of which CPUs mirror a part: the study counts whole products."""
+
     def step(x: jax.Array) -> jax.Array:
         return muon_jax.orthogonalize(x, ns_steps=1)
 
