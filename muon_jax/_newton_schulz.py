@@ -102,6 +102,8 @@ def two_steps(
     kept apart, as a number in the wide dtype; ``P - p(r) I`` and ``P' P - p'(r') p(r) I`` are what
     is rounded. More than two steps at once do not hold: an eigenvalue of R near 0 that rounding has
     made negative grows by up to a^2 in each, and nothing brings it back (EXPERIMENTS.md).
+
+    No product but the first is mirrored on CPUs: R' is symmetric but for its rounding.
     """
     store, product, widen = arithmetic.store, arithmetic.product, arithmetic.widen
     gram = _gram(x, arithmetic, rows) if gram is None else gram

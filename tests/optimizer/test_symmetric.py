@@ -1,4 +1,4 @@
-"""Products of a matrix by itself, of which half is computed: bits, FLOPs, derivatives."""
+"""Products of a matrix by itself, of which a part is mirrored: bits, FLOPs, derivatives."""
 
 import functools
 
