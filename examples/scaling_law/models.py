@@ -1,5 +1,6 @@
 """A run's model, of the repository's dense or Mixture-of-Experts family, and what it costs."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -115,7 +116,7 @@ def make_model(run: Run, key: jax.Array, *, unroll: bool = False) -> LanguageMod
 
 def parameters_of(run: Run) -> ParameterCounts:
     """Counts a run's parameters, without computing one."""
-    return count_parameters(_abstract(_architecture(run)))
+    return _counted(_architecture(run))
 
 
 def compute_optimal_tokens(layers: int, head_dim: int = 16) -> int:
@@ -166,8 +167,24 @@ def muon_leaves(run: Run) -> Any:
     return by_path(rules) if rules else None
 
 
+@functools.cache
+def _counted(architecture: Run) -> ParameterCounts:
+    return count_parameters(_abstract(architecture))
+
+
 def _matrices(run: Run) -> list[tuple[int, int]]:
     """Shapes of the matrices that Muon orthogonalizes, stacks taken apart."""
+    what_they_depend_on = dataclasses.replace(
+        _architecture(run),
+        optimizer="muon",
+        muon_too=run.muon_too,
+        heads_per_group=run.heads_per_group,
+    )
+    return [*_orthogonalized(what_they_depend_on)]
+
+
+@functools.cache
+def _orthogonalized(run: Run) -> tuple[tuple[int, int], ...]:
     params = nnx.state(_abstract(_architecture(run)), nnx.Param)
     views = jax.eval_shape(
         lambda tree: map_matrices(
@@ -180,7 +197,7 @@ def _matrices(run: Run) -> list[tuple[int, int]]:
         params,
     )
     stacks = (view.shape for leaf in views.values() for view in leaf)
-    return [shape[-2:] for shape in stacks for _ in range(shape[0])]
+    return tuple(shape[-2:] for shape in stacks for _ in range(shape[0]))
 
 
 def _architecture(run: Run) -> Run:
