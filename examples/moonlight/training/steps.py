@@ -4,6 +4,7 @@ Everything here is a pure function of a `TrainState`, so that several steps run 
 XLA: a small model would otherwise wait for Python between steps.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -140,16 +141,22 @@ def make_train_steps(
     """
     bias_schedule = bias_rate if callable(bias_rate) else optax.constant_schedule(bias_rate)
 
+    # Both are asked for their results' shapes before they are called: as jitted functions they are
+    # traced once.
+    @functools.partial(jax.jit, inline=True)
     def loss_fn(params: nnx.State, bias: nnx.State, tokens_bt: jax.Array):
         return next_token_loss(nnx.merge(graphdef, params, bias), tokens_bt)
 
+    @functools.partial(jax.jit, inline=True)
     def one_step(
         state: TrainState,
         tokens_abt: jax.Array,
         step: jax.Array,
-        micro: int | jax.Array,
+        micro: jax.Array | None,
         last: jax.Array,
     ) -> tuple[TrainState, StepMetrics, Watched | None]:
+        batches = len(tokens_abt) if micro is None else micro
+
         def add_micro_batch(i: jax.Array, carry: Any):
             total, stats_a = carry
             (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -161,9 +168,9 @@ def make_train_steps(
         _, stats = jax.eval_shape(loss_fn, state.params, state.bias, tokens_abt[0])
         stats_a = jax.tree.map(lambda x: jnp.zeros((len(tokens_abt), *x.shape), x.dtype), stats)
         zeros = (jax.tree.map(jnp.zeros_like, state.params), jnp.zeros(()))
-        (grads, loss), stats_a = jax.lax.fori_loop(0, micro, add_micro_batch, (zeros, stats_a))
-        grads, loss = jax.tree.map(lambda x: x / micro, (grads, loss))
-        stats = merge_stats(stats_a, micro)
+        (grads, loss), stats_a = jax.lax.fori_loop(0, batches, add_micro_batch, (zeros, stats_a))
+        grads, loss = jax.tree.map(lambda x: x / batches, (grads, loss))
+        stats = merge_stats(stats_a, batches)
         load_le = stats.load_le
 
         max_logits = logits_by_module(state.params, stats.max_logit_lh)
@@ -208,16 +215,16 @@ def make_train_steps(
         count: jax.Array,
         micro_s: jax.Array | None = None,
     ) -> tuple[TrainState, StepMetrics, Watched | None]:
-        def take(i: jax.Array, state: TrainState) -> tuple[TrainState, StepMetrics, Watched | None]:
-            micro = tokens_sabt.shape[1] if micro_s is None else micro_s[i]
-            return one_step(state, tokens_sabt[i], step + i, micro, i == count - 1)
+        def step_args(i: jax.Array) -> tuple[Any, ...]:
+            micro = None if micro_s is None else micro_s[i]
+            return tokens_sabt[i], step + i, micro, i == count - 1
 
         def body(i: jax.Array, carry: Any):
             state, history, _ = carry
-            state, measured, watched = take(i, state)
+            state, measured, watched = one_step(state, *step_args(i))
             return state, jax.tree.map(lambda h, m: h.at[i].set(m), history, measured), watched
 
-        _, measured, watched = jax.eval_shape(take, jnp.int32(0), state)
+        _, measured, watched = jax.eval_shape(one_step, state, *step_args(jnp.int32(0)))
         none_watched = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), watched)
         steps = tokens_sabt.shape[0]
         history = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), measured)
