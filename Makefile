@@ -25,7 +25,7 @@ train: .venv/.examples
 # programs that they compile; tests/conftest.py has the order of the files.
 test: .venv/.test .aot/.tpu
 	flags="$$($(BIN)/python -m tests.xla_flags bits)" && \
-	  XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist loadgroup -m bits
+	  XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m bits
 	flags="$$($(BIN)/python -m tests.xla_flags)" && \
 	  XLA_FLAGS="$$flags" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not bits"
 
@@ -35,7 +35,7 @@ test-newest:
 	@test -n "$(NEWEST_PYTHON)"
 	@$(MAKE) --no-print-directory .venv-newest/.test NEWEST_PYTHON="$(NEWEST_PYTHON)"
 	@$(NEWEST_BIN)/python -c 'import sys, jax; print("Python", sys.version.split()[0], "and jax", jax.__version__)'
-	$(NEWEST_BIN)/python -m pytest -n 2 --dist loadgroup -m "bits and not one_stack"
+	$(NEWEST_BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "bits and not one_stack"
 	flags="$$($(NEWEST_BIN)/python -m tests.xla_flags)" && \
 	  XLA_FLAGS="$$flags" $(NEWEST_BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not bits and not one_stack"
 

@@ -24,7 +24,7 @@ from tests.mesh.mesh_model import (
     make_tree,
 )
 
-pytestmark = [pytest.mark.bits, pytest.mark.one_stack]
+pytestmark = pytest.mark.one_stack
 
 STEPS = 3  # before the state is saved
 KINDS = get_args(Gradients)

@@ -22,8 +22,7 @@ from tests.mesh.mesh_model import COSTLY_WORK, LEAVES, make_mesh, make_params
 from tests.mesh.process_worker import CASES, DEVICES, Shards, param_specs, train
 
 PROCESSES = 2
-# One worker of pytest starts the processes, and once.
-pytestmark = [pytest.mark.bits, pytest.mark.one_stack, pytest.mark.xdist_group("processes")]
+pytestmark = [pytest.mark.one_stack, pytest.mark.processes]
 TIMEOUT = 240  # seconds; about 20 are needed where nothing else runs
 
 # Gaussian gradients are summed over processes in another order, and a bfloat16 rounding that falls

@@ -17,7 +17,7 @@ import pytest
 from examples.moonlight.run_folder import seal, storage
 from tests.moonlight import checkpoint_worker as worker
 
-pytestmark = [pytest.mark.one_stack, pytest.mark.xdist_group("processes")]
+pytestmark = [pytest.mark.one_stack, pytest.mark.processes]
 
 TIMEOUT = 120  # seconds; about 12 are needed where nothing else runs
 ROOT = Path(__file__).parents[2]

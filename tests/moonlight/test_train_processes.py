@@ -1,7 +1,9 @@
-"""Training as several processes: one's losses, whoever dies in between, and however many go on."""
+"""Training as two processes: one's losses, whoever dies in between, and whoever goes on."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from examples.moonlight.train import train
 from tests.checkers import relative_error
 from tests.moonlight import toy
 
-pytestmark = [pytest.mark.one_stack, pytest.mark.xdist_group("processes")]
+pytestmark = [pytest.mark.one_stack, pytest.mark.processes]
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -40,7 +42,7 @@ SETTINGS = {
 
 
 def processes(
-    folder: Path, count: int, mesh: str, *, hurt: str = "", devices: int = 1
+    folder: Path, count: int, mesh: str, *, hurt: str = ""
 ) -> list[subprocess.Popen[str]]:
     """Starts `--resume` as so many processes."""
     args = toy.arguments(folder, **SETTINGS)
@@ -62,7 +64,7 @@ def processes(
         "COLUMNS": "1000",
         "HURT": hurt,
         # The time-out is asked for here: else each process finds out whether it may be.
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}")
+        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", "count=1")
         + " --xla_cpu_collective_timeout_seconds=60",
     }
     return [
@@ -108,39 +110,43 @@ def assert_close(ours: Path, theirs: Path) -> None:
         assert relative_error(np.asarray(a), np.asarray(b)) < WEIGHT_TOLERANCE
 
 
-def test_one_of_four_dies_in_a_save_and_two_go_on_to_where_one_would_be(tmp_path: Path):
+@pytest.fixture(scope="module", name="killed")
+def _killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of two processes, of which the second died in the second save."""
+    folder = tmp_path_factory.mktemp("killed")
+    codes, texts, errors = finish(processes(folder, 2, "data=2", hurt="1:SIGKILL:save"))
+    assert codes == [LOST, -signal.SIGKILL], errors
+    assert errors[0].splitlines()[-1] == "process 1 was lost: all processes end"
+    assert [texts[1], errors[1]] == ["", ""]
+    assert kept_steps(folder / "run" / CHECKPOINTS) == [4]
+    return folder
+
+
+def test_one_dies_in_a_save_and_another_mesh_goes_on_to_where_one_device_would_be(
+    tmp_path: Path, killed: Path
+):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    for folder in (alone, together):
-        folder.mkdir()
-    codes, texts, errors = finish(processes(together, 4, "data=2,tensor=2", hurt="2:SIGKILL:save"))
-    assert codes[2] == -signal.SIGKILL
-    assert [codes[i] for i in (0, 1, 3)] == [LOST] * 3, errors
-    assert errors[0].splitlines()[-1] == "process 2 was lost: all processes end"
-    assert [*texts[1:], *errors[1:]] == [""] * 6
-    assert kept_steps(together / "run" / CHECKPOINTS) == [4]
-
-    codes, texts, errors = finish(processes(together, 2, "data=4", devices=2))
-    assert codes == [0, 0], errors
-    assert "continuing after step 4" in texts[0] and texts[1] == ""
-
+    alone.mkdir()
+    shutil.copytree(killed, together)
+    ask = toy.arguments(together, **SETTINGS, mesh="data=4,tensor=2", resume=True)
+    ask = dataclasses.replace(ask, data=(str(killed / "corpus.txt"),))  # as the run was told
+    train(ask, toy.CONFIG)
     results = train(toy.arguments(alone, **SETTINGS), toy.CONFIG)
     assert_close(together, alone)
     [mesh] = results["meshes"].values()
     ours = json.loads((together / "run" / "results.json").read_text())
-    assert (mesh, ours["meshes"]) == ("one device", {"1": "data=2,tensor=2", "5": "data=4"})
+    assert (mesh, ours["meshes"]) == ("one device", {"1": "data=2", "5": "data=4,tensor=2"})
 
 
-def test_a_signal_to_one_saves_on_all_and_the_same_go_on_bit_for_bit(tmp_path: Path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    for folder in (whole, stopped):
-        folder.mkdir()
-    assert finish(processes(whole, 2, "data=2"))[0] == [0, 0]
-    codes, texts, errors = finish(processes(stopped, 2, "data=2", hurt="1:SIGTERM:5"))
+def test_a_death_and_a_signal_to_one_and_the_same_go_on_bit_for_bit(tmp_path: Path, killed: Path):
+    assert finish(processes(tmp_path, 2, "data=2"))[0] == [0, 0]
+    codes, texts, errors = finish(processes(killed, 2, "data=2", hurt="1:SIGTERM:5"))
     assert codes == [128 + signal.SIGTERM] * 2, errors
+    assert "continuing after step 4" in texts[0] and texts[1] == ""
     assert texts[0].splitlines()[-1] == (
         "stopped after step 6; the same command with --resume goes on"
     )
-    assert kept_steps(stopped / "run" / CHECKPOINTS) == [4, 6]
-    assert finish(processes(stopped, 2, "data=2"))[0] == [0, 0]
-    assert records(stopped) == records(whole)
-    toy.assert_same_state(stopped / "run", whole / "run")
+    assert kept_steps(killed / "run" / CHECKPOINTS) == [4, 6]
+    assert finish(processes(killed, 2, "data=2"))[0] == [0, 0]
+    assert records(killed) == records(tmp_path)
+    toy.assert_same_state(killed / "run", tmp_path / "run")
