@@ -214,6 +214,7 @@ def test_a_run_goes_back_to_a_checkpoint_and_ends_the_same(tmp_path: Path, whole
     assert again["last_model_checkpoint"] == str(run / "checkpoint-6")
 
 
+@pytest.mark.one_stack
 def test_a_killed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, whole: Path):
     shutil.copytree(whole / "qwen2", tmp_path / "qwen2")
     sft_toy.write_sums(tmp_path / "sums.jsonl")

@@ -16,6 +16,8 @@ from examples.finetune.study.tables import all_tables
 from examples.finetune.study.training import train
 from examples.scaling_law.report import fill_in
 
+pytestmark = pytest.mark.one_stack
+
 MAIN = STUDIES["main"]
 
 

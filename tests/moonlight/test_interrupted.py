@@ -22,6 +22,8 @@ from examples.moonlight.training import loop
 from examples.moonlight.training.stopping import SIGNALS, Stopped
 from tests.moonlight import toy
 
+pytestmark = pytest.mark.one_stack
+
 
 @pytest.fixture(scope="module", name="whole")
 def _whole(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -18,6 +18,8 @@ from examples.moonlight.training import loop, steps
 from examples.moonlight.training.nonfinite import Skipped, guard, unwrap, wrap
 from tests.moonlight import toy
 
+pytestmark = pytest.mark.one_stack
+
 # A token that only the tests' own batches hold.
 POISON = 299
 TOKENS = np.random.default_rng(0).integers(0, POISON, (3, 1, 2, 17)).astype(np.int32)

@@ -176,6 +176,7 @@ def kill_when(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
+@pytest.mark.one_stack
 def test_a_killed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path, start):
     steps = 42
     whole, killed = tmp_path / "whole", tmp_path / "killed"

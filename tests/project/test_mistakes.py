@@ -27,6 +27,8 @@ from examples.moonlight.common.program import run_program
 from examples.moonlight.data.prepare import __main__ as prepare
 from examples.scaling_law import __main__ as scaling_law
 
+pytestmark = pytest.mark.one_stack
+
 ROOT = Path(__file__).parents[2]
 
 # Programs by the first word of a command. Those with handlers of signals run without these.

@@ -8,6 +8,8 @@ import pytest
 from examples.scaling_law.store import CLAIMS, RUNS, Store, read_runs
 from tests.scaling_law import rivals, small
 
+pytestmark = pytest.mark.one_stack
+
 TIMEOUT = 240
 
 
