@@ -112,13 +112,17 @@ def assert_close(ours: Path, theirs: Path) -> None:
 
 @pytest.fixture(scope="module", name="killed")
 def _killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two processes, of which the second died in the second save."""
+    """The folder of a run of two processes, of which the second died in the second save.
+
+    `run` goes on in a test; `left` is a copy of how it was left.
+    """
     folder = tmp_path_factory.mktemp("killed")
     codes, texts, errors = finish(processes(folder, 2, "data=2", hurt="1:SIGKILL:save"))
     assert codes == [LOST, -signal.SIGKILL], errors
     assert errors[0].splitlines()[-1] == "process 1 was lost: all processes end"
     assert [texts[1], errors[1]] == ["", ""]
     assert kept_steps(folder / "run" / CHECKPOINTS) == [4]
+    shutil.copytree(folder / "run", folder / "left")
     return folder
 
 
@@ -126,8 +130,9 @@ def test_one_dies_in_a_save_and_another_mesh_goes_on_to_where_one_device_would_b
     tmp_path: Path, killed: Path
 ):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    alone.mkdir()
-    shutil.copytree(killed, together)
+    for folder in (alone, together):
+        folder.mkdir()
+    shutil.copytree(killed / "left", together / "run")
     ask = toy.arguments(together, **SETTINGS, mesh="data=4,tensor=2", resume=True)
     ask = dataclasses.replace(ask, data=(str(killed / "corpus.txt"),))  # as the run was told
     train(ask, toy.CONFIG)
