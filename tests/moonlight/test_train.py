@@ -23,10 +23,11 @@ from rich.console import Console
 
 from examples.moonlight import generate
 from examples.moonlight.common.files import write_atomically
-from examples.moonlight.model.language_model import ModelStats, merge_stats
+from examples.moonlight.model.language_model import ModelStats, merge_stats, next_token_loss
 from examples.moonlight.run_folder import metrics
 from examples.moonlight.run_folder.storage import kept_steps
 from examples.moonlight.train import train
+from examples.moonlight.training import steps as training_steps
 from examples.moonlight.training.steps import StepMetrics, make_train_steps
 from tests.moonlight import toy
 
@@ -235,6 +236,21 @@ ALL = np.full(3, 4, np.int32)
 def assert_same(ours, theirs) -> None:
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_the_loss_is_traced_once_for_a_program(monkeypatch):
+    traced = []
+
+    def counted(*args):
+        traced.append(args)
+        return next_token_loss(*args)
+
+    monkeypatch.setattr(training_steps, "next_token_loss", counted)
+    optimizer = optax.sgd(0.5)
+    graphdef, state = toy.split(toy.CONFIG, optimizer)
+    steps = make_train_steps(graphdef, optimizer, optax.constant_schedule(0.5), bias_rate=0.0)
+    jax.eval_shape(steps, state, TOKENS, 0, 3, ALL)
+    assert len(traced) == 1
 
 
 def test_accumulated_micro_batches_equal_one_batch(program):
