@@ -37,7 +37,7 @@ import jaxtyping
 from jaxtyping import install_import_hook
 
 # Every shape annotation of the library is checked on every call that a test makes. Functions of
-# modules without any would be wrapped for nothing, and that took a sixth of their tests' time.
+# modules without any would be wrapped for nothing, and that took a ninth of their tests' time.
 library = importlib.util.find_spec("muon_jax")
 assert library is not None and library.origin is not None
 folder = Path(library.origin).parent
