@@ -172,7 +172,7 @@ def _counted(architecture: Run) -> ParameterCounts:
     return count_parameters(_abstract(architecture))
 
 
-def _matrices(run: Run) -> list[tuple[int, int]]:
+def _matrices(run: Run) -> tuple[tuple[int, int], ...]:
     """Shapes of the matrices that Muon orthogonalizes, stacks taken apart."""
     what_they_depend_on = dataclasses.replace(
         _architecture(run),
@@ -180,7 +180,7 @@ def _matrices(run: Run) -> list[tuple[int, int]]:
         muon_too=run.muon_too,
         heads_per_group=run.heads_per_group,
     )
-    return [*_orthogonalized(what_they_depend_on)]
+    return _orthogonalized(what_they_depend_on)
 
 
 @functools.cache

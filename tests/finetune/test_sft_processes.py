@@ -17,7 +17,6 @@ from examples.moonlight.run_folder import metrics
 from examples.moonlight.run_folder.storage import kept_steps
 from tests.finetune import sft_processes, sft_toy
 
-# It starts processes, which other workers of pytest leave no room for.
 pytestmark = [pytest.mark.one_stack, pytest.mark.processes]
 
 ROOT = Path(__file__).parents[2]

@@ -22,7 +22,6 @@ from examples.moonlight.common.processes.watch import LOST
 
 ROOT = Path(__file__).parents[2]
 
-# Each of these starts processes, which other workers of pytest leave no room for.
 started = [pytest.mark.one_stack, pytest.mark.processes]
 
 SLURM = {

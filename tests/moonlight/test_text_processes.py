@@ -14,7 +14,6 @@ from safetensors.numpy import load_file
 from examples.moonlight.huggingface import names as hf_names
 from tests.moonlight import text_processes
 
-# It starts processes, which other workers of pytest leave no room for.
 pytestmark = [pytest.mark.one_stack, pytest.mark.processes]
 
 ROOT = Path(__file__).parents[2]

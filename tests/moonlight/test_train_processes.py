@@ -1,6 +1,5 @@
 """Training as two processes: one's losses, whoever dies in between, and whoever goes on."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -41,19 +40,17 @@ SETTINGS = {
 }
 
 
-def processes(
-    folder: Path, count: int, mesh: str, *, hurt: str = ""
-) -> list[subprocess.Popen[str]]:
-    """Starts `--resume` as so many processes."""
+def two_processes(folder: Path, *, hurt: str = "") -> list[subprocess.Popen[str]]:
+    """Starts `--resume` as two processes, of one device each."""
     args = toy.arguments(folder, **SETTINGS)
     flags = {
         "--output-dir": args.output_dir,
         "--data": args.data[0],
         "--cache-dir": args.cache_dir,
         "--prompt": args.prompt,
-        "--mesh": mesh,
+        "--mesh": "data=2",
         "--coordinator": f"localhost:{_free_port()}",
-        "--processes": count,
+        "--processes": 2,
     }
     for name in (*SETTINGS, "sequence_length", "eval_every", "checkpoint_every"):
         flags[f"--{name.replace('_', '-')}"] = getattr(args, name)
@@ -77,7 +74,7 @@ def processes(
             stderr=subprocess.PIPE,
             text=True,
         )
-        for i in range(count)
+        for i in range(2)
     ]
 
 
@@ -117,7 +114,7 @@ def _killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     `run` goes on in a test; `left` is a copy of how it was left.
     """
     folder = tmp_path_factory.mktemp("killed")
-    codes, texts, errors = finish(processes(folder, 2, "data=2", hurt="1:SIGKILL:save"))
+    codes, texts, errors = finish(two_processes(folder, hurt="1:SIGKILL:save"))
     assert codes == [LOST, -signal.SIGKILL], errors
     assert errors[0].splitlines()[-1] == "process 1 was lost: all processes end"
     assert [texts[1], errors[1]] == ["", ""]
@@ -133,25 +130,25 @@ def test_one_dies_in_a_save_and_another_mesh_goes_on_to_where_one_device_would_b
     for folder in (alone, together):
         folder.mkdir()
     shutil.copytree(killed / "left", together / "run")
-    ask = toy.arguments(together, **SETTINGS, mesh="data=4,tensor=2", resume=True)
-    ask = dataclasses.replace(ask, data=(str(killed / "corpus.txt"),))  # as the run was told
-    train(ask, toy.CONFIG)
+    data = (str(killed / "corpus.txt"),)  # as the run was told
+    mesh = "data=4,tensor=2"
+    train(toy.arguments(together, **SETTINGS, data=data, mesh=mesh, resume=True), toy.CONFIG)
     results = train(toy.arguments(alone, **SETTINGS), toy.CONFIG)
     assert_close(together, alone)
-    [mesh] = results["meshes"].values()
+    assert results["meshes"] == {"1": "one device"}
     ours = json.loads((together / "run" / "results.json").read_text())
-    assert (mesh, ours["meshes"]) == ("one device", {"1": "data=2", "5": "data=4,tensor=2"})
+    assert ours["meshes"] == {"1": "data=2", "5": mesh}
 
 
 def test_a_death_and_a_signal_to_one_and_the_same_go_on_bit_for_bit(tmp_path: Path, killed: Path):
-    assert finish(processes(tmp_path, 2, "data=2"))[0] == [0, 0]
-    codes, texts, errors = finish(processes(killed, 2, "data=2", hurt="1:SIGTERM:5"))
+    assert finish(two_processes(tmp_path))[0] == [0, 0]
+    codes, texts, errors = finish(two_processes(killed, hurt="1:SIGTERM:5"))
     assert codes == [128 + signal.SIGTERM] * 2, errors
     assert "continuing after step 4" in texts[0] and texts[1] == ""
     assert texts[0].splitlines()[-1] == (
         "stopped after step 6; the same command with --resume goes on"
     )
     assert kept_steps(killed / "run" / CHECKPOINTS) == [4, 6]
-    assert finish(processes(killed, 2, "data=2"))[0] == [0, 0]
+    assert finish(two_processes(killed))[0] == [0, 0]
     assert records(killed) == records(tmp_path)
     toy.assert_same_state(killed / "run", tmp_path / "run")

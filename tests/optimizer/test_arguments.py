@@ -120,9 +120,15 @@ def test_good_edges_are_accepted():
 
 def test_booleans_of_numpy_and_of_jax_are_accepted(untyped):
     muon(1e-3, nesterov=np.bool_(False), adaptive=jnp.asarray(True), update_scale=math.hypot)
-    injected = optax.inject_hyperparams(muon)(1e-3, nesterov=np.bool_(False), adaptive=True)
-    params = jnp.ones((2, 2))
-    jax.jit(injected.update)(params, injected.init(params), params)
+    params = jnp.asarray([[1.0, 2.0], [3.0, 5.0]])
+
+    def update(**options):
+        injected = optax.inject_hyperparams(muon)(1e-3, **options)
+        return jax.jit(injected.update)(params, injected.init(params), params)[0]
+
+    taken = update(nesterov=np.bool_(False), adaptive=True)
+    assert jnp.array_equal(taken, update(nesterov=False, adaptive=True))
+    assert not jnp.array_equal(taken, update(nesterov=True, adaptive=True))
 
 
 @pytest.mark.parametrize("name", ["ns_steps", "max_group_bytes", "ns_coeffs"])

@@ -118,7 +118,6 @@ def test_the_derivatives_are_those_of_whole_products():
         strict=True,
     ):
         errors = [float(distance(y, expected)) for y in (half, whole)]
-        print(*errors)
         assert errors[0] < 1.5 * errors[1] < 0.03
 
 

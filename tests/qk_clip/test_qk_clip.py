@@ -546,7 +546,8 @@ def test_modules_that_cannot_be_clipped_raise(attention, params, why):
 def test_the_norm_of_a_low_rank_query_is_no_qk_norm():
     """DeepSeek's own code calls it q_norm; it normalises what goes into the second projection."""
     params = {"wq_b": jnp.ones((3, 8)), "kv_b_proj": ARRAY, "q_norm": jnp.ones(3)}
-    qk_clip(MultiHeadLatent(2, 2, 2, 2, query="wq_b")).init(params)
+    tx = qk_clip(MultiHeadLatent(2, 2, 2, 2, query="wq_b"))
+    assert tx.init(params) == optax.EmptyState()
 
 
 # --- Gains of norms under names that are not known ---

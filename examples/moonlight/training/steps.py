@@ -142,7 +142,7 @@ def make_train_steps(
     bias_schedule = bias_rate if callable(bias_rate) else optax.constant_schedule(bias_rate)
 
     # Both are asked for their results' shapes before they are called: as jitted functions they are
-    # traced once.
+    # traced once. Inlined, they change nothing of the program.
     @functools.partial(jax.jit, inline=True)
     def loss_fn(params: nnx.State, bias: nnx.State, tokens_bt: jax.Array):
         return next_token_loss(nnx.merge(graphdef, params, bias), tokens_bt)
